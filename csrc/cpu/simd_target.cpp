@@ -1,0 +1,59 @@
+#include "cpu/simd_target.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace gemmascope_fast {
+
+bool simd_target_available(SimdTarget target) {
+  switch (target) {
+    case SimdTarget::kGeneric:
+      return true;
+#if defined(__x86_64__)
+    case SimdTarget::kAvx2:
+      return (__builtin_cpu_supports("avx2") != 0) && __builtin_cpu_supports("fma") &&
+             (__builtin_cpu_supports("f16c") != 0);
+    case SimdTarget::kAvx512:
+      return simd_target_available(SimdTarget::kAvx2) && (__builtin_cpu_supports("avx512f") != 0) &&
+             (__builtin_cpu_supports("avx512bw") != 0) && __builtin_cpu_supports("avx512vl") &&
+             (__builtin_cpu_supports("avx512dq") != 0);
+#endif
+    default:
+      return false;
+  }
+}
+
+const char* simd_target_name(SimdTarget target) {
+  switch (target) {
+    case SimdTarget::kAvx2:
+      return "avx2";
+    case SimdTarget::kAvx512:
+      return "avx512";
+    default:
+      return "generic";
+  }
+}
+
+static SimdTarget choose() {
+  const SimdTarget all[] = {SimdTarget::kAvx512, SimdTarget::kAvx2, SimdTarget::kGeneric};
+  const char* wanted = std::getenv("GEMMASCOPE_FAST_CPU");
+  for (SimdTarget target : all) {
+    if (wanted != nullptr && *wanted != '\0') {
+      if (std::string(wanted) != simd_target_name(target)) continue;
+      if (simd_target_available(target)) return target;
+      throw std::runtime_error(std::string("GEMMASCOPE_FAST_CPU=") + wanted +
+                               ": this processor or build does not have it");
+    }
+    if (simd_target_available(target)) return target;
+  }
+  throw std::runtime_error(std::string("GEMMASCOPE_FAST_CPU=") + wanted +
+                           ": expected generic, avx2 or avx512");
+}
+
+SimdTarget simd_target() {
+  static const SimdTarget target = choose();
+  return target;
+}
+
+}  // namespace gemmascope_fast
