@@ -1,0 +1,88 @@
+# `make test` and `make demo` need Python >= 3.11 and a C++17 compiler; everything else goes into .venv.
+# With nvcc on the PATH the CUDA half is built too; GEMMASCOPE_FAST_CUDA=0 leaves it out.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+EXTRAS ?= dev hub demo cli
+CUDAARCHS ?= 80;90a
+SANITIZE_TESTS ?= tests
+VENV := .venv
+BIN := $(VENV)/bin
+export CUDAARCHS
+
+CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: test demo build lint format sanitize bench wheel clean
+.DEFAULT_GOAL := test
+
+test: lint build
+	$(BIN)/python -m pytest
+
+demo: build
+	$(BIN)/python -m gemmascope_fast demo $(ARGS)
+
+bench: build
+	$(BIN)/python -m pytest bench --benchmark-only
+
+# ---- Environment: each stamp is redone only when what it depends on changes.
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "gemmascope-fast needs Python >= 3.11; choose one with: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "$(PYTHON) cannot create a virtual environment (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+
+$(VENV)/.requirements: pyproject.toml Makefile | $(BIN)/python
+	@$(BIN)/python -c "import sys, tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	  print(*p['dependencies'], *(r for e in sys.argv[1:] for r in p['optional-dependencies'][e]), sep='\n')" \
+	  $(EXTRAS) > $@.new
+	@echo '$(TORCH)' >> $@.new
+	@if cmp -s $@.new $@; then touch $@; else \
+	  $(BIN)/python -m pip install -r $@.new && mv $@.new $@; fi
+
+# Puts the package and its metadata on .venv's path. Later builds skip pip.
+$(VENV)/.installed: $(VENV)/.requirements setup.py
+	$(BIN)/python -m pip install --no-build-isolation --no-deps -e .
+	@touch $@
+
+build: $(VENV)/.installed
+	@$(BIN)/python setup.py -q build_ext --inplace
+
+# ---- Checks
+
+lint: $(VENV)/.requirements
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+format: $(VENV)/.requirements
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+# The CPU half under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the tree, so that the normal library
+# stays. Choose tests with SANITIZE_TESTS="tests/test_decode.py -k bf16".
+SANITIZED = build/sanitize/tree
+sanitize: build
+	@mkdir -p $(SANITIZED)
+	@rm -rf $(SANITIZED)/*
+	@cp -r gemmascope_fast kernels tests bench pyproject.toml $(SANITIZED)
+	@rm -f $(SANITIZED)/gemmascope_fast/*.so
+	@PATH="$(CURDIR)/$(BIN):$$PATH" && \
+	  cmake -S . -B build/sanitize/cmake -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	    -DGSF_CUDA=0 -DGSF_SANITIZE=ON > /dev/null && \
+	  cmake --build build/sanitize/cmake && \
+	  cmake --install build/sanitize/cmake --prefix $(SANITIZED) > /dev/null
+	cd $(SANITIZED) && \
+	  LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	  $(CURDIR)/$(BIN)/python -m pytest $(SANITIZE_TESTS)
+
+wheel: $(VENV)/.requirements
+	rm -rf build/lib.* build/bdist.*
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info $(VENV)/.installed
+	rm -f gemmascope_fast/*.so gemmascope_fast/_build_info.json

@@ -1,0 +1,39 @@
+"""Builds the native library with CMake: CMakeLists.txt owns sources, flags and architectures."""
+
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cmake
+import ninja
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    def run(self):
+        in_place = self.inplace or self.editable_mode
+        cuda = os.environ.get("GEMMASCOPE_FAST_CUDA", "AUTO")
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}-{'cpu' if cuda == '0' else 'cuda'}"
+        build.mkdir(parents=True, exist_ok=True)
+        run = [os.path.join(cmake.CMAKE_BIN_DIR, "cmake")]
+        options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DGSF_CUDA={cuda}"]
+        options += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={os.path.join(ninja.BIN_DIR, 'ninja')}"]
+        install = ["--prefix", str(ROOT if in_place else Path(self.build_lib).resolve())]
+        with open(build / "lock", "w") as lock:  # Ninja does not guard against a second build
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            subprocess.check_call([*run, "-S", ROOT, "-B", build, *options])
+            subprocess.check_call([*run, "--build", build])
+            for component in ["library"] + ["testing"] * bool(in_place):
+                subprocess.check_call([*run, "--install", build, "--component", component, *install])
+
+
+setup(
+    ext_modules=[Extension("gemmascope_fast._C", [], py_limited_api=True)],
+    cmdclass={"build_ext": CMakeBuild},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)
