@@ -2,9 +2,9 @@
 
 import fcntl
 import os
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import check_call
 
 import cmake
 import ninja
@@ -17,19 +17,20 @@ ROOT = Path(__file__).resolve().parent
 class CMakeBuild(build_ext):
     def run(self):
         in_place = self.inplace or self.editable_mode
+        prefix = ROOT if in_place else Path(self.build_lib).resolve()
         cuda = os.environ.get("GEMMASCOPE_FAST_CUDA", "AUTO")
-        build = ROOT / "build" / f"{sys.implementation.cache_tag}-{'cpu' if cuda == '0' else 'cuda'}"
+        variant = f"{sys.implementation.cache_tag}-{'cpu' if cuda == '0' else 'cuda'}"
+        build = ROOT / "build" / variant  # kept, so that a second build compiles only what changed
         build.mkdir(parents=True, exist_ok=True)
         run = [os.path.join(cmake.CMAKE_BIN_DIR, "cmake")]
-        options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DGSF_CUDA={cuda}"]
-        options += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={os.path.join(ninja.BIN_DIR, 'ninja')}"]
-        install = ["--prefix", str(ROOT if in_place else Path(self.build_lib).resolve())]
+        options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DGSF_CUDA={cuda}", "-G", "Ninja"]
+        options += [f"-DCMAKE_MAKE_PROGRAM={os.path.join(ninja.BIN_DIR, 'ninja')}"]
         with open(build / "lock", "w") as lock:  # Ninja does not guard against a second build
             fcntl.flock(lock, fcntl.LOCK_EX)
-            subprocess.check_call([*run, "-S", ROOT, "-B", build, *options])
-            subprocess.check_call([*run, "--build", build])
-            for component in ["library"] + ["testing"] * bool(in_place):
-                subprocess.check_call([*run, "--install", build, "--component", component, *install])
+            check_call([*run, "-S", ROOT, "-B", build, "--log-level=NOTICE", *options])
+            check_call([*run, "--build", build])
+            for component in ("library", "testing") if in_place else ("library",):
+                check_call([*run, "--install", build, "--component", component, "--prefix", prefix])
 
 
 setup(
