@@ -1,12 +1,25 @@
-"""The op table: one row per op, and the registration of its schema, reference, fake and gradient.
+"""The op table: one row per op, and its registration.
 
-The maths of each row is in `reference.py`, its gradient in `autograd.py`, its native implementations
-in `csrc/cpu/<op>.cpp`, `csrc/cuda/<op>.cu` and `kernels/<op>.py`. Two namespaces carry the table:
-`NAMESPACE`, served by the fastest implementation of each device, and `REFERENCE`, always the
+The maths of each row is in `reference.py`, its gradient in `autograd.py`, its native code in
+`csrc/cpu/<op>.cpp`, `csrc/cuda/<op>.cu` and `kernels/<op>.py`. Two namespaces carry it: `NAMESPACE`,
+served by the fastest implementation of each device, and `REFERENCE`, always the
 plain-PyTorch one (float64, comparison, last resort).
 """
 
 from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .autograd import gradients
+from .fakes import FAKES
 
 NAMESPACE = "gemmascope_fast"
 REFERENCE = "gemmascope_fast_reference"
@@ -58,3 +71,149 @@ SCHEMAS: dict[str, str] = {
         "-> (Tensor feature_offsets, Tensor permutation)"
     ),
 }
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of one call: floating-point operations and compulsory bytes of memory traffic."""
+
+    flops: int
+    bytes: int
+
+
+def _encode_cost(n: int, d: int, d_sae: int, nnz: int, itemsize: int = 4) -> Cost:
+    return Cost(2 * n * d * d_sae, itemsize * d * (n + d_sae) + 12 * nnz)
+
+
+def _gather_cost(passes: int) -> Callable[..., Cost]:
+    """Cost of `passes` sparse products over the entries, each entry reading one row of d."""
+
+    def cost(n: int, d: int, d_sae: int, nnz: int, itemsize: int = 4) -> Cost:
+        return Cost(2 * passes * nnz * d, itemsize * d * (min(nnz, d_sae) + n) * passes + 8 * nnz)
+
+    return cost
+
+
+def _sort_cost(n: int, d: int, d_sae: int, nnz: int, itemsize: int = 4) -> Cost:
+    return Cost(0, 8 * (n + d_sae) + 12 * nnz)
+
+
+COSTS: dict[str, Callable[..., Cost]] = {
+    "jumprelu_encode": _encode_cost,
+    "topk_encode": _encode_cost,
+    "batchtopk_encode": _encode_cost,
+    "decode": _gather_cost(1),
+    "decode_": _gather_cost(1),
+    "encode_backward": _gather_cost(2),
+    "decode_backward": _gather_cost(2),
+    "sae_backward": _gather_cost(4),
+    "pre_at": _gather_cost(1),
+    "by_feature": _sort_cost,
+}
+
+
+@dataclass(frozen=True)
+class Op:
+    """One row: schema, reference, fake, gradient, cost model."""
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    cost: Callable[..., Cost]
+    differentiable: bool
+
+
+TABLE: dict[str, Op] = {
+    name: Op(
+        name,
+        schema,
+        getattr(reference, name),
+        FAKES[name],
+        COSTS[name],
+        name in gradients(None),
+    )
+    for name, schema in SCHEMAS.items()
+}
+
+BACKENDS = ("reference", "triton", "native")
+BACKEND = os.environ.get("GEMMASCOPE_FAST_BACKEND", "")
+"""The forced backend, or "" for the best one of each device."""
+
+_libraries: list[Any] = []
+
+
+def _register(namespace: str) -> None:
+    """Define every op of the table in `namespace`, with reference, fake and gradient.
+
+    A forced backend does not get the reference as its fallback: an op it cannot serve is an error.
+    """
+    library: Any = torch.library.Library(namespace, "DEF")  # type: ignore[no-untyped-call]
+    _libraries.append(library)
+    forced = namespace == NAMESPACE and BACKEND in ("native", "triton")
+    for op in TABLE.values():
+        library.define(op.name + op.schema)
+        if not forced:
+            library.impl(op.name, op.reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{namespace}::{op.name}", op.fake, lib=library)
+    rules = gradients(getattr(torch.ops, namespace))
+    for name, (setup_context, backward) in rules.items():
+        torch.library.register_autograd(
+            f"{namespace}::{name}", backward, setup_context=setup_context, lib=library
+        )
+
+
+def _load_native() -> str:
+    """Import the compiled library, which registers itself; return why it is absent, or ""."""
+    try:
+        importlib.import_module("gemmascope_fast._C")
+    except ModuleNotFoundError as error:
+        if error.name != "gemmascope_fast._C":
+            raise
+        return "the compiled library is not built (run `make build`)"
+    return ""
+
+
+def _start() -> str:
+    if BACKEND not in ("", *BACKENDS):
+        raise ImportError(
+            f"GEMMASCOPE_FAST_BACKEND={BACKEND!r} is unknown: expected one of "
+            f"{', '.join(BACKENDS)}, or unset"
+        )
+    if BACKEND == "triton":
+        raise ImportError("GEMMASCOPE_FAST_BACKEND=triton: this version has no Triton kernels yet")
+    _register(REFERENCE)
+    _register(NAMESPACE)
+    if BACKEND == "reference":
+        return "GEMMASCOPE_FAST_BACKEND=reference"
+    missing = _load_native()
+    if missing and BACKEND == "native":
+        raise ImportError(f"GEMMASCOPE_FAST_BACKEND=native: {missing}")
+    return missing
+
+
+NATIVE_MISSING = _start()
+"""Why the compiled library does not serve this process; empty when it does."""
+
+
+def overload(name: str, *tensors: Tensor) -> Any:
+    """Return the callable that serves op `name` for these tensors: native, or the reference."""
+    if any(t.dtype == torch.float64 for t in tensors):
+        if BACKEND == "native":
+            raise TypeError(
+                f"{name}: float64 is served by the reference only, and "
+                "GEMMASCOPE_FAST_BACKEND=native forbids it"
+            )
+        return getattr(getattr(torch.ops, REFERENCE), name).default
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def implementation(name: str, device_type: str) -> str:
+    """Name what serves op `name` on a device type: "native", "reference" or "none"."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
+    qualified = f"{NAMESPACE}::{name}"
+    if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key):
+        return "native"
+    fallback = "CompositeExplicitAutograd"
+    has_reference = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, fallback)
+    return "reference" if has_reference else "none"

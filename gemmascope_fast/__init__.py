@@ -1,0 +1,33 @@
+"""A compute backend for sparse autoencoders: sparse encoders, decoders and their gradients."""
+
+from . import reference
+from .functional import (
+    batchtopk_encode,
+    decode,
+    decode_,
+    jumprelu_encode,
+    pre_at,
+    topk_encode,
+)
+from .modules import SAE, BatchTopK, JumpReLU, TopK, Transcoder
+from .reference import CapacityError
+from .sparse import SparseActs
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SAE",
+    "BatchTopK",
+    "CapacityError",
+    "JumpReLU",
+    "SparseActs",
+    "TopK",
+    "Transcoder",
+    "batchtopk_encode",
+    "decode",
+    "decode_",
+    "jumprelu_encode",
+    "pre_at",
+    "reference",
+    "topk_encode",
+]

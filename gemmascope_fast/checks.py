@@ -1,0 +1,78 @@
+"""Argument checks of the public functions: each message names op, argument, expectation, actual."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .sparse import SparseActs
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_float(op: str, name: str, t: Any) -> None:
+    """A floating-point tensor of a supported dtype."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(t).__name__}")
+    if t.dtype not in FLOATS:
+        raise TypeError(
+            f"{op}: {name} must be float32, bfloat16, float16 or float64, got {t.dtype}"
+        )
+
+
+def check_encoder(op: str, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
+    """x, W_enc and b_enc fit together."""
+    check_float(op, "x", x)
+    check_float(op, "W_enc", W_enc)
+    if x.dim() < 1:
+        raise ValueError(f"{op}: x must have at least one dimension [*batch, d_in], got a scalar")
+    if W_enc.dim() != 2 or W_enc.shape[0] != x.shape[-1]:
+        raise ValueError(
+            f"{op}: W_enc must have shape [d_in={x.shape[-1]}, d_sae], got {tuple(W_enc.shape)}"
+        )
+    check_device(op, "x", x, W_enc)
+    check_vector(op, "b_enc", b_enc, W_enc.shape[1], W_enc)
+    if x.dtype == torch.float16 and not torch.compiler.is_compiling():
+        warnings.warn(
+            "float16 overflows at 65504, below the residual stream of Gemma 3; prefer bfloat16",
+            stacklevel=4,
+        )
+
+
+def check_decoder(op: str, acts: SparseActs, W_dec: Tensor) -> None:
+    """Activations and decoder fit together."""
+    if not isinstance(acts, SparseActs):
+        raise TypeError(f"{op}: acts must be a SparseActs, got {type(acts).__name__}")
+    check_float(op, "W_dec", W_dec)
+    if W_dec.dim() != 2 or W_dec.shape[0] != acts.shape[-1]:
+        raise ValueError(
+            f"{op}: W_dec must have shape [d_sae={acts.shape[-1]}, d_out], got {tuple(W_dec.shape)}"
+        )
+    check_device(op, "acts", acts.values, W_dec)
+
+
+def check_vector(op: str, name: str, t: Tensor, size: int, like: Tensor) -> None:
+    """A `[size]` floating-point tensor beside `like`."""
+    check_float(op, name, t)
+    if t.dim() != 1 or t.shape[0] != size:
+        raise ValueError(f"{op}: {name} must have shape [{size}], got {tuple(t.shape)}")
+    check_device(op, name, t, like)
+
+
+def check_device(op: str, name: str, t: Tensor, like: Tensor) -> None:
+    """One device for everything."""
+    if t.device != like.device:
+        raise ValueError(f"{op}: {name} is on {t.device}, the weights are on {like.device}")
+
+
+def check_max_nnz(op: str, max_nnz: int | None) -> None:
+    """A capacity is None or an int >= 0."""
+    if max_nnz is None:
+        return
+    if isinstance(max_nnz, bool) or not isinstance(max_nnz, (int, torch.SymInt)):
+        raise TypeError(f"{op}: max_nnz must be an int or None, got {type(max_nnz).__name__}")
+    if max_nnz < 0:
+        raise ValueError(f"{op}: max_nnz must be >= 0, got {max_nnz}")

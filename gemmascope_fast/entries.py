@@ -1,0 +1,159 @@
+"""CSR entries: the storage and structure that `SparseActs` builds on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .reference import CapacityError
+
+TENSORS = ("offsets", "indices", "values", "gate")
+OPTIONAL = ("needed", "threshold", "feature_offsets", "permutation")
+
+
+class Entries:
+    """Stored entries of `n` rows over `d_sae` latents; see `SparseActs` for the attributes."""
+
+    __slots__ = (*TENSORS, *OPTIONAL, "shape", "padded")
+
+    offsets: Tensor
+    indices: Tensor
+    values: Tensor
+    gate: Tensor
+    needed: Tensor | None
+    threshold: Tensor | None
+    feature_offsets: Tensor | None
+    permutation: Tensor | None
+    shape: tuple[int, ...]
+    padded: bool
+
+    def __init__(
+        self,
+        offsets: Tensor,
+        indices: Tensor,
+        values: Tensor,
+        gate: Tensor,
+        shape: tuple[int, ...],
+        *,
+        needed: Tensor | None = None,
+        threshold: Tensor | None = None,
+        feature_offsets: Tensor | None = None,
+        permutation: Tensor | None = None,
+        padded: bool = False,
+    ) -> None:
+        self.offsets, self.indices, self.values, self.gate = offsets, indices, values, gate
+        self.shape = tuple(shape)
+        self.needed, self.threshold = needed, threshold
+        self.feature_offsets, self.permutation = feature_offsets, permutation
+        self.padded = padded
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.shape[-1]
+
+    @property
+    def n(self) -> int:
+        """Number of tokens: the product of the leading dimensions."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def nnz(self) -> int:
+        """Number of stored entries, window entries included, padding excluded."""
+        return int(self.offsets[-1]) if self.padded else self.indices.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the entries."""
+        return self.values.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the values."""
+        return self.values.dtype
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(shape={self.shape}, capacity={self.indices.shape[0]}, "
+            f"dtype={self.dtype}, device={self.device}, requires_grad={self.values.requires_grad})"
+        )
+
+    def by_feature(self) -> tuple[Tensor, Tensor]:
+        """`(feature_offsets [d_sae + 1], permutation)`: the entries by latent, computed once."""
+        if self.feature_offsets is None or self.permutation is None:
+            op = ops.overload("by_feature")
+            self.feature_offsets, self.permutation = op(self.offsets, self.indices, self.d_sae)
+        return self.feature_offsets, self.permutation
+
+    def tokens(self) -> Tensor:
+        """`[capacity]` int64: token of each entry, n for padding."""
+        positions = torch.arange(self.indices.shape[0], device=self.device)
+        return torch.searchsorted(self.offsets[1:].contiguous(), positions, right=True)
+
+    def check(self) -> Self:
+        """Raise `CapacityError` when a fixed capacity was too small; returns self."""
+        if self.needed is not None and int(self.needed) > self.indices.shape[0]:
+            raise CapacityError(
+                f"CapacityError: {int(self.needed)} entries are needed, the capacity is "
+                f"{self.indices.shape[0]}; pass max_nnz >= {int(self.needed)}"
+            )
+        return self
+
+    def _valid(self, per_entry: Tensor) -> Tensor:
+        """Return `per_entry` with the padding replaced by 0."""
+        if not self.padded:
+            return per_entry
+        positions = torch.arange(per_entry.shape[0], device=self.device)
+        return torch.where(positions < self.offsets[-1], per_entry, 0)
+
+    def _keys(self) -> Tensor:
+        nnz = self.nnz
+        return self.tokens()[:nnz] * self.d_sae + self.indices[:nnz]
+
+    def _keep(self, mask: Tensor) -> Self:
+        source = mask.nonzero()[:, 0]
+        return self._entries(source, row_offsets(self.tokens()[source], self.n), self.shape)
+
+    def _entries(self, source: Tensor, offsets: Tensor, shape: tuple[int, ...]) -> Self:
+        indices, values, gate = (t[source] for t in (self.indices, self.values, self.gate))
+        return type(self)(offsets, indices, values, gate, shape, threshold=self.threshold)
+
+    def _with_entries(self, mine: Tensor, new: Tensor, value: Tensor, gate: float) -> Self:
+        """Entries `mine` (self's keys) and `new` (disjoint) merged into canonical order."""
+        keys, order = torch.cat([mine, new]).sort()
+        nnz = mine.shape[0]
+        values = torch.cat([self.values[:nnz], value])[order]
+        gates = torch.cat([self.gate[:nnz], self.gate.new_full(new.shape, gate)])[order]
+        tokens = keys.div(max(self.d_sae, 1), rounding_mode="floor")
+        latents = (keys - tokens * self.d_sae).to(torch.int32)
+        return type(self)(
+            row_offsets(tokens, self.n),
+            latents,
+            values,
+            gates,
+            self.shape,
+            threshold=self.threshold,
+        )
+
+    def _replace(self, **changes: Any) -> Self:
+        fields = {name: getattr(self, name) for name in (*TENSORS, *OPTIONAL)} | changes
+        return type(self)(**fields, shape=self.shape, padded=self.padded)
+
+
+def cumulative(lengths: Tensor) -> Tensor:
+    """Exclusive prefix sums with the total last."""
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def row_offsets(tokens: Tensor, n: int) -> Tensor:
+    """CSR offsets of ascending token ids."""
+    return torch.searchsorted(tokens.contiguous(), torch.arange(n + 1, device=tokens.device))
+
+
+def pad_mask(mask: Tensor, capacity: int) -> Tensor:
+    """Extend a mask over valid entries with False for the padding."""
+    return torch.nn.functional.pad(mask, (0, capacity - mask.shape[0]))

@@ -1,0 +1,310 @@
+"""The public functions: argument checks, leading dimensions, autocast, then one op of the table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .checks import check_decoder, check_encoder, check_max_nnz, check_vector
+from .reference import CapacityError
+from .sparse import SparseActs
+
+
+def jumprelu_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    *,
+    bandwidth: float = 0.0,
+    max_nnz: int | None = None,
+) -> SparseActs:
+    """Encode by JumpReLU without forming the pre-activation matrix.
+
+    `acts = pre * H(pre - threshold)`, `pre = x @ W_enc + b_enc`, H(0) = 0. When the threshold
+    requires gradients (and they are enabled), entries with `pre > threshold - bandwidth / 2` that
+    are not active are stored too, with value and gate 0, so that its straight-through gradient
+    `-(threshold / bandwidth) K((pre - threshold) / bandwidth)`, K the unit rectangle, is exact.
+
+    Args:
+        x: `[*batch, d_in]` float32, bfloat16, float16 or float64, any strides.
+        W_enc: `[d_in, d_sae]`, same dtypes; fastest when `W_enc.t()` is contiguous.
+        b_enc: `[d_sae]`, used in float32.
+        threshold: `[d_sae]`, used in float32.
+        bandwidth: width of the window, in units of `pre`; > 0 when `threshold` requires grad.
+        max_nnz: fixed capacity of the entry arrays; None sizes them exactly.
+
+    Returns:
+        `SparseActs` of shape `[*batch, d_sae]`.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, or `max_nnz` not an int.
+        ValueError: shapes or devices disagree, `bandwidth` is negative or not finite, or 0 while
+            `threshold` requires grad.
+        CapacityError: more than `max_nnz` entries (CPU; on CUDA see `SparseActs.check`).
+
+    Source: Rajamanoharan et al. 2024, arXiv 2407.14435, section 3.
+    """
+    op = "jumprelu_encode"
+    check_encoder(op, x, W_enc, b_enc)
+    check_vector(op, "threshold", threshold, W_enc.shape[1], W_enc)
+    if not 0 <= bandwidth < math.inf:
+        raise ValueError(f"{op}: bandwidth must be finite and >= 0, got {bandwidth}")
+    check_max_nnz(op, max_nnz)
+    window = torch.is_grad_enabled() and threshold.requires_grad
+    if window and bandwidth == 0:
+        raise ValueError(
+            f"{op}: threshold requires grad but bandwidth is 0: pass bandwidth > 0, or "
+            "threshold.detach()"
+        )
+    args = _encoder_args(x, W_enc, b_enc)
+    transpose = _weights_need_grad(W_enc, b_enc, threshold)
+    result = _call(
+        ops.overload(op, *args),
+        *args,
+        _widen(threshold),
+        float(bandwidth) if window else 0.0,
+        max_nnz,
+        transpose,
+    )
+    return _acts(result[:4], x, W_enc, max_nnz, result[4], None, result[5:], transpose)
+
+
+def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> SparseActs:
+    """Encode keeping the k largest of `relu(x @ W_enc + b_enc)` per token.
+
+    Every token stores exactly k entries (`SparseActs.as_topk` views them as matrices); a selected
+    latent whose pre-activation is <= 0 has value 0, gate 0 and passes no gradient. Ties go to the
+    smaller latent; NaN ranks largest.
+
+    Args:
+        x: `[*batch, d_in]` float32, bfloat16, float16 or float64, any strides.
+        W_enc: `[d_in, d_sae]`, same dtypes; fastest when `W_enc.t()` is contiguous.
+        b_enc: `[d_sae]`, used in float32.
+        k: entries per token, in `[0, d_sae]`.
+
+    Returns:
+        `SparseActs` of shape `[*batch, d_sae]` with `k` entries per token.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, or k is not an int.
+        ValueError: shapes or devices disagree, or k is out of range.
+
+    Source: Gao et al. 2024, arXiv 2406.04093, section 2.3.
+    """
+    op = "topk_encode"
+    check_encoder(op, x, W_enc, b_enc)
+    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
+        raise TypeError(f"{op}: k must be an int, got {type(k).__name__}")
+    if not 0 <= k <= W_enc.shape[1]:
+        raise ValueError(f"{op}: k must be in [0, d_sae={W_enc.shape[1]}], got {k}")
+    args = _encoder_args(x, W_enc, b_enc)
+    transpose = _weights_need_grad(W_enc, b_enc)
+    result = _call(ops.overload(op, *args), *args, k, transpose)
+    return _acts(result[:4], x, W_enc, None, None, None, result[4:], transpose)
+
+
+def batchtopk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: float,
+    *,
+    guess: float | None = None,
+    max_nnz: int | None = None,
+) -> SparseActs:
+    """Encode keeping the `int(k * n)` largest positive entries of the whole batch.
+
+    `acts.threshold` is the smallest kept activation, or 0 when the batch has fewer positive
+    entries than that. Ties go to (token, latent) in ascending order.
+
+    Args:
+        x: `[*batch, d_in]` float32, bfloat16, float16 or float64, any strides.
+        W_enc: `[d_in, d_sae]`, same dtypes; fastest when `W_enc.t()` is contiguous.
+        b_enc: `[d_sae]`, used in float32.
+        k: mean entries per token, finite and >= 0; may be fractional.
+        guess: expected threshold (the last batch's, say); changes the speed, never the result.
+        max_nnz: fixed capacity of the entry arrays; None sizes them exactly.
+
+    Returns:
+        `SparseActs` of shape `[*batch, d_sae]`.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor, or k is not a number.
+        ValueError: shapes or devices disagree, or k is negative or not finite.
+        CapacityError: more than `max_nnz` entries (CPU; on CUDA see `SparseActs.check`).
+
+    Source: Bussmann et al. 2024, arXiv 2412.06410, section 3.
+    """
+    op = "batchtopk_encode"
+    check_encoder(op, x, W_enc, b_enc)
+    if isinstance(k, bool) or not isinstance(k, (int, float)):
+        raise TypeError(f"{op}: k must be a number, got {type(k).__name__}")
+    if not 0 <= k < math.inf:
+        raise ValueError(f"{op}: k must be finite and >= 0, got {k}")
+    check_max_nnz(op, max_nnz)
+    args = _encoder_args(x, W_enc, b_enc)
+    transpose = _weights_need_grad(W_enc, b_enc)
+    result = _call(ops.overload(op, *args), *args, float(k), guess, max_nnz, transpose)
+    return _acts(result[:4], x, W_enc, max_nnz, result[4], result[5], result[6:], transpose)
+
+
+def decode(
+    acts: SparseActs,
+    W_dec: Tensor,
+    b_dec: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Reconstruct: `acts @ W_dec + b_dec`, reading only the decoder rows of stored entries.
+
+    Args:
+        acts: activations over `d_sae` latents.
+        W_dec: `[d_sae, d_out]` float32, bfloat16, float16 or float64; fastest when its rows are
+            contiguous.
+        b_dec: `[d_out]`, used in float32, or None.
+        dtype: dtype of the result; default that of `W_dec`.
+
+    Returns:
+        `[*batch, d_out]`.
+
+    Raises:
+        TypeError: `acts` is not a `SparseActs`, or a tensor is not floating point.
+        ValueError: shapes or devices disagree.
+        RuntimeError: an index of `acts` is out of range (CPU).
+    """
+    check_decoder("decode", acts, W_dec)
+    if b_dec is not None:
+        check_vector("decode", "b_dec", b_dec, W_dec.shape[1], W_dec)
+    dtype = W_dec.dtype if dtype is None else dtype
+    transpose: tuple[Tensor | None, Tensor | None] = (None, None)
+    if torch.is_grad_enabled() and W_dec.requires_grad:
+        transpose = acts.by_feature()
+    (W_dec,) = _autocast(W_dec)
+    values = _widen(acts.values)
+    op = ops.overload("decode", values, W_dec)
+    bias = None if b_dec is None else _widen(b_dec)
+    recon = op(acts.offsets, acts.indices, values, W_dec, bias, *transpose, dtype)
+    return recon.reshape(*acts.shape[:-1], W_dec.shape[1])  # type: ignore[no-any-return]
+
+
+def decode_(recon: Tensor, acts: SparseActs, W_dec: Tensor) -> Tensor:
+    """Add `acts @ W_dec` to `recon` in place, without autograd; returns `recon`.
+
+    Args:
+        recon: `[*batch, d_out]` float32, bfloat16, float16 or float64.
+        acts: activations over `d_sae` latents.
+        W_dec: `[d_sae, d_out]`.
+
+    Raises:
+        TypeError: `acts` is not a `SparseActs`, or a tensor is not floating point.
+        ValueError: shapes or devices disagree, or `recon` cannot be viewed as `[n, d_out]`.
+        RuntimeError: an index of `acts` is out of range (CPU); `recon` is then unchanged.
+    """
+    check_decoder("decode_", acts, W_dec)
+    expected = (*acts.shape[:-1], W_dec.shape[1])
+    if tuple(recon.shape) != expected:
+        raise ValueError(f"decode_: recon must have shape {expected}, got {tuple(recon.shape)}")
+    with torch.no_grad():
+        values = _widen(acts.values.detach())
+        flat = recon.detach().view(acts.n, W_dec.shape[1])
+        op = ops.overload("decode_", values, W_dec, recon)
+        op(flat, acts.offsets, acts.indices, values, W_dec.detach())
+    return recon
+
+
+def pre_at(x: Tensor, W_enc: Tensor, b_enc: Tensor, rows: Tensor, latents: Tensor) -> Tensor:
+    """Ungated pre-activations `(x @ W_enc + b_enc)[rows, latents]` of chosen pairs.
+
+    Args:
+        x: `[*batch, d_in]`; rows count tokens in flattened order.
+        W_enc: `[d_in, d_sae]`.
+        b_enc: `[d_sae]`.
+        rows: `[p]` integer token of each pair, in `[0, n)`.
+        latents: `[p]` integer latent of each pair, in `[0, d_sae)`.
+
+    Returns:
+        `[p]` float32, differentiable in x, W_enc and b_enc.
+
+    Raises:
+        TypeError: a tensor has the wrong kind of dtype.
+        ValueError: shapes or devices disagree.
+        RuntimeError: an index is out of range (CPU).
+    """
+    op = "pre_at"
+    check_encoder(op, x, W_enc, b_enc)
+    for name, t in (("rows", rows), ("latents", latents)):
+        if not isinstance(t, Tensor) or t.is_floating_point() or t.dtype == torch.bool:
+            raise TypeError(f"{op}: {name} must be an integer tensor")
+        if t.dim() != 1 or t.shape != rows.shape:
+            raise ValueError(
+                f"{op}: rows and latents must be 1-D of equal length, got "
+                f"{tuple(rows.shape)} and {tuple(latents.shape)}"
+            )
+    args = _encoder_args(x, W_enc, b_enc)
+    result = ops.overload(op, *args)(*args, rows.to(torch.int64), latents.to(torch.int64))
+    return result  # type: ignore[no-any-return]
+
+
+def _call(op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
+    """Call an encoder; the native CapacityError arrives as a RuntimeError with that prefix."""
+    if torch.compiler.is_compiling():
+        return op(*args)  # type: ignore[no-any-return]
+    try:
+        return op(*args)  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        text = str(error)
+        if isinstance(error, CapacityError) or "CapacityError: " not in text:
+            raise
+        raise CapacityError(text[text.index("CapacityError: ") :].splitlines()[0]) from None
+
+
+def _acts(
+    entries: tuple[Tensor, ...],
+    x: Tensor,
+    W_enc: Tensor,
+    max_nnz: int | None,
+    needed: Tensor | None,
+    threshold: Tensor | None,
+    transpose: tuple[Tensor, ...],
+    has_transpose: bool,
+) -> SparseActs:
+    fixed = max_nnz is not None
+    offsets, indices, values, gate = entries
+    return SparseActs(
+        *(offsets, indices, values, gate),
+        (*x.shape[:-1], W_enc.shape[1]),
+        needed=needed if fixed else None,
+        threshold=threshold,
+        feature_offsets=transpose[0] if has_transpose else None,
+        permutation=transpose[1] if has_transpose else None,
+        padded=fixed,
+    )
+
+
+def _encoder_args(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    flat, W_enc = _autocast(flat, W_enc)
+    return flat, W_enc, _widen(b_enc)
+
+
+def _widen(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast x and weights as an enclosing `torch.autocast` asks; float64 is left alone."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _weights_need_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

@@ -1,0 +1,232 @@
+"""`SAE` and `Transcoder`: weights, an activation, and the ops that join them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .functional import batchtopk_encode, decode, jumprelu_encode, topk_encode
+from .sparse import SparseActs
+
+
+@dataclass(frozen=True)
+class JumpReLU:
+    """`pre * H(pre - threshold)` with a trainable threshold per latent.
+
+    Args:
+        bandwidth: width of the straight-through window, in units of the pre-activations.
+        init_threshold: initial value of every threshold.
+    """
+
+    bandwidth: float = 0.001
+    init_threshold: float = 0.001
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k largest of `relu(pre)` per token."""
+
+    k: int
+
+
+@dataclass(frozen=True)
+class BatchTopK:
+    """The `int(k * n)` largest positive entries of a batch of n tokens."""
+
+    k: float
+
+
+Activation = JumpReLU | TopK | BatchTopK
+
+
+class SAE(nn.Module):
+    """Sparse autoencoder: `recon = act(x @ W_enc + b_enc) @ W_dec + b_dec`.
+
+    Args:
+        d_in: width of x.
+        d_sae: number of latents.
+        activation: `JumpReLU`, `TopK` or `BatchTopK`.
+        d_out: width of the reconstruction; default `d_in`.
+        device: of the parameters.
+        dtype: of `W_enc` and `W_dec`; biases and threshold are float32 (float64 if this is).
+        generator: source of the initial weights.
+
+    Attributes:
+        W_enc: `[d_in, d_sae]`, one contiguous row of memory per latent (`W_enc.t()` contiguous).
+        b_enc: `[d_sae]`. W_dec: `[d_sae, d_out]`. b_dec: `[d_out]`.
+        threshold: `[d_sae]` for `JumpReLU`, else None.
+
+    W_dec starts He-uniform with rows scaled to unit norm, W_enc as its transpose (when the widths
+    agree), the biases at 0: Gemma Scope's recipe, arXiv 2408.05147, section 3.2.
+    """
+
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+    threshold: nn.Parameter | None
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        activation: Activation | None = None,
+        *,
+        d_out: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        d_out = d_in if d_out is None else d_out
+        for name, size in (("d_in", d_in), ("d_sae", d_sae), ("d_out", d_out)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{type(self).__name__}: {name} must be an int >= 1, got {size!r}")
+        self.activation = activation if activation is not None else JumpReLU()
+        if not isinstance(self.activation, (JumpReLU, TopK, BatchTopK)):
+            raise TypeError(
+                f"{type(self).__name__}: activation must be JumpReLU, TopK or BatchTopK, got "
+                f"{type(self.activation).__name__}"
+            )
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.W_enc = nn.Parameter(torch.empty(d_sae, d_in, device=device, dtype=dtype).t())
+        self.W_dec = nn.Parameter(torch.empty(d_sae, d_out, device=device, dtype=dtype))
+        self.b_enc = nn.Parameter(torch.empty(d_sae, device=device, dtype=wide))
+        self.b_dec = nn.Parameter(torch.empty(d_out, device=device, dtype=wide))
+        if isinstance(self.activation, JumpReLU):
+            self.threshold = nn.Parameter(torch.empty(d_sae, device=device, dtype=wide))
+        else:
+            self.register_parameter("threshold", None)
+        self.reset_parameters(generator)
+
+    @property
+    def d_in(self) -> int:
+        """Width of x."""
+        return self.W_enc.shape[0]
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.W_enc.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        """Width of the reconstruction."""
+        return self.W_dec.shape[1]
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the initial weights."""
+        _unit_rows_(self.W_dec, generator)
+        if self.d_in == self.d_out:
+            self.W_enc.copy_(self.W_dec.t())
+        else:
+            _unit_rows_(self.W_enc.t(), generator)
+        self.b_enc.zero_()
+        self.b_dec.zero_()
+        if isinstance(self.activation, JumpReLU) and self.threshold is not None:
+            self.threshold.fill_(self.activation.init_threshold)
+
+    def encode(self, x: Tensor, *, max_nnz: int | None = None) -> SparseActs:
+        """Sparse activations of `x [*batch, d_in]`.
+
+        Raises:
+            ValueError: x has the wrong width, or `max_nnz` is given for TopK.
+            CapacityError: more than `max_nnz` entries.
+        """
+        activation = self.activation
+        if isinstance(activation, TopK):
+            if max_nnz is not None:
+                raise ValueError("encode: TopK always stores k entries per token; drop max_nnz")
+            return topk_encode(x, self.W_enc, self.b_enc, activation.k)
+        if isinstance(activation, BatchTopK):
+            return batchtopk_encode(x, self.W_enc, self.b_enc, activation.k, max_nnz=max_nnz)
+        assert self.threshold is not None
+        return jumprelu_encode(
+            x,
+            self.W_enc,
+            self.b_enc,
+            self.threshold,
+            bandwidth=activation.bandwidth,
+            max_nnz=max_nnz,
+        )
+
+    def decode(self, acts: SparseActs, *, dtype: torch.dtype | None = None) -> Tensor:
+        """Reconstruction `[*batch, d_out]`; `dtype` defaults to that of `W_dec`."""
+        return decode(acts, self.W_dec, self.b_dec, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruction `[*batch, d_out]` in the dtype of x."""
+        return self.decode(self.encode(x), dtype=x.dtype)
+
+    def extra_repr(self) -> str:
+        """Shapes and activation, for `repr`."""
+        return f"d_in={self.d_in}, d_sae={self.d_sae}, d_out={self.d_out}, {self.activation}"
+
+
+class Transcoder(SAE):
+    """Sparse map from one activation to another, with an optional affine skip connection.
+
+    `recon = act(x @ W_enc + b_enc) @ W_dec + b_dec (+ x @ W_skip)`, `W_skip [d_in, d_out]`, the
+    orientation of Gemma Scope 2's `affine_skip_connection`.
+
+    Args:
+        d_in: width of the input activation x.
+        d_sae: number of latents.
+        activation: `JumpReLU`, `TopK` or `BatchTopK`.
+        d_out: width of the output activation; default `d_in`.
+        affine: whether there is a skip connection, initially 0.
+        device: of the parameters.
+        dtype: of the weights.
+        generator: source of the initial weights.
+    """
+
+    W_skip: nn.Parameter | None
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        activation: Activation | None = None,
+        *,
+        d_out: int | None = None,
+        affine: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(
+            *(d_in, d_sae, activation),
+            **{"d_out": d_out, "device": device, "dtype": dtype, "generator": generator},  # type: ignore[arg-type]
+        )
+        if affine:
+            self.W_skip = nn.Parameter(torch.zeros(d_in, self.d_out, device=device, dtype=dtype))
+        else:
+            self.register_parameter("W_skip", None)
+
+    def decode(
+        self, acts: SparseActs, x: Tensor | None = None, *, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Reconstruction `[*batch, d_out]`; with `x [*batch, d_in]` the skip is added.
+
+        Raises:
+            ValueError: there is a skip connection and x is missing.
+        """
+        recon = decode(acts, self.W_dec, self.b_dec, dtype=dtype)
+        if self.W_skip is None:
+            return recon
+        if x is None:
+            raise ValueError("decode: this transcoder has an affine skip connection: pass x")
+        return recon + (x.to(self.W_skip.dtype) @ self.W_skip).to(recon.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruction `[*batch, d_out]` in the dtype of x."""
+        return self.decode(self.encode(x), x, dtype=x.dtype)
+
+
+def _unit_rows_(rows: Tensor, generator: torch.Generator | None) -> None:
+    """Fill `rows [f, d]` He-uniform and scale each row to unit norm."""
+    nn.init.kaiming_uniform_(rows, generator=generator)
+    rows.div_(torch.linalg.vector_norm(rows.float(), dim=1, keepdim=True).to(rows.dtype))

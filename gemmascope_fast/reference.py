@@ -1,0 +1,353 @@
+"""The maths of every op in plain PyTorch: the specification, the oracle and the last resort.
+
+Each function has the signature of its row in `ops.py`. It densifies to `[n, d_sae]`, so it is meant
+for checking and for float64, not for speed. Sums run in float64 when an input is float64, else in
+float32. Sources: JumpReLU and its pseudo-derivatives, arXiv 2407.14435, section 3; TopK, arXiv
+2406.04093; BatchTopK, arXiv 2412.06410.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "CapacityError",
+    "batchtopk_encode",
+    "by_feature",
+    "decode",
+    "decode_",
+    "decode_backward",
+    "encode_backward",
+    "jumprelu_encode",
+    "pre_at",
+    "sae_backward",
+    "topk_encode",
+]
+
+
+class CapacityError(RuntimeError):
+    """More entries than `max_nnz` allows; the message names the size that is needed."""
+
+
+def jumprelu_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    bandwidth: float = 0.0,
+    max_nnz: int | None = None,
+    by_feature: bool = False,
+) -> tuple[Tensor, ...]:
+    """`pre * H(pre - threshold)`, with the entries of the straight-through window when asked."""
+    pre = _pre(x, W_enc, b_enc)
+    theta = threshold.to(pre.dtype)
+    active = pre > theta
+    invalid = pre.isnan() | theta.isnan()
+    first_invalid = invalid & (invalid.cumsum(1) == 1)
+    stored = active | first_invalid
+    if bandwidth > 0:
+        stored |= pre > theta - bandwidth / 2
+    values = torch.where(active, pre, 0.0).masked_fill(first_invalid, float("nan"))
+    gate = (active | first_invalid).to(pre.dtype)
+    offsets, indices, values, gate, needed = _compress(
+        "jumprelu_encode", stored, values, gate, max_nnz
+    )
+    transpose = _transpose(offsets, indices, W_enc.shape[1], by_feature)
+    return offsets, indices, values, gate, needed, *transpose
+
+
+def topk_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, by_feature: bool = False
+) -> tuple[Tensor, ...]:
+    """Keep the k largest of `relu(pre)` per row; ties go to the smaller latent."""
+    acts = _relu(_pre(x, W_enc, b_enc))
+    stored = torch.zeros_like(acts, dtype=torch.bool)
+    stored.scatter_(1, _descending(acts)[:, :k], True)
+    offsets, indices, values, gate, _ = _compress("topk_encode", stored, acts, _fires(acts), None)
+    transpose = _transpose(offsets, indices, W_enc.shape[1], by_feature)
+    return offsets, indices, values, gate, *transpose
+
+
+def batchtopk_encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: float,
+    guess: float | None = None,
+    max_nnz: int | None = None,
+    by_feature: bool = False,
+) -> tuple[Tensor, ...]:
+    """Keep the `int(k * n)` largest positive entries of the batch; ties go to (row, latent)."""
+    acts = _relu(_pre(x, W_enc, b_enc))
+    fires = _fires(acts).flatten()
+    count = int(k * x.shape[0])
+    chosen = _descending(acts.flatten())[: min(count, int(fires.sum()))]
+    stored = torch.zeros_like(fires, dtype=torch.bool)
+    stored[chosen] = True
+    reached = 0 < count == chosen.numel()
+    threshold = acts.flatten()[chosen[-1]] if reached else acts.new_zeros(())
+    offsets, indices, values, gate, needed = _compress(
+        "batchtopk_encode", stored.view_as(acts), acts, _fires(acts), max_nnz
+    )
+    transpose = _transpose(offsets, indices, W_enc.shape[1], by_feature)
+    return offsets, indices, values, gate, needed, threshold.clone(), *transpose
+
+
+def decode(
+    offsets: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    feature_offsets: Tensor | None,
+    permutation: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`acts @ W_dec + b_dec`."""
+    acc = _accumulate(values, W_dec)
+    acts = _dense("decode", offsets, indices, values.to(acc), W_dec.shape[0])
+    recon = acts @ W_dec.to(acc)
+    if b_dec is not None:
+        recon = recon + b_dec.to(acc)
+    return recon.to(dtype)
+
+
+def decode_(recon: Tensor, offsets: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor) -> None:
+    """`recon += acts @ W_dec`."""
+    acc = _accumulate(values, W_dec)
+    acts = _dense("decode_", offsets, indices, values.to(acc), W_dec.shape[0])
+    recon.copy_(recon.to(acc) + acts @ W_dec.to(acc))
+
+
+def encode_backward(
+    d_values: Tensor | None,
+    d_gate: Tensor | None,
+    x: Tensor,
+    W_enc: Tensor,
+    threshold: Tensor | None,
+    bandwidth: float,
+    offsets: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    gate: Tensor,
+    feature_offsets: Tensor | None,
+    permutation: Tensor | None,
+    need_x: bool,
+    need_W_enc: bool,
+    need_b_enc: bool,
+    need_threshold: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of an encoder from those of its `values` and `gate`.
+
+    `d_pre = d_values * gate`; `d_threshold[j] = -(1 / bandwidth) sum_i K (threshold_j d_values +
+    d_gate)` with K = 1 for entries inside the window (off, or below `threshold + bandwidth / 2`).
+    """
+    acc = _accumulate(values, x, W_enc)
+    d_sae = W_enc.shape[1]
+    valid = _valid(offsets, indices.shape[0])
+    zero = torch.zeros_like(values, dtype=acc)
+    d_values = zero if d_values is None else torch.where(valid, d_values.to(acc), zero)
+    d_gate = zero if d_gate is None else torch.where(valid, d_gate.to(acc), zero)
+    d_pre = _dense("encode_backward", offsets, indices, d_values * gate, d_sae)
+    empty = x.new_empty(0)
+    d_threshold = empty
+    if need_threshold:
+        assert threshold is not None
+        theta = threshold.to(acc)[indices.long()]
+        in_window = (gate == 0) | (values < theta + bandwidth / 2)
+        d_theta = torch.where(in_window, theta * d_values + d_gate, zero)
+        dense = _dense("encode_backward", offsets, indices, d_theta, d_sae)
+        d_threshold = dense.sum(0) / -bandwidth
+    return (
+        (d_pre @ W_enc.to(acc).T).to(x.dtype) if need_x else empty,
+        _like(x.to(acc).T @ d_pre, W_enc) if need_W_enc else empty,
+        d_pre.sum(0) if need_b_enc else empty,
+        d_threshold,
+    )
+
+
+def decode_backward(
+    d_recon: Tensor,
+    offsets: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    W_dec: Tensor,
+    feature_offsets: Tensor | None,
+    permutation: Tensor | None,
+    need_values: bool,
+    need_W_dec: bool,
+    need_b_dec: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`d_values = <W_dec[j], d_recon[i]>`, `d_W_dec = acts.T @ d_recon`, `d_b_dec`."""
+    acc = _accumulate(values, W_dec)
+    d_recon = d_recon.to(acc)
+    acts = _dense("decode_backward", offsets, indices, values.to(acc), W_dec.shape[0])
+    empty = values.new_empty(0)
+    d_values = empty
+    if need_values:
+        valid = _valid(offsets, indices.shape[0])
+        latents = torch.where(valid, indices, 0).long()
+        rows = _rows(offsets, indices.shape[0]).clamp(max=max(d_recon.shape[0] - 1, 0))
+        if latents.numel():
+            d_values = (d_recon @ W_dec.to(acc).T)[rows, latents].masked_fill(~valid, 0)
+    return (
+        d_values,
+        _like(acts.T @ d_recon, W_dec) if need_W_dec else empty,
+        d_recon.sum(0) if need_b_dec else empty,
+    )
+
+
+def sae_backward(
+    x: Tensor,
+    W_enc: Tensor,
+    threshold: Tensor | None,
+    bandwidth: float,
+    W_dec: Tensor,
+    d_recon: Tensor,
+    group_ends: list[int],
+    offsets: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    gate: Tensor,
+    d_values: Tensor | None,
+    d_gate: Tensor | None,
+    feature_offsets: Tensor,
+    permutation: Tensor,
+    need_x: bool,
+) -> tuple[Tensor, ...]:
+    """Backward of encoder and decoder at once, over stacked entry sets and nested prefixes.
+
+    Row r of the `m = S * n` entry rows reads `x[r % n]`; latent j sees the reconstruction gradients
+    of all groups that end after it. Equal to `decode_backward`, then `encode_backward`.
+    """
+    acc = _accumulate(values, x, W_enc, W_dec)
+    d_sae, m = W_dec.shape[0], d_recon.shape[1]
+    sets = m // x.shape[0] if x.shape[0] else 0
+    rows = _rows(offsets, indices.shape[0])
+    latents = indices.long()
+    d_dot = torch.zeros_like(values, dtype=acc)
+    d_W_dec = W_dec.new_zeros(W_dec.shape, dtype=acc)
+    start = 0
+    for group, end in enumerate(group_ends):
+        seen = d_recon[group:].to(acc).sum(0)
+        inside = (latents >= start) & (latents < end) & _valid(offsets, indices.shape[0])
+        r, j = rows[inside], latents[inside]
+        d_dot[inside] = (seen @ W_dec.to(acc).T)[r, j]
+        acts = x.new_zeros((m, d_sae), dtype=acc)
+        acts[r, j] = values[inside].to(acc)
+        d_W_dec += acts.T @ seen
+        start = end
+    if d_values is not None:
+        d_dot = d_dot + d_values.to(acc)
+    repeated = x.repeat(sets, 1)
+    d_x, d_W_enc, d_b_enc, d_threshold = encode_backward(
+        *(d_dot, d_gate, repeated, W_enc, threshold, bandwidth, offsets, indices, values, gate),
+        *(None, None, need_x, True, True, bandwidth > 0),
+    )
+    if need_x:
+        d_x = d_x.to(acc).view(sets, *x.shape).sum(0).to(x.dtype)
+    return d_x, d_W_enc, d_b_enc, d_threshold, _like(d_W_dec, W_dec), d_recon.to(acc).sum((0, 1))
+
+
+def pre_at(x: Tensor, W_enc: Tensor, b_enc: Tensor, rows: Tensor, latents: Tensor) -> Tensor:
+    """Ungated pre-activations `pre[rows[p], latents[p]]` of p pairs."""
+    _check_range("pre_at", "rows", rows, x.shape[0], "n")
+    _check_range("pre_at", "latents", latents, W_enc.shape[1], "d_sae")
+    return _pre(x, W_enc, b_enc)[rows.long(), latents.long()]
+
+
+def by_feature(offsets: Tensor, indices: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
+    """Feature-major view of CSR entries: stable sort of their positions by latent."""
+    stored = indices[: int(offsets[-1])]
+    _check_range("by_feature", "indices", stored, d_sae, "d_sae")
+    counts = torch.bincount(stored.long(), minlength=d_sae)
+    feature_offsets = torch.zeros(d_sae + 1, dtype=torch.int64, device=indices.device)
+    feature_offsets[1:] = counts.cumsum(0)
+    permutation = torch.zeros(indices.shape[0], dtype=torch.int64, device=indices.device)
+    permutation[: stored.shape[0]] = stored.argsort(stable=True)
+    return feature_offsets, permutation
+
+
+def _accumulate(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _pre(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+    acc = _accumulate(x, W_enc, b_enc)
+    return x.to(acc) @ W_enc.to(acc) + b_enc.to(acc)
+
+
+def _relu(pre: Tensor) -> Tensor:
+    return torch.where(pre <= 0, 0.0, pre)  # keeps NaN, turns -0.0 into 0.0
+
+
+def _fires(acts: Tensor) -> Tensor:
+    return ((acts > 0) | acts.isnan()).to(acts.dtype)
+
+
+def _descending(acts: Tensor) -> Tensor:
+    return acts.argsort(dim=-1, descending=True, stable=True)  # NaN first
+
+
+def _compress(
+    op: str, stored: Tensor, values: Tensor, gate: Tensor, max_nnz: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """CSR arrays of the entries where `stored`, padded with zeros up to `max_nnz`."""
+    offsets = torch.zeros(stored.shape[0] + 1, dtype=torch.int64, device=stored.device)
+    offsets[1:] = stored.sum(1).cumsum(0)
+    rows, latents = stored.nonzero(as_tuple=True)
+    nnz = rows.shape[0]
+    if max_nnz is not None and nnz > max_nnz:
+        raise CapacityError(
+            f"CapacityError: {op}: max_nnz={max_nnz} is too small, {nnz} entries are needed; "
+            f"pass max_nnz >= {nnz}"
+        )
+    padding = (0, 0 if max_nnz is None else max_nnz - nnz)
+    pad = torch.nn.functional.pad
+    return (
+        offsets,
+        pad(latents.to(torch.int32), padding),
+        pad(values[rows, latents], padding),
+        pad(gate[rows, latents], padding),
+        torch.tensor(nnz, device=stored.device),
+    )
+
+
+def _transpose(offsets: Tensor, indices: Tensor, d_sae: int, wanted: bool) -> tuple[Tensor, Tensor]:
+    if wanted:
+        return by_feature(offsets, indices, d_sae)
+    return offsets.new_empty(0), offsets.new_empty(0)
+
+
+def _valid(offsets: Tensor, capacity: int) -> Tensor:
+    return torch.arange(capacity, device=offsets.device) < offsets[-1]
+
+
+def _rows(offsets: Tensor, capacity: int) -> Tensor:
+    """Row of each entry; n for padding."""
+    positions = torch.arange(capacity, device=offsets.device)
+    return torch.searchsorted(offsets[1:].contiguous(), positions, right=True)
+
+
+def _dense(op: str, offsets: Tensor, indices: Tensor, values: Tensor, d_sae: int) -> Tensor:
+    """`[n, d_sae]` with the entries' values added up, padding skipped."""
+    n, nnz = offsets.shape[0] - 1, int(offsets[-1])
+    _check_range(op, "indices", indices[:nnz], d_sae, "d_sae")
+    dense = values.new_zeros((n, d_sae))
+    where = (_rows(offsets, nnz), indices[:nnz].long())
+    return dense.index_put_(where, values[:nnz], accumulate=True)
+
+
+def _check_range(op: str, name: str, indices: Tensor, end: int, end_name: str) -> None:
+    bad = ((indices < 0) | (indices >= end)).nonzero()
+    if bad.numel():
+        at = int(bad[0])
+        raise RuntimeError(
+            f"{op}: {name}[{at}] = {int(indices[at])} is out of range [0, {end_name}={end})"
+        )
+
+
+def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Return the gradient in the dtype and strides of its parameter."""
+    return torch.empty_like(parameter).copy_(gradient)
