@@ -19,8 +19,7 @@ class CMakeBuild(build_ext):
         in_place = self.inplace or self.editable_mode
         prefix = ROOT if in_place else Path(self.build_lib).resolve()
         cuda = os.environ.get("GEMMASCOPE_FAST_CUDA", "AUTO")
-        variant = f"{sys.implementation.cache_tag}-{'cpu' if cuda == '0' else 'cuda'}"
-        build = ROOT / "build" / variant  # kept, so that a second build compiles only what changed
+        build = ROOT / "build" / sys.implementation.cache_tag  # kept: builds are incremental
         build.mkdir(parents=True, exist_ok=True)
         run = [os.path.join(cmake.CMAKE_BIN_DIR, "cmake")]
         options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DGSF_CUDA={cuda}", "-G", "Ninja"]
