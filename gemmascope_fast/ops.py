@@ -1,8 +1,8 @@
 """The op table: one row per op, and its registration.
 
 The maths of each row is in `reference.py`, its gradient in `autograd.py`, its native code in
-`csrc/cpu/<op>.cpp`, `csrc/cuda/<op>.cu` and `kernels/<op>.py`. Two namespaces carry it: `NAMESPACE`,
-served by the fastest implementation of each device, and `REFERENCE`, always the
+`csrc/cpu/<op>.cpp`, `csrc/cuda/<op>.cu` and `kernels/<op>.py`. Two namespaces carry the table:
+`NAMESPACE`, served by the fastest implementation of each device, and `REFERENCE`, always the
 plain-PyTorch one (float64, comparison, last resort).
 """
 
