@@ -27,9 +27,9 @@ class CMakeBuild(build_ext):
         with open(build / "lock", "w") as lock:  # Ninja does not guard against a second build
             fcntl.flock(lock, fcntl.LOCK_EX)
             check_call([*run, "-S", ROOT, "-B", build, "--log-level=NOTICE", *options])
-            check_call([*run, "--build", build])
-            for component in ("library", "testing") if in_place else ("library",):
-                check_call([*run, "--install", build, "--component", component, "--prefix", prefix])
+            for target in ("_C", "_testing") if in_place else ("_C",):
+                check_call([*run, "--build", build, "--target", target])
+                check_call([*run, "--install", build, "--component", target, "--prefix", prefix])
 
 
 setup(
