@@ -1,0 +1,97 @@
+"""Fixtures of every test: the backend, poisoned memory, a fixed seed, a fresh interpreter.
+
+A module that takes `backend` names in `OPS` the ops it exercises. Each of its tests then runs once
+on the plain-PyTorch reference and once on the compiled library, at the op level (`backend.op`) and
+at the functional level (the public functions follow the backend too).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gemmascope_fast import ops
+
+TESTS = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What serves the ops of one test: "reference" or "native"."""
+
+    name: str
+
+    @property
+    def native(self) -> bool:
+        return self.name == "native"
+
+    def op(self, name: str) -> Any:
+        """The op `name` of the table, called positionally."""
+        namespace = ops.NAMESPACE if self.native else ops.REFERENCE
+        return getattr(getattr(torch.ops, namespace), name).default
+
+
+def native_absent(names: tuple[str, ...]) -> str:
+    """Why the compiled library cannot serve these ops on a CPU, or ""."""
+    if ops.NATIVE_MISSING:
+        return ops.NATIVE_MISSING
+    absent = [name for name in names if ops.implementation(name, "cpu") != "native"]
+    return f"no native CPU implementation of {', '.join(absent)}" if absent else ""
+
+
+@pytest.fixture(params=["reference", "native"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    if request.param == "native":
+        reason = native_absent(request.module.OPS)
+        if reason:
+            pytest.skip(reason)
+        return Backend("native")
+    chosen = Backend("reference")
+    monkeypatch.setattr(ops, "overload", lambda name, *tensors: chosen.op(name))
+    return chosen
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fill what `torch.empty` returns with NaN (integers: their maximum).
+
+    It reaches the compiled library, whose tensors come from the same allocator; see
+    test_determinism.py for the rest of its memory.
+    """
+    was = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(was, warn_only=warn_only)
+
+
+@pytest.fixture
+def run_python() -> Callable[..., str]:
+    """`run_python(code, **env)`: what a fresh interpreter prints; it can import the tests."""
+
+    def run(code: str, **env: str) -> str:
+        path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH", "")]))
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path, **env},
+        )
+        assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+        return done.stdout.strip()
+
+    return run
