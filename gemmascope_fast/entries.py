@@ -94,6 +94,13 @@ class Entries:
         positions = torch.arange(self.indices.shape[0], device=self.device)
         return torch.searchsorted(self.offsets[1:].contiguous(), positions, right=True)
 
+    def latents(self) -> Tensor:
+        """`[capacity]` int64: latent of each entry, d_sae for padding."""
+        if not self.padded:
+            return self.indices.long()
+        positions = torch.arange(self.indices.shape[0], device=self.device)
+        return torch.where(positions < self.offsets[-1], self.indices.long(), self.d_sae)
+
     def check(self) -> Self:
         """Raise `CapacityError` when a fixed capacity was too small; returns self."""
         if self.needed is not None and int(self.needed) > self.indices.shape[0]:
@@ -122,12 +129,15 @@ class Entries:
         indices, values, gate = (t[source] for t in (self.indices, self.values, self.gate))
         return type(self)(offsets, indices, values, gate, shape, threshold=self.threshold)
 
-    def _with_entries(self, mine: Tensor, new: Tensor, value: Tensor, gate: float) -> Self:
-        """Entries `mine` (self's keys) and `new` (disjoint) merged into canonical order."""
+    def _with_entries(self, mine: Tensor, new: Tensor, value: Tensor) -> Self:
+        """Entries `mine` (self's keys) and `new` (disjoint) merged into canonical order.
+
+        A new entry is active when its value is not 0.
+        """
         keys, order = torch.cat([mine, new]).sort()
         nnz = mine.shape[0]
         values = torch.cat([self.values[:nnz], value])[order]
-        gates = torch.cat([self.gate[:nnz], self.gate.new_full(new.shape, gate)])[order]
+        gates = torch.cat([self.gate[:nnz], (value.detach() != 0).to(self.gate.dtype)])[order]
         tokens = keys.div(max(self.d_sae, 1), rounding_mode="floor")
         latents = (keys - tokens * self.d_sae).to(torch.int32)
         return type(self)(
@@ -157,3 +167,49 @@ def row_offsets(tokens: Tensor, n: int) -> Tensor:
 def pad_mask(mask: Tensor, capacity: int) -> Tensor:
     """Extend a mask over valid entries with False for the padding."""
     return torch.nn.functional.pad(mask, (0, capacity - mask.shape[0]))
+
+
+def latent_ids(op: str, latents: Any, d_sae: int, device: torch.device) -> Tensor:
+    """Distinct latents as int64, from integers or a `[d_sae]` mask."""
+    ids = torch.as_tensor(latents, device=device)
+    if ids.dtype == torch.bool:
+        if ids.shape != (d_sae,):
+            raise ValueError(f"{op}: mask must have shape [d_sae={d_sae}], got {tuple(ids.shape)}")
+        return ids.nonzero()[:, 0]
+    if ids.numel() and (ids.is_floating_point() or ids.is_complex()):
+        raise TypeError(f"{op}: latents must be integers or a mask, got {ids.dtype}")
+    ids = ids.reshape(-1).to(torch.int64)
+    bad = (ids < 0) | (ids >= d_sae)
+    if bool(bad.any()):
+        raise ValueError(f"{op}: latent {int(ids[bad][0])} is out of range [0, d_sae={d_sae})")
+    if torch.unique(ids).shape[0] != ids.shape[0]:
+        raise ValueError(f"{op}: latents must be distinct")
+    return ids
+
+
+def distinct_tokens(op: str, tokens: Tensor) -> Tensor:
+    """Selected tokens, flat; naming one twice is an error."""
+    flat = tokens.reshape(-1)
+    ascending = flat.sort()[0]
+    twice = ascending[1:][ascending[1:] == ascending[:-1]]
+    if twice.numel():
+        raise ValueError(f"{op}: rows select token {int(twice[0])} more than once")
+    return flat
+
+
+def check_topk(values: Tensor, indices: Tensor, d_sae: int) -> None:
+    """Arguments of `SparseActs.from_topk` fit together."""
+    if not values.is_floating_point():
+        raise TypeError(f"from_topk: values must be floating point, got {values.dtype}")
+    if indices.is_floating_point() or indices.dtype == torch.bool:
+        raise TypeError(f"from_topk: indices must be integer, got {indices.dtype}")
+    if values.shape != indices.shape or values.dim() == 0:
+        raise ValueError(
+            "from_topk: values and indices must have the same shape [*batch, k], got "
+            f"{tuple(values.shape)} and {tuple(indices.shape)}"
+        )
+    bad = (indices < 0) | (indices >= d_sae)
+    if bool(bad.any()):
+        raise ValueError(
+            f"from_topk: index {int(indices[bad][0])} is out of range [0, d_sae={d_sae})"
+        )

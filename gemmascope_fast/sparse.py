@@ -9,7 +9,17 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from .entries import OPTIONAL, TENSORS, Entries, cumulative, pad_mask, row_offsets
+from .entries import (
+    OPTIONAL,
+    TENSORS,
+    Entries,
+    check_topk,
+    cumulative,
+    distinct_tokens,
+    latent_ids,
+    pad_mask,
+    row_offsets,
+)
 
 
 class SparseActs(Entries):
@@ -67,7 +77,7 @@ class SparseActs(Entries):
             ValueError: shapes differ, an index is outside `[0, d_sae)`, or a row names a latent
                 twice with non-zero values.
         """
-        _check_topk(values, indices, d_sae)
+        check_topk(values, indices, d_sae)
         k = values.shape[-1]
         n = math.prod(values.shape[:-1])
         flat = values.reshape(n, k)
@@ -96,14 +106,13 @@ class SparseActs(Entries):
 
     def l0(self) -> Tensor:
         """`[*batch]`: active latents per token, differentiable in the threshold."""
-        tokens, gate = self.tokens(), self._valid(self.gate)
-        sums = gate.new_zeros(self.n + 1).index_add(0, tokens, gate)
+        sums = self.gate.new_zeros(self.n + 1).index_add(0, self.tokens(), self.gate)
         return sums[: self.n].reshape(self.shape[:-1])
 
     def counts(self) -> Tensor:
         """`[d_sae]`: tokens on which each latent is active, differentiable in the threshold."""
-        gate = self._valid(self.gate)
-        return gate.new_zeros(self.d_sae).index_add(0, self._valid(self.indices).long(), gate)
+        sums = self.gate.new_zeros(self.d_sae + 1).index_add(0, self.latents(), self.gate)
+        return sums[: self.d_sae]
 
     def fired(self) -> Tensor:
         """`[d_sae]` bool: latents that are active on at least one token."""
@@ -111,11 +120,11 @@ class SparseActs(Entries):
 
     def max_over_tokens(self) -> Tensor:
         """`[d_sae]`: each latent's largest activation over the tokens, 0 where a token lacks it."""
-        indices, stored = self._valid(self.indices).long(), self._valid(torch.ones_like(self.gate))
-        values = torch.where(stored > 0, self.values, -torch.inf)
-        entries = stored.new_zeros(self.d_sae).index_add(0, indices, stored)
-        start = torch.where((entries < self.n) | (entries == 0), 0.0, -torch.inf).to(values.dtype)
-        return start.scatter_reduce(0, indices, values, "amax", include_self=True)
+        latents, values = self.latents(), self._valid(self.values)
+        start = values.new_zeros(self.d_sae + 1)
+        entries = start.long().index_add(0, latents, torch.ones_like(latents))
+        start = start.masked_fill((entries == self.n) & (entries > 0), -torch.inf)
+        return start.scatter_reduce(0, latents, values, "amax")[: self.d_sae]
 
     def topk(self, k: int) -> SparseActs:
         """Keep the k largest active entries of every token, ties to the smaller latent.
@@ -158,7 +167,7 @@ class SparseActs(Entries):
             raise ValueError(f"union: other must have shape {self.shape}, got {other.shape}")
         mine, theirs = self._keys(), other._keys()
         extra = theirs[~torch.isin(theirs, mine)]
-        return self._with_entries(mine, extra, self.values.new_zeros(extra.shape[0]), gate=0.0)
+        return self._with_entries(mine, extra, self.values.new_zeros(extra.shape[0]))
 
     # edits: new objects, the originals stay as they are
 
@@ -166,14 +175,16 @@ class SparseActs(Entries):
         """Give `latents` the activation `value` on every token, or on those `rows` selects.
 
         Dense equivalent: `dense[rows][..., latents] = value`. `value` is a number or a tensor that
-        broadcasts to `[selected tokens, latents]`. Entries set to the number 0 are removed.
+        broadcasts to `[selected tokens, latents]`. Entries set to the number 0 are removed; a 0
+        inside a tensor is stored with gate 0, so that it receives a gradient.
 
         Raises:
-            ValueError: a latent is out of range or named twice.
+            TypeError: `latents` are neither integers nor a mask.
+            ValueError: a latent is out of range or named twice, or a token selected twice.
         """
-        chosen = _latent_ids("set", latents, self.d_sae, self.device)
+        chosen = latent_ids("set", latents, self.d_sae, self.device)
         every = torch.arange(self.n, device=self.device).reshape(self.shape[:-1])
-        tokens = (every if rows is None else every[rows]).reshape(-1)
+        tokens = every.reshape(-1) if rows is None else distinct_tokens("set", every[rows])
         new = (tokens[:, None] * self.d_sae + chosen).reshape(-1)
         mine = self._keys()
         kept = self._keep(pad_mask(~torch.isin(mine, new), self.indices.shape[0]))
@@ -181,7 +192,7 @@ class SparseActs(Entries):
             return kept
         filled = torch.as_tensor(value, dtype=self.dtype, device=self.device)
         filled = filled.expand(tokens.shape[0], chosen.shape[0]).reshape(-1)
-        return kept._with_entries(kept._keys(), new, filled, gate=1.0)
+        return kept._with_entries(kept._keys(), new, filled)
 
     def ablate(self, latents: Any, value: float | Tensor = 0.0) -> SparseActs:
         """Replace `latents` by `value` on every token: zero or mean ablation."""
@@ -191,13 +202,14 @@ class SparseActs(Entries):
         """Multiply the activations of `latents` by `factor` (a number, or one per latent).
 
         Raises:
+            TypeError: `latents` are neither integers nor a mask.
             ValueError: a latent is out of range or named twice.
         """
-        chosen = _latent_ids("scale", latents, self.d_sae, self.device)
-        factors = self.values.new_ones(self.d_sae)
+        chosen = latent_ids("scale", latents, self.d_sae, self.device)
+        factors = self.values.new_ones(self.d_sae + 1)
         given = torch.as_tensor(factor, dtype=self.dtype, device=self.device)
         factors = factors.scatter(0, chosen, given.expand(chosen.shape[0]))
-        return self._replace(values=self.values * factors[self._valid(self.indices).long()])
+        return self._replace(values=self.values * factors[self.latents()])
 
     def detach(self) -> SparseActs:
         """Return the same entries without autograd history."""
@@ -251,34 +263,6 @@ class SparseActs(Entries):
             raise ValueError("as_topk: rows have different numbers of entries")
         shape = (*self.shape[:-1], k)
         return self.values[:nnz].view(shape), self.indices[:nnz].view(shape)
-
-
-def _latent_ids(op: str, latents: Any, d_sae: int, device: torch.device) -> Tensor:
-    ids = torch.as_tensor(latents, device=device)
-    ids = ids.nonzero()[:, 0] if ids.dtype == torch.bool else ids.reshape(-1).to(torch.int64)
-    bad = (ids < 0) | (ids >= d_sae)
-    if bool(bad.any()):
-        raise ValueError(f"{op}: latent {int(ids[bad][0])} is out of range [0, d_sae={d_sae})")
-    if torch.unique(ids).shape[0] != ids.shape[0]:
-        raise ValueError(f"{op}: latents must be distinct")
-    return ids
-
-
-def _check_topk(values: Tensor, indices: Tensor, d_sae: int) -> None:
-    if not values.is_floating_point():
-        raise TypeError(f"from_topk: values must be floating point, got {values.dtype}")
-    if indices.is_floating_point() or indices.dtype == torch.bool:
-        raise TypeError(f"from_topk: indices must be integer, got {indices.dtype}")
-    if values.shape != indices.shape or values.dim() == 0:
-        raise ValueError(
-            "from_topk: values and indices must have the same shape [*batch, k], got "
-            f"{tuple(values.shape)} and {tuple(indices.shape)}"
-        )
-    bad = (indices < 0) | (indices >= d_sae)
-    if bool(bad.any()):
-        raise ValueError(
-            f"from_topk: index {int(indices[bad][0])} is out of range [0, d_sae={d_sae})"
-        )
 
 
 def _flatten(acts: SparseActs) -> tuple[list[Any], Any]:
