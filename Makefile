@@ -36,13 +36,13 @@ $(VENV)/.requirements: pyproject.toml Makefile | $(BIN)/python
 	@$(BIN)/python -c "import sys, tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 	  print(*p['dependencies'], *(r for e in sys.argv[1:] for r in p['optional-dependencies'][e]), sep='\n')" \
 	  $(EXTRAS) > $@.new
-	@echo '$(TORCH)' >> $@.new
+	@echo '$(TORCH)' > $@.torch; echo '$(TORCH)' >> $@.new
 	@if cmp -s $@.new $@; then touch $@; else \
-	  $(BIN)/python -m pip install -r $@.new && mv $@.new $@; fi
+	  $(BIN)/python -m pip install -q -r $@.new -c $@.torch && mv $@.new $@; fi
 
 # Puts the package and its metadata on .venv's path. Later builds skip pip.
 $(VENV)/.installed: $(VENV)/.requirements setup.py
-	$(BIN)/python -m pip install --no-build-isolation --no-deps -e .
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 	@touch $@
 
 build: $(VENV)/.installed

@@ -12,8 +12,9 @@ import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
-import gemmascope_fast
 import pytest
+
+import gemmascope_fast
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(gemmascope_fast.__file__).parent
@@ -148,8 +149,9 @@ def test_every_requested_architecture_is_in_the_library():
     archs = build_info()["cuda_archs"]
     if not archs:
         pytest.skip("built without CUDA")
-    scripts = sysconfig.get_path("scripts")
-    cuobjdump = shutil.which("cuobjdump", path=f"{os.environ['PATH']}{os.pathsep}{scripts}")
+    site = Path(sysconfig.get_path("purelib"))
+    found = [shutil.which("cuobjdump"), *site.glob("nvidia/*/bin/cuobjdump")]
+    cuobjdump = next((str(path) for path in found if path), None)
     if cuobjdump is None:
         pytest.skip("cuobjdump is not installed")
     listed = run(cuobjdump, "--list-elf", str(LIBRARY))
