@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .functional import batchtopk_encode, decode, jumprelu_encode, topk_encode
+from .pretrained import Pretrained
 from .sparse import SparseActs
+from .training.losses import DEFAULT_TERMS, Term
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class BatchTopK:
 Activation = JumpReLU | TopK | BatchTopK
 
 
-class SAE(nn.Module):
+class SAE(Pretrained, nn.Module):
     """Sparse autoencoder: `recon = act(x @ W_enc + b_enc) @ W_dec + b_dec`.
 
     Args:
@@ -57,6 +60,7 @@ class SAE(nn.Module):
         W_enc: `[d_in, d_sae]`, one contiguous row of memory per latent (`W_enc.t()` contiguous).
         b_enc: `[d_sae]`. W_dec: `[d_sae, d_out]`. b_dec: `[d_out]`.
         threshold: `[d_sae]` for `JumpReLU`, else None.
+        metadata: what `load` found beyond the weights; `save_pretrained` writes it.
 
     W_dec starts He-uniform with rows scaled to unit norm, W_enc as its transpose (when the widths
     agree), the biases at 0: Gemma Scope's recipe, arXiv 2408.05147, section 3.2.
@@ -84,6 +88,7 @@ class SAE(nn.Module):
         for name, size in (("d_in", d_in), ("d_sae", d_sae), ("d_out", d_out)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{type(self).__name__}: {name} must be an int >= 1, got {size!r}")
+        self.metadata = {}
         self.activation = activation if activation is not None else JumpReLU()
         if not isinstance(self.activation, (JumpReLU, TopK, BatchTopK)):
             raise TypeError(
@@ -160,6 +165,42 @@ class SAE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction `[*batch, d_out]` in the dtype of x."""
         return self.decode(self.encode(x), dtype=x.dtype)
+
+    def loss(
+        self, x: Tensor, target: Tensor | None = None, terms: Sequence[Term] = DEFAULT_TERMS
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a batch, differentiable, in blocks of rows: memory is bounded at any density.
+
+        `loss = sum over terms of mean over tokens`; equal up to rounding to encode, decode and the
+        terms under autograd, which hold every entry at once. The gradients are computed with the
+        value, unless gradients are disabled; `backward` hands them out (scaled, when it must, which
+        copies them: prefer the terms' coefficients). Second derivatives raise. The same bits every
+        run; BLAS may round differently under another number of threads.
+
+        JumpReLU blocks whose measured density makes a dense product cheaper are evaluated densely,
+        in tiles of 64 MiB. TopK blocks are sparse; BatchTopK selects over the whole batch and is
+        one sparse block. An empty batch has loss 0 and zero gradients.
+
+        Args:
+            x: `[*batch, d_in]` floating point.
+            target: `[*batch, d_out]` floating point; default x, needed by a `Transcoder`.
+            terms: of `gemmascope_fast.training`, named differently; default `Reconstruction()`.
+
+        Returns:
+            The loss, a float32 scalar (float64 if x or a weight is), and detached scalars: each
+            term's share of it under the term's `name`; `fvu`, squared error over the squared
+            deviation of the target from its batch mean; `l0`, mean active latents per token;
+            `density`, l0 / d_sae; `blocks`, and `dense_blocks` among them.
+
+        Raises:
+            TypeError: a tensor is not floating point, or `terms` is not a sequence of terms.
+            ValueError: shapes or devices disagree, target is missing, terms are empty or share a
+                name, k is out of range, or bandwidth is 0 while `threshold` requires grad.
+        """
+        from .training.blocked import sae_loss  # which needs this module
+
+        result: tuple[Tensor, dict[str, Tensor]] = sae_loss(self, x, target, terms)
+        return result
 
     def extra_repr(self) -> str:
         """Shapes and activation, for `repr`."""
