@@ -281,10 +281,17 @@ def _unflatten(leaves: Any, context: Any) -> SparseActs:
     return SparseActs(**dict(zip(present, leaves, strict=True)), shape=shape, padded=padded)
 
 
+def _loaded_context(stored: Any) -> Any:
+    present, shape, padded = stored  # JSON made lists of the tuples
+    return tuple(present), tuple(shape), padded
+
+
 pytree.register_pytree_node(
     SparseActs,
     _flatten,
     _unflatten,
     serialized_type_name="gemmascope_fast.SparseActs",
+    to_dumpable_context=list,
+    from_dumpable_context=_loaded_context,
     flatten_with_keys_fn=_flatten_with_keys,
 )
