@@ -8,6 +8,7 @@ plain-PyTorch one (float64, comparison, last resort).
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -143,6 +144,20 @@ BACKEND = os.environ.get("GEMMASCOPE_FAST_BACKEND", "")
 _libraries: list[Any] = []
 
 
+def _outside_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """Run `reference` without autocast: the public functions have cast x and weights already.
+
+    Inside, autocast would round the float32 products to its own dtype, gate decisions included.
+    """
+
+    @functools.wraps(reference)
+    def run(*args: Any) -> Any:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return reference(*args)
+
+    return run
+
+
 def _register(namespace: str) -> None:
     """Define every op of the table in `namespace`, with reference, fake and gradient.
 
@@ -154,7 +169,8 @@ def _register(namespace: str) -> None:
     for op in TABLE.values():
         library.define(op.name + op.schema)
         if not forced:
-            library.impl(op.name, op.reference, "CompositeExplicitAutograd")
+            kernel = _outside_autocast(op.reference)
+            library.impl(op.name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{namespace}::{op.name}", op.fake, lib=library)
     rules = gradients(getattr(torch.ops, namespace))
     for name, (setup_context, backward) in rules.items():
