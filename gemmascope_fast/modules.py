@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +134,16 @@ class SAE(Pretrained, nn.Module):
         self.b_dec.zero_()
         if isinstance(self.activation, JumpReLU) and self.threshold is not None:
             self.threshold.fill_(self.activation.init_threshold)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Serve `to`, `half`, ...; biases and threshold are never rounded to 16 bits."""
+
+        def keep_vectors(t: Tensor) -> Tensor:
+            moved = fn(t)
+            rounded = t.dim() == 1 and moved.dtype in (torch.bfloat16, torch.float16)
+            return t.to(moved.device) if rounded else moved
+
+        return super()._apply(keep_vectors, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def encode(self, x: Tensor, *, max_nnz: int | None = None) -> SparseActs:
         """Sparse activations of `x [*batch, d_in]`.
@@ -270,4 +281,6 @@ class Transcoder(SAE):
 def _unit_rows_(rows: Tensor, generator: torch.Generator | None) -> None:
     """Fill `rows [f, d]` He-uniform and scale each row to unit norm."""
     nn.init.kaiming_uniform_(rows, generator=generator)
-    rows.div_(torch.linalg.vector_norm(rows.float(), dim=1, keepdim=True).to(rows.dtype))
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=wide)
+    rows.div_(norms.to(rows.dtype))
