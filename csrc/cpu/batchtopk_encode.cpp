@@ -1,0 +1,213 @@
+// BatchTopK encoder: the int(k * n) largest positive entries of relu(x @ W_enc + b_enc) over the whole batch, exactly.
+//
+//   pre = x @ W_enc + b_enc;  count = int(k * n) entries, ties by (row, latent), NaN largest
+//   x [n, d_in], W_enc [d_in, d_sae], b_enc [d_sae]
+//
+// Source: BatchTopK sparse autoencoders, arXiv 2412.06410, section 3.
+// Algorithm: one pool of candidates, cut to the count best whenever it is half as large again; the worst of those is
+// from then on a lower bound for all tasks, even when stale. The order (value, row, latent) is total, so the outcome is
+// the same whatever the schedule. A guess only starts the bound; if it leaves too few entries, the pass is repeated.
+// Bound: the dot products (fma ports); at n = 1 the read of W_enc.
+#include <torch/csrc/stable/library.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <tuple>
+
+#include "cpu/encode_output.h"
+#include "cpu/encode_tiles.h"
+#include "cpu/parallel.h"
+
+namespace gemmascope_fast {
+namespace {
+
+constexpr const char* kOp = "batchtopk_encode";
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr size_t kFlush = 2048;
+
+struct Entry {
+  float value;  // > 0 or the one NaN above
+  int32_t latent;
+  int64_t row;
+};
+
+// For positive floats the order of the bits is the order of the values, and NaN comes out largest.
+uint32_t key(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+bool better(const Entry& a, const Entry& b) {
+  if (key(a.value) != key(b.value)) return key(a.value) > key(b.value);
+  return a.row != b.row ? a.row < b.row : a.latent < b.latent;
+}
+
+class Pool {
+ public:
+  Pool(int64_t count, float bound)
+      : count_(static_cast<size_t>(count)),
+        capacity_(count_ + std::max<size_t>(count_ / 2, 65536)), bound_(bound) {}
+
+  // Nothing below the bound can be selected.
+  float bound() const { return bound_.load(std::memory_order_relaxed); }
+
+  void add(std::vector<Entry>& entries) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (const Entry& entry : entries) {
+      if (cut_once_ && !better(entry, worst_)) continue;
+      entries_.push_back(entry);
+      if (entries_.size() >= capacity_) cut();
+    }
+    entries.clear();
+  }
+
+  // The count best, unordered.
+  std::vector<Entry>& finish() {
+    if (entries_.size() > count_) cut();
+    return entries_;
+  }
+
+ private:
+  void cut() {
+    std::nth_element(entries_.begin(), entries_.begin() + static_cast<int64_t>(count_ - 1),
+                     entries_.end(), better);
+    entries_.resize(count_);
+    worst_ = entries_.back();
+    cut_once_ = true;
+    const float value = std::isnan(worst_.value) ? std::numeric_limits<float>::infinity()
+                                                 : worst_.value;
+    bound_.store(value, std::memory_order_relaxed);
+  }
+
+  size_t count_, capacity_;
+  std::atomic<float> bound_;
+  std::mutex mutex_;
+  std::vector<Entry> entries_;
+  Entry worst_{};
+  bool cut_once_ = false;
+};
+
+struct Collector {
+  std::vector<int32_t> position;
+  std::vector<float> pre;
+  std::vector<Entry> entries;
+
+  explicit Collector(const EncodeTiles& tiles)
+      : position(static_cast<size_t>(tiles.block() + 16)), pre(position.size()) {}
+};
+
+void visit(const DotTable& table, const float* bias, int64_t row, int64_t latent, int64_t count,
+           const float* dots, Pool& pool, Collector& own) {
+  const float bound = pool.bound();
+  const float limit = bound > 0 ? std::nextafter(bound, 0.0f) : 0.0f;
+  const int64_t found = table.above(dots, bias + latent, &limit, 0, count, own.position.data(),
+                                    own.pre.data());
+  for (int64_t i = 0; i < found; ++i) {
+    const float value = own.pre[static_cast<size_t>(i)];
+    own.entries.push_back({std::isnan(value) ? kNaN : value,
+                           static_cast<int32_t>(latent) + own.position[static_cast<size_t>(i)],
+                           row});
+  }
+  if (own.entries.size() >= kFlush) pool.add(own.entries);
+}
+
+void collect(EncodeTiles& tiles, const float* bias, Pool& pool) {
+  std::vector<Collector> collectors(static_cast<size_t>(tiles.slots()), Collector(tiles));
+  parallel_tasks(tiles.tasks(), tiles.slots(), [&](int64_t t, int64_t slot) {
+    Collector& own = collectors[static_cast<size_t>(slot)];
+    tiles.run(tiles.task(t), slot,
+              [&](int64_t row, int64_t latent, int64_t count, const float* dots) {
+                visit(tiles.table(), bias, row, latent, count, dots, pool, own);
+              });
+    pool.add(own.entries);
+  });
+}
+
+std::vector<Entry> select(EncodeTiles& tiles, const float* bias, int64_t count,
+                          std::optional<double> guess) {
+  if (count == 0) return {};
+  if (guess && *guess > 0 && std::isfinite(static_cast<float>(*guess))) {
+    Pool pool(count, static_cast<float>(*guess));
+    collect(tiles, bias, pool);
+    if (static_cast<int64_t>(pool.finish().size()) == count) return std::move(pool.finish());
+  }
+  Pool pool(count, 0.0f);
+  collect(tiles, bias, pool);
+  return std::move(pool.finish());
+}
+
+// Rows by counting, then each row by latent.
+void write_entries(const std::vector<Entry>& entries, int64_t n, int64_t* offsets,
+                   const EncodeOutput& out) {
+  std::fill(offsets, offsets + n + 1, int64_t{0});
+  for (const Entry& entry : entries) ++offsets[entry.row + 1];
+  for (int64_t i = 0; i < n; ++i) offsets[i + 1] += offsets[i];
+  std::vector<int64_t> place(offsets, offsets + n);
+  std::vector<std::pair<int32_t, float>> sorted(entries.size());
+  for (const Entry& entry : entries) {
+    sorted[static_cast<size_t>(place[static_cast<size_t>(entry.row)]++)] = {entry.latent,
+                                                                            entry.value};
+  }
+  parallel_ranges(n, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      std::sort(sorted.begin() + offsets[i], sorted.begin() + offsets[i + 1],
+                [](const auto& a, const auto& b) { return a.first < b.first; });
+    }
+    for (int64_t e = offsets[begin]; e < offsets[end]; ++e) {
+      out.indices_data()[e] = sorted[static_cast<size_t>(e)].first;
+      out.values_data()[e] = sorted[static_cast<size_t>(e)].second;
+      out.gate_data()[e] = 1.0f;
+    }
+  });
+}
+
+float smallest(const std::vector<Entry>& entries) {
+  if (entries.empty()) return 0.0f;
+  return std::max_element(entries.begin(), entries.end(), better)->value;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batchtopk_encode_cpu(
+    const Tensor& x, const Tensor& W_enc, const Tensor& b_enc, double k,
+    std::optional<double> guess, std::optional<int64_t> max_nnz, bool by_feature) {
+  check_encode(kOp, x, W_enc, b_enc);
+  const int64_t n = x.size(0), d_sae = W_enc.size(1);
+  if (!(k >= 0) || !std::isfinite(k)) fail(kOp, "k must be finite and >= 0, got ", k);
+  if (max_nnz && *max_nnz < 0) fail(kOp, "max_nnz must be >= 0, got ", *max_nnz);
+
+  const double wanted = std::trunc(k * static_cast<double>(n));
+  const int64_t all = n * d_sae;
+  const int64_t count =
+      wanted >= static_cast<double>(all) ? all : static_cast<int64_t>(wanted);
+  const FloatVector bias(b_enc);
+  EncodeTiles tiles(matrix_of(x), features(W_enc));
+  const std::vector<Entry> entries = select(tiles, bias.data(), count, guess);
+
+  const int64_t needed = static_cast<int64_t>(entries.size());
+  const int64_t capacity = max_nnz.value_or(needed);
+  if (needed > capacity) {
+    throw std::runtime_error(
+        "CapacityError: batchtopk_encode: max_nnz=" + std::to_string(capacity) +
+        " is too small, " + std::to_string(needed) + " entries are needed; pass max_nnz >= " +
+        std::to_string(needed));
+  }
+  Tensor offsets = torch::stable::new_empty(x, {n + 1}, ScalarType::Long);
+  const EncodeOutput out(x, capacity, needed);
+  write_entries(entries, n, static_cast<int64_t*>(offsets.data_ptr()), out);
+  const float threshold = static_cast<double>(needed) < wanted ? 0.0f : smallest(entries);
+  auto [feature_offsets, permutation] =
+      feature_view(by_feature, x, offsets, out.indices, d_sae);
+  return {offsets,          out.indices, out.values, out.gate, int64_scalar(x, needed),
+          float_scalar(x, threshold), feature_offsets, permutation};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) {
+  m.impl("batchtopk_encode", TORCH_BOX(&batchtopk_encode_cpu));
+}
+
+}  // namespace gemmascope_fast
