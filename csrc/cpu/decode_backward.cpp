@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> decode_backward_cpu(
   Gradient d_W_dec{empty_vector(values, ScalarType::Float, 0)};
   float* value_gradients = static_cast<float*>(d_values.data_ptr());
   if (need_W_dec) {
-    d_W_dec = gradient_like(W_dec);
+    d_W_dec = gradient_like(W_dec, matrix_of(W_dec), entries.touched());
     weight_gradient(entries, view, W_dec, g, d_W_dec, need_values ? value_gradients : nullptr);
   } else if (need_values) {
     dot_tokens(entries, W_dec, matrix_of(W_dec), g, value_gradients);

@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> encode_backward_cpu(
   if (need_threshold) encoder.d_threshold = static_cast<float*>(d_threshold.data_ptr());
   Gradient d_W_enc{none};
   if (need_W_enc) {
-    d_W_enc = gradient_like(W_enc);
+    d_W_enc = gradient_like(W_enc, features(W_enc), entries.touched());
     encoder.d_W_enc = LatentGradient{features(d_W_enc.tensor), d_W_enc.zeroed};
     encoder.x = float_rows(x, matrix_of(x));
   }

@@ -22,6 +22,11 @@ struct Entries {
   const float* values = nullptr;
   const float* gate = nullptr;
   std::vector<Tensor> keep;  // contiguous copies, where the arrays were not
+
+  // Upper bound of the fraction of latents that have an entry.
+  double touched() const {
+    return d_sae == 0 ? 0 : std::min(1.0, static_cast<double>(nnz) / static_cast<double>(d_sae));
+  }
 };
 
 struct FeatureView {

@@ -35,13 +35,15 @@ FloatRows float_rows(const Tensor& owner, const Matrix& m);
 // m itself when its columns have unit stride; else a float32 copy, stored in `keep`, that does.
 Matrix gatherable(const Tensor& owner, const Matrix& m, Tensor* keep);
 
-// An uninitialised gradient with the dtype, shape and strides of `parameter`. A large one is made of untouched zero pages
-// (`zeroed`): rows nobody writes then cost neither time nor memory, and most rows of a sparse gradient are such.
+// An uninitialised gradient with the dtype, shape and strides of `parameter`. A large one is made of untouched zero
+// pages (`zeroed`): rows nobody writes then cost neither time nor memory, and most rows of a sparse gradient are such.
+// `touched`: upper bound of the fraction of latents that will be written; when high, huge pages are asked for, and always
+// when a row of `latents` (the parameter, one row per latent) is not contiguous, so that it lies on many pages.
 struct Gradient {
   Tensor tensor;
   bool zeroed = false;
 };
-Gradient gradient_like(const Tensor& parameter);
+Gradient gradient_like(const Tensor& parameter, const Matrix& latents, double touched);
 
 // out[k] = sum over rows of m[r][k], rows ascending.
 void sum_rows(const FloatRows& m, int64_t rows, float* out);

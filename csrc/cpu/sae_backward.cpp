@@ -113,7 +113,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sae_backward_cpu(
   }
   const FeatureView view = check_feature_view(kOp, feature_offsets, permutation, entries);
 
-  const Gradient d_W_enc = gradient_like(W_enc), d_W_dec = gradient_like(W_dec);
+  const Gradient d_W_enc = gradient_like(W_enc, features(W_enc), entries.touched()),
+                 d_W_dec = gradient_like(W_dec, matrix_of(W_dec), entries.touched());
   Tensor d_b_enc = empty_vector(values, ScalarType::Float, d_sae);
   Tensor d_threshold = empty_vector(values, ScalarType::Float, bandwidth > 0 ? d_sae : 0);
   Tensor d_b_dec = empty_vector(values, ScalarType::Float, W_dec.size(1));
