@@ -76,3 +76,15 @@ def check_max_nnz(op: str, max_nnz: int | None) -> None:
         raise TypeError(f"{op}: max_nnz must be an int or None, got {type(max_nnz).__name__}")
     if max_nnz < 0:
         raise ValueError(f"{op}: max_nnz must be >= 0, got {max_nnz}")
+
+
+def check_pairs(op: str, rows: Any, latents: Any) -> None:
+    """Two 1-D integer tensors of equal length."""
+    for name, t in (("rows", rows), ("latents", latents)):
+        if not isinstance(t, Tensor) or t.is_floating_point() or t.dtype == torch.bool:
+            raise TypeError(f"{op}: {name} must be an integer tensor")
+        if t.dim() != 1 or t.shape != rows.shape:
+            raise ValueError(
+                f"{op}: rows and latents must be 1-D of equal length, got "
+                f"{tuple(rows.shape)} and {tuple(latents.shape)}"
+            )

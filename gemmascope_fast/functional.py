@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import check_decoder, check_encoder, check_max_nnz, check_vector
+from .checks import check_decoder, check_encoder, check_max_nnz, check_pairs, check_vector
 from .reference import CapacityError
 from .sparse import SparseActs
 
@@ -64,15 +64,9 @@ def jumprelu_encode(
         )
     args = _encoder_args(x, W_enc, b_enc)
     transpose = _weights_need_grad(W_enc, b_enc, threshold)
-    result = _call(
-        ops.overload(op, *args),
-        *args,
-        _widen(threshold),
-        float(bandwidth) if window else 0.0,
-        max_nnz,
-        transpose,
-    )
-    return _acts(result[:4], x, W_enc, max_nnz, result[4], None, result[5:], transpose)
+    width = float(bandwidth) if window else 0.0
+    result = _call(ops.overload(op, *args), *args, _widen(threshold), width, max_nnz, transpose)
+    return _acts(result, x, W_enc, transpose, max_nnz)
 
 
 def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> SparseActs:
@@ -106,7 +100,7 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> SparseActs:
     args = _encoder_args(x, W_enc, b_enc)
     transpose = _weights_need_grad(W_enc, b_enc)
     result = _call(ops.overload(op, *args), *args, k, transpose)
-    return _acts(result[:4], x, W_enc, None, None, None, result[4:], transpose)
+    return _acts(result, x, W_enc, transpose)
 
 
 def batchtopk_encode(
@@ -151,7 +145,7 @@ def batchtopk_encode(
     args = _encoder_args(x, W_enc, b_enc)
     transpose = _weights_need_grad(W_enc, b_enc)
     result = _call(ops.overload(op, *args), *args, float(k), guess, max_nnz, transpose)
-    return _acts(result[:4], x, W_enc, max_nnz, result[4], result[5], result[6:], transpose)
+    return _acts(result, x, W_enc, transpose, max_nnz, threshold=result[5])
 
 
 def decode(
@@ -238,14 +232,7 @@ def pre_at(x: Tensor, W_enc: Tensor, b_enc: Tensor, rows: Tensor, latents: Tenso
     """
     op = "pre_at"
     check_encoder(op, x, W_enc, b_enc)
-    for name, t in (("rows", rows), ("latents", latents)):
-        if not isinstance(t, Tensor) or t.is_floating_point() or t.dtype == torch.bool:
-            raise TypeError(f"{op}: {name} must be an integer tensor")
-        if t.dim() != 1 or t.shape != rows.shape:
-            raise ValueError(
-                f"{op}: rows and latents must be 1-D of equal length, got "
-                f"{tuple(rows.shape)} and {tuple(latents.shape)}"
-            )
+    check_pairs(op, rows, latents)
     args = _encoder_args(x, W_enc, b_enc)
     result = ops.overload(op, *args)(*args, rows.to(torch.int64), latents.to(torch.int64))
     return result  # type: ignore[no-any-return]
@@ -265,24 +252,24 @@ def _call(op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
 
 
 def _acts(
-    entries: tuple[Tensor, ...],
+    result: tuple[Tensor, ...],
     x: Tensor,
     W_enc: Tensor,
-    max_nnz: int | None,
-    needed: Tensor | None,
-    threshold: Tensor | None,
-    transpose: tuple[Tensor, ...],
-    has_transpose: bool,
+    transpose: bool,
+    max_nnz: int | None = None,
+    threshold: Tensor | None = None,
 ) -> SparseActs:
+    """Name the outputs of an encoder: entries first, then `needed` if any, the transpose last."""
     fixed = max_nnz is not None
-    offsets, indices, values, gate = entries
+    feature_offsets, permutation = result[-2:] if transpose else (None, None)
+    offsets, indices, values, gate = result[:4]
     return SparseActs(
         *(offsets, indices, values, gate),
         (*x.shape[:-1], W_enc.shape[1]),
-        needed=needed if fixed else None,
+        needed=result[4] if fixed else None,
         threshold=threshold,
-        feature_offsets=transpose[0] if has_transpose else None,
-        permutation=transpose[1] if has_transpose else None,
+        feature_offsets=feature_offsets,
+        permutation=permutation,
         padded=fixed,
     )
 
