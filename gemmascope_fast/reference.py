@@ -1,9 +1,11 @@
 """The maths of every op in plain PyTorch: the specification, the oracle and the last resort.
 
-Each function has the signature of its row in `ops.py`. It densifies to `[n, d_sae]`, so it is meant
-for checking and for float64, not for speed. Sums run in float64 when an input is float64, else in
-float32. Sources: JumpReLU and its pseudo-derivatives, arXiv 2407.14435, section 3; TopK, arXiv
-2406.04093; BatchTopK, arXiv 2412.06410.
+Each function has the signature of its row in `ops.py`. Encoders densify to `[n, d_sae]`: this is
+meant for checking and for float64, not for speed. Sums run in float64 when an input is float64,
+else in float32. Products of activations read stored entries only: an Inf in a row of weights that
+no entry uses stays out of the result, where a dense product makes 0 * inf = NaN of it. Sources:
+JumpReLU and its pseudo-derivatives, arXiv 2407.14435, section 3; TopK, arXiv 2406.04093; BatchTopK,
+arXiv 2412.06410.
 """
 
 from __future__ import annotations
@@ -106,8 +108,8 @@ def decode(
 ) -> Tensor:
     """`acts @ W_dec + b_dec`."""
     acc = _accumulate(values, W_dec)
-    acts = _dense("decode", offsets, indices, values.to(acc), W_dec.shape[0])
-    recon = acts @ W_dec.to(acc)
+    acts = _sparse("decode", offsets, indices, values.to(acc), W_dec.shape[0])
+    recon = _product(acts, W_dec)
     if b_dec is not None:
         recon = recon + b_dec.to(acc)
     return recon.to(dtype)
@@ -115,9 +117,9 @@ def decode(
 
 def decode_(recon: Tensor, offsets: Tensor, indices: Tensor, values: Tensor, W_dec: Tensor) -> None:
     """`recon += acts @ W_dec`."""
-    acc = _accumulate(values, W_dec)
-    acts = _dense("decode_", offsets, indices, values.to(acc), W_dec.shape[0])
-    recon.copy_(recon.to(acc) + acts @ W_dec.to(acc))
+    acc = _accumulate(recon, values, W_dec)
+    acts = _sparse("decode_", offsets, indices, values.to(acc), W_dec.shape[0])
+    recon.copy_(recon.to(acc) + _product(acts, W_dec))
 
 
 def encode_backward(
@@ -149,20 +151,22 @@ def encode_backward(
     zero = torch.zeros_like(values, dtype=acc)
     d_values = zero if d_values is None else torch.where(valid, d_values.to(acc), zero)
     d_gate = zero if d_gate is None else torch.where(valid, d_gate.to(acc), zero)
-    d_pre = _dense("encode_backward", offsets, indices, d_values * gate, d_sae)
+    d_pre = _sparse("encode_backward", offsets, indices, d_values * gate, d_sae)
+    latents = torch.where(valid, indices, 0).long()
     empty = x.new_empty(0)
     d_threshold = empty
     if need_threshold:
         assert threshold is not None
-        theta = threshold.to(acc)[indices.long()]
+        theta = threshold.to(acc)[latents]
         in_window = (gate == 0) | (values < theta + bandwidth / 2)
-        d_theta = torch.where(in_window, theta * d_values + d_gate, zero)
-        dense = _dense("encode_backward", offsets, indices, d_theta, d_sae)
-        d_threshold = dense.sum(0) / -bandwidth
+        d_theta = torch.where(in_window & valid, theta * d_values + d_gate, zero)
+        d_threshold = zero.new_zeros(d_sae).index_add_(0, latents, d_theta) / -bandwidth
     return (
-        (d_pre @ W_enc.to(acc).T).to(x.dtype) if need_x else empty,
-        _like(x.to(acc).T @ d_pre, W_enc) if need_W_enc else empty,
-        d_pre.sum(0) if need_b_enc else empty,
+        _product(d_pre, W_enc.T).to(x.dtype) if need_x else empty,
+        _like(_product(d_pre.t(), x).T, W_enc) if need_W_enc else empty,
+        zero.new_zeros(d_sae).index_add_(0, d_pre._indices()[1], d_pre._values())
+        if need_b_enc
+        else empty,
         d_threshold,
     )
 
@@ -182,18 +186,16 @@ def decode_backward(
     """`d_values = <W_dec[j], d_recon[i]>`, `d_W_dec = acts.T @ d_recon`, `d_b_dec`."""
     acc = _accumulate(values, W_dec)
     d_recon = d_recon.to(acc)
-    acts = _dense("decode_backward", offsets, indices, values.to(acc), W_dec.shape[0])
+    acts = _sparse("decode_backward", offsets, indices, values.to(acc), W_dec.shape[0])
     empty = values.new_empty(0)
     d_values = empty
     if need_values:
-        valid = _valid(offsets, indices.shape[0])
-        latents = torch.where(valid, indices, 0).long()
-        rows = _rows(offsets, indices.shape[0]).clamp(max=max(d_recon.shape[0] - 1, 0))
-        if latents.numel():
-            d_values = (d_recon @ W_dec.to(acc).T)[rows, latents].masked_fill(~valid, 0)
+        d_values = torch.zeros_like(values, dtype=acc)
+        rows, latents = acts._indices()
+        d_values[: rows.shape[0]] = (d_recon @ W_dec.to(acc).T)[rows, latents]
     return (
         d_values,
-        _like(acts.T @ d_recon, W_dec) if need_W_dec else empty,
+        _like(_product(acts.t(), d_recon), W_dec) if need_W_dec else empty,
         d_recon.sum(0) if need_b_dec else empty,
     )
 
@@ -234,19 +236,18 @@ def sae_backward(
         inside = (latents >= start) & (latents < end) & _valid(offsets, indices.shape[0])
         r, j = rows[inside], latents[inside]
         d_dot[inside] = (seen @ W_dec.to(acc).T)[r, j]
-        acts = x.new_zeros((m, d_sae), dtype=acc)
-        acts[r, j] = values[inside].to(acc)
-        d_W_dec += acts.T @ seen
+        acts = _coo(r, j, values[inside].to(acc), m, d_sae)
+        d_W_dec += _product(acts.t(), seen)
         start = end
     if d_values is not None:
         d_dot = d_dot + d_values.to(acc)
-    repeated = x.repeat(sets, 1)
+    repeated = x.to(acc).repeat(sets, 1)
     d_x, d_W_enc, d_b_enc, d_threshold = encode_backward(
         *(d_dot, d_gate, repeated, W_enc, threshold, bandwidth, offsets, indices, values, gate),
         *(None, None, need_x, True, True, bandwidth > 0),
     )
     if need_x:
-        d_x = d_x.to(acc).view(sets, *x.shape).sum(0).to(x.dtype)
+        d_x = d_x.view(sets, *x.shape).sum(0).to(x.dtype)
     return d_x, d_W_enc, d_b_enc, d_threshold, _like(d_W_dec, W_dec), d_recon.to(acc).sum((0, 1))
 
 
@@ -259,7 +260,7 @@ def pre_at(x: Tensor, W_enc: Tensor, b_enc: Tensor, rows: Tensor, latents: Tenso
 
 def by_feature(offsets: Tensor, indices: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
     """Feature-major view of CSR entries: stable sort of their positions by latent."""
-    stored = indices[: int(offsets[-1])]
+    stored = indices[: _nnz("by_feature", offsets, indices.shape[0])]
     _check_range("by_feature", "indices", stored, d_sae, "d_sae")
     counts = torch.bincount(stored.long(), minlength=d_sae)
     feature_offsets = torch.zeros(d_sae + 1, dtype=torch.int64, device=indices.device)
@@ -330,13 +331,40 @@ def _rows(offsets: Tensor, capacity: int) -> Tensor:
     return torch.searchsorted(offsets[1:].contiguous(), positions, right=True)
 
 
-def _dense(op: str, offsets: Tensor, indices: Tensor, values: Tensor, d_sae: int) -> Tensor:
-    """`[n, d_sae]` with the entries' values added up, padding skipped."""
-    n, nnz = offsets.shape[0] - 1, int(offsets[-1])
+def _sparse(op: str, offsets: Tensor, indices: Tensor, values: Tensor, d_sae: int) -> Tensor:
+    """Checked entries as a sparse `[n, d_sae]` matrix, padding left out."""
+    nnz = _nnz(op, offsets, indices.shape[0])
     _check_range(op, "indices", indices[:nnz], d_sae, "d_sae")
-    dense = values.new_zeros((n, d_sae))
-    where = (_rows(offsets, nnz), indices[:nnz].long())
-    return dense.index_put_(where, values[:nnz], accumulate=True)
+    rows = _rows(offsets, nnz)
+    return _coo(rows, indices[:nnz].long(), values[:nnz], offsets.shape[0] - 1, d_sae)
+
+
+def _coo(rows: Tensor, latents: Tensor, values: Tensor, n: int, d_sae: int) -> Tensor:
+    where = torch.stack([rows, latents])
+    return torch.sparse_coo_tensor(where, values, (n, d_sae), check_invariants=False)
+
+
+def _product(sparse: Tensor, dense: Tensor) -> Tensor:
+    """`sparse @ dense` in the dtype of `sparse`."""
+    return sparse @ dense.to(sparse.dtype).contiguous()
+
+
+def _nnz(op: str, offsets: Tensor, capacity: int) -> int:
+    """Number of entries of checked offsets."""
+    first, last = int(offsets[0]), int(offsets[-1])
+    if first != 0:
+        raise RuntimeError(f"{op}: offsets[0] = {first}, expected 0")
+    falls = (offsets.diff() < 0).nonzero()
+    if falls.numel():
+        at = int(falls[0])
+        raise RuntimeError(
+            f"{op}: offsets[{at + 1}] = {int(offsets[at + 1])} is less than offsets[{at}] = "
+            f"{int(offsets[at])}; offsets must ascend"
+        )
+    if last > capacity:
+        at = offsets.shape[0] - 1
+        raise RuntimeError(f"{op}: offsets[{at}] = {last} exceeds len(indices)={capacity}")
+    return last
 
 
 def _check_range(op: str, name: str, indices: Tensor, end: int, end_name: str) -> None:
