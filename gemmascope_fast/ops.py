@@ -158,6 +158,20 @@ def _outside_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _count_writes(library: Any, op: Any) -> None:
+    """Make `op` bump the version of its first argument, which it writes.
+
+    Without it autograd would not notice that a tensor saved for a backward pass has changed.
+    """
+    below = torch._C._after_ADInplaceOrView_keyset
+
+    def run(keys: Any, written: Tensor, *args: Any) -> None:
+        torch.autograd.graph.increment_version(written)
+        op.redispatch(keys & below, written, *args)
+
+    library.impl(op._schema.name.split("::")[1], run, "ADInplaceOrView", with_keyset=True)
+
+
 def _register(namespace: str) -> None:
     """Define every op of the table in `namespace`, with reference, fake and gradient.
 
@@ -172,6 +186,7 @@ def _register(namespace: str) -> None:
             kernel = _outside_autocast(op.reference)
             library.impl(op.name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{namespace}::{op.name}", op.fake, lib=library)
+    _count_writes(library, getattr(torch.ops, namespace).decode_.default)
     rules = gradients(getattr(torch.ops, namespace))
     for name, (setup_context, backward) in rules.items():
         torch.library.register_autograd(
