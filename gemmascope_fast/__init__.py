@@ -1,6 +1,7 @@
 """A compute backend for sparse autoencoders: sparse encoders, decoders and their gradients."""
 
 from . import reference
+from .artefacts import load
 from .functional import (
     batchtopk_encode,
     decode,
@@ -27,6 +28,7 @@ __all__ = [
     "decode",
     "decode_",
     "jumprelu_encode",
+    "load",
     "pre_at",
     "reference",
     "topk_encode",

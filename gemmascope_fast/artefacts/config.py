@@ -1,0 +1,194 @@
+"""`config.json` of Gemma Scope 2: schema, inference where it is missing, and writing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .files import CONFIG_LIMIT
+from .validate import Sizes
+
+DEPTH_LIMIT = 16  # nesting; published ones have 1
+SINGLE_LAYER = ("sae", "transcoder")
+MULTI_LAYER = ("crosscoder", "clt")
+STRUCTURE = ("type", "architecture", "width", "affine_connection")  # what the weights decide
+ORDER = (
+    *("type", "architecture", "width", "l0", "affine_connection", "model_name"),
+    *("hf_hook_point_in", "hf_hook_point_out"),
+)
+
+
+def _text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _jumprelu(value: Any) -> bool:
+    return isinstance(value, str) and value.lower().replace("_", "") == "jumprelu"
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 2**63
+
+
+def _number(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value is None or (number and 0 <= value < math.inf)
+
+
+# Key: its test, and what is expected. The last three are not Gemma Scope 2's: files of other
+# tools carry them, and ignoring them would change the maths silently.
+_SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "type": (lambda v: v in SINGLE_LAYER + MULTI_LAYER, "'sae' or 'transcoder'"),
+    "architecture": (_jumprelu, "'jump_relu', the only activation of this format"),
+    "width": (_count, "an int >= 1"),
+    "l0": (_number, "a number >= 0"),
+    "affine_connection": (lambda v: v is None or isinstance(v, bool), "true or false"),
+    "model_name": (_text, "a string"),
+    "hf_hook_point_in": (_text, "a string"),
+    "hf_hook_point_out": (_text, "a string"),
+    "activation": (_jumprelu, "'jump_relu', the only activation of this format"),
+    "activation_fn": (_jumprelu, "'jump_relu', the only activation of this format"),
+    "apply_b_dec_to_input": (lambda v: not v, "false: b_dec is not subtracted from x"),
+}
+
+
+def parse(data: bytes, where: str) -> dict[str, Any]:
+    """Validated config; unknown keys are kept.
+
+    Raises:
+        ValueError: too big, not a JSON object, duplicate keys, NaN, nested too deeply, a value
+            outside the schema, or an artefact that spans several layers.
+    """
+    if len(data) > CONFIG_LIMIT:
+        raise ValueError(f"{where}: must have at most {CONFIG_LIMIT} bytes, and has more")
+    try:
+        config = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_not_json
+        )
+    except RecursionError:
+        raise ValueError(f"{where}: must be nested at most {DEPTH_LIMIT} deep") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: must be UTF-8 JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{where}: must be a JSON object, got {type(config).__name__}")
+    if not _shallow(config, DEPTH_LIMIT):
+        raise ValueError(f"{where}: must be nested at most {DEPTH_LIMIT} deep")
+    for key, (valid, expected) in _SCHEMA.items():
+        if key in config and not valid(config[key]):
+            got = repr(config[key])
+            got = got if len(got) <= 80 else got[:77] + "..."
+            raise ValueError(f"{where}: {key} must be {expected}, got {got}")
+    if config.get("type") in MULTI_LAYER:
+        refuse_layers(where, config["type"])
+    return config
+
+
+def refuse_layers(where: str, kind: str) -> NoReturn:
+    """Refuse an artefact of several layers, naming its type."""
+    raise ValueError(
+        f"{where}: an artefact of type {kind} spans several layers; only the single-layer types "
+        "sae and transcoder are supported"
+    )
+
+
+def complete(config: dict[str, Any] | None, path: Path, sizes: Sizes) -> dict[str, Any]:
+    """The config, inferred from path and tensors where it is missing."""
+    kind = kind_of_path(path)
+    if config is None or "type" not in config:
+        if kind in MULTI_LAYER:
+            refuse_layers(f"load: {path}", kind)
+        maps = kind == "transcoder" or sizes.affine or sizes.d_in != sizes.d_out
+        inferred = {"type": "transcoder" if maps else "sae"}
+        config = {**inferred, **(_metadata_of_path(path) if config is None else config)}
+    return config
+
+
+def metadata(config: dict[str, Any]) -> dict[str, Any]:
+    """What the config says beyond the weights: `module.metadata`."""
+    return {key: value for key, value in config.items() if key not in STRUCTURE}
+
+
+def to_json(config: dict[str, Any], where: str) -> bytes:
+    """The text of `config.json`.
+
+    Raises:
+        TypeError: a value has no JSON form.
+        ValueError: the text would not be read back.
+    """
+    known = {key: config[key] for key in ORDER if key in config}
+    try:
+        text = json.dumps({**known, **config}, indent=2, allow_nan=False) + "\n"
+    except TypeError as error:
+        raise TypeError(f"{where}: metadata must be plain JSON values: {error}") from error
+    except (ValueError, RecursionError) as error:  # NaN, cycles, depth
+        raise ValueError(f"{where}: metadata must be plain JSON values: {error}") from error
+    parse(text.encode(), where)
+    return text.encode()
+
+
+def kind_of_path(path: Path) -> str | None:
+    """The type that a published path spells, or None."""
+    for part, below in _parts(path):
+        if re.match(r"(layer_\d+(_\d+)*_)?width_", below):
+            site = part.removesuffix("_all")
+            if site in _HOOKS:
+                return "transcoder" if site == "transcoder" else "sae"
+            if site in MULTI_LAYER:
+                return site
+        if match := re.search(r"gemma-scope-(2b|9b|27b)-pt-(res|mlp|att|transcoders)$", part):
+            return "transcoder" if match[2] == "transcoders" else "sae"
+    return None
+
+
+_HOOKS = {  # site: where x and the target come from, below `model.layers.{layer}.`
+    "resid_post": ("output", "output"),
+    "mlp_out": ("post_feedforward_layernorm.output", "post_feedforward_layernorm.output"),
+    "attn_out": ("self_attn.o_proj.input", "self_attn.o_proj.input"),
+    "transcoder": ("pre_feedforward_layernorm.output", "post_feedforward_layernorm.output"),
+}
+
+
+def _metadata_of_path(path: Path) -> dict[str, Any]:
+    """What a published path says: model and hook points (Gemma Scope 2), L0 (Gemma Scope 1)."""
+    found: dict[str, Any] = {}
+    for part, below in _parts(path):
+        layer = re.match(r"layer_(\d{1,3})_width_", below)
+        site = _HOOKS.get(part.removesuffix("_all"))
+        if layer and site:
+            for key, point in zip(("hf_hook_point_in", "hf_hook_point_out"), site, strict=True):
+                found[key] = f"model.layers.{int(layer[1])}.{point}"
+        if match := re.search(r"gemma-scope-2-(270m|1b|4b|12b|27b)-(pt|it)$", part):
+            found["model_name"] = f"google/gemma-3-{match[1]}-{match[2]}"
+        if match := re.fullmatch(r"average_l0_(\d{1,6})", part):
+            found["l0"] = int(match[1])
+    return found
+
+
+def _parts(path: Path) -> list[tuple[str, str]]:
+    """Each component of the absolute path with the one below it."""
+    parts = Path(os.path.abspath(path)).parts
+    return list(zip(parts, (*parts[1:], ""), strict=True))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object has a key twice")
+    return found
+
+
+def _not_json(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _shallow(value: Any, limit: int) -> bool:
+    """Whether `value` is nested at most `limit` deep."""
+    if not isinstance(value, (dict, list)):
+        return True
+    children = value.values() if isinstance(value, dict) else value
+    return limit > 0 and all(_shallow(child, limit - 1) for child in children)

@@ -1,0 +1,71 @@
+"""Which files of a folder may be opened.
+
+Policy: only names that this package knows are opened, only regular files, and a link must stay
+inside the folder. One exception, because the Hugging Face Hub's cache is made of such links:
+below `<repository>/snapshots/`, a link may lead to `<repository>/blobs/`. A file that the caller
+names directly may be any link.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+CONFIG = "config.json"
+CONFIG_LIMIT = 64 << 10  # bytes; published ones have about 300
+
+
+def member(folder: Path, name: str) -> Path | None:
+    """The regular file `name` of `folder`, or None if there is no such entry.
+
+    Raises:
+        ValueError: it is not a regular file, or a link that leaves the folder.
+    """
+    path = folder / name
+    if not os.path.lexists(path):
+        return None
+    try:
+        target, root = path.resolve(strict=True), folder.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, below Python 3.13
+        raise ValueError(f"load: {path} is a link that leads nowhere") from error
+    if not target.is_relative_to(root) and target.parent != _hub_blobs(root):
+        raise ValueError(
+            f"load: {path} is a link that leaves its folder; pass the file or folder it leads to"
+        )
+    return regular(path)
+
+
+def regular(path: Path) -> Path:
+    """Return `path`, which must lead to a readable regular file."""
+    try:
+        mode = os.stat(path).st_mode
+    except PermissionError as error:
+        raise _unreadable(path) from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+        raise ValueError(f"load: {path} must be a regular file, and is {kind}")
+    if not os.access(path, os.R_OK):
+        raise _unreadable(path)
+    return path
+
+
+def config_bytes(folder: Path) -> bytes | None:
+    """The first `CONFIG_LIMIT + 1` bytes of `config.json`, or None without one."""
+    path = member(folder, CONFIG)
+    if path is None:
+        return None
+    with open(path, "rb") as file:
+        return file.read(CONFIG_LIMIT + 1)
+
+
+def _unreadable(path: Path) -> PermissionError:
+    return PermissionError(f"load: {path} cannot be read: give yourself read permission")
+
+
+def _hub_blobs(root: Path) -> Path | None:
+    """`<repository>/blobs` when `root` lies below `<repository>/snapshots` of a Hub cache."""
+    for parent in root.parents:
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
+            return parent.parent / "blobs"
+    return None

@@ -1,0 +1,93 @@
+"""`from_pretrained` and `save_pretrained` of the modules."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import torch
+
+if TYPE_CHECKING:
+    from .modules import SAE
+
+
+class Pretrained:
+    """A module that is read from, and written to, files in Gemma Scope's formats.
+
+    Attributes:
+        metadata: what a `config.json` says beyond the weights (`l0`, `model_name`,
+            `hf_hook_point_in`, `hf_hook_point_out`, unknown keys); loading fills it, saving
+            writes it.
+    """
+
+    metadata: dict[str, Any]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """`gemmascope_fast.load`, for an artefact of this class.
+
+        Args:
+            source: folder or file, as for `load`.
+            dtype: of the matrices; None keeps the file's.
+            device: of the parameters.
+
+        Raises:
+            ValueError: the artefact is of another class; else as `load`.
+        """
+        from .artefacts import load  # which needs the modules
+
+        module: object = load(source, dtype=dtype, device=device)
+        if type(module) is not cls:
+            raise ValueError(
+                f"{cls.__name__}.from_pretrained: {source} holds a {type(module).__name__}; use "
+                "its class, or gemmascope_fast.load"
+            )
+        return module
+
+    def save_pretrained(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        l0: float | None = None,
+        model_name: str | None = None,
+        hf_hook_point_in: str | None = None,
+        hf_hook_point_out: str | None = None,
+    ) -> None:
+        """Write `config.json` and `params.safetensors` as Gemma Scope 2 does.
+
+        Atomic: whenever the process or the machine stops, the folder holds what it held before
+        or the new artefact, whole. W_enc is written row-major `[d_in, d_sae]`, in blocks, so no
+        second copy is made. `load` returns the same bits. The format has no place for the width
+        of the straight-through window.
+
+        Args:
+            path: folder, made if missing; its other files stay.
+            dtype: of the matrices in the file; None keeps the module's. Biases and threshold are
+                float32 (float64 if the matrices are).
+            l0: mean active latents per token. None here and below keeps `self.metadata`'s value.
+            model_name: model whose activations these are.
+            hf_hook_point_in: where x comes from, like `model.layers.17.output`.
+            hf_hook_point_out: where the target comes from.
+
+        Raises:
+            OSError: the file system refuses; what was there stays.
+            TypeError: an argument, or a value of `metadata`, has the wrong type.
+            ValueError: the activation is not `JumpReLU`, a weight is not finite or out of the
+                range of `dtype`, or the metadata are not valid.
+        """
+        from .artefacts.writing import save
+
+        metadata = {
+            "l0": l0,
+            "model_name": model_name,
+            "hf_hook_point_in": hf_hook_point_in,
+            "hf_hook_point_out": hf_hook_point_out,
+        }
+        save(cast("SAE", self), path, dtype=dtype, metadata=metadata)
