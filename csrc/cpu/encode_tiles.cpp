@@ -147,9 +147,10 @@ EncodeTiles::EncodeTiles(const Matrix& x, const Matrix& w)
   row_blocks_ = divide_up(n_, rows);
   row_block_ = round_up(divide_up(n_, std::max<int64_t>(row_blocks_, 1)), table_.tile_rows);
   row_blocks_ = row_block_ == 0 ? 0 : divide_up(n_, row_block_);
-  // A transposed block is read in lines of 16 floats, which must not be fetched twice.
-  const int64_t unit = w_rows_.transposed() ? kLanes : 4;
-  block_ = std::clamp<int64_t>(kBlockBytes / row_bytes, unit, kMaxBlock) / unit * unit;
+  // At least 16: fewer would read x from L3 too often, and split the cache lines of a transposed W_enc.
+  block_ = std::clamp<int64_t>(kBlockBytes / row_bytes, kLanes, kMaxBlock) / kLanes * kLanes;
+  // Used once, it need not stay in L2: longer stretches of each page are worth more.
+  if (w_rows_.transposed() && n_ <= table_.tile_rows) block_ = kMaxBlock;
   const int64_t wanted = torch::stable::get_num_threads() * kTasksPerSlot;
   const int64_t ranges = divide_up(wanted, std::max<int64_t>(row_blocks_, 1));
   range_ = std::min(round_up(divide_up(d_sae_, ranges), block_), kMaxSide / block_ * block_);

@@ -20,6 +20,7 @@ void check_encode(const char* op, const Tensor& x, const Tensor& W_enc, const Te
 class FloatVector {
  public:
   explicit FloatVector(const Tensor& t);
+  FloatVector(const FloatVector&) = delete;
   const float* data() const { return data_; }
 
  private:

@@ -74,6 +74,31 @@ struct Panel {
   int64_t out_stride;
 };
 
+// reduce() of four at once: the same tree, lane by lane, in half the instructions (short d is bound by them).
+static inline void reduce4(F16x a, F16x b, F16x c, F16x d, float (&sum)[4]) {
+#if defined(__AVX2__)
+  const __m256 a8 = fold8(a), b8 = fold8(b), c8 = fold8(c), d8 = fold8(d);
+  const __m256 ab4 = _mm256_add_ps(_mm256_permute2f128_ps(a8, b8, 0x20),
+                                   _mm256_permute2f128_ps(a8, b8, 0x31));
+  const __m256 cd4 = _mm256_add_ps(_mm256_permute2f128_ps(c8, d8, 0x20),
+                                   _mm256_permute2f128_ps(c8, d8, 0x31));
+  const __m256d ab = _mm256_castps_pd(ab4), cd = _mm256_castps_pd(cd4);
+  const __m256 s2 = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)),
+                                  _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)));
+  float s1[8];
+  _mm256_storeu_ps(s1, _mm256_add_ps(s2, _mm256_permute_ps(s2, 0xb1)));
+  sum[0] = s1[0];
+  sum[1] = s1[4];
+  sum[2] = s1[2];
+  sum[3] = s1[6];
+#else
+  sum[0] = reduce(a);
+  sum[1] = reduce(b);
+  sum[2] = reduce(c);
+  sum[3] = reduce(d);
+#endif
+}
+
 // Rows [0, R) x latents [j, j + L), elements [k0, k1).
 template <int R, int L>
 static inline void tile(const Panel& p, int64_t j, int64_t k0, int64_t k1) {
@@ -110,9 +135,22 @@ static inline void tile(const Panel& p, int64_t j, int64_t k0, int64_t k1) {
     }
     return;
   }
-#pragma GCC unroll 64
-  for (int i = 0; i < R * L; ++i) {
-    p.out[(i / L) * p.out_stride + j + i % L] = reduce(lanes(acc[i / L][i % L]));
+  constexpr int kCount = R * L;
+#pragma GCC unroll 16
+  for (int i = 0; i < kCount; i += 4) {
+    F16x four[4];
+#pragma GCC unroll 4
+    for (int e = 0; e < 4; ++e) {
+      const int from = i + e < kCount ? i + e : i;
+      four[e] = lanes(acc[from / L][from % L]);
+    }
+    float sum[4];
+    reduce4(four[0], four[1], four[2], four[3], sum);
+#pragma GCC unroll 4
+    for (int e = 0; e < 4; ++e) {
+      const int at = i + e;
+      if (at < kCount) p.out[(at / L) * p.out_stride + j + at % L] = sum[e];
+    }
   }
 }
 
@@ -231,39 +269,48 @@ static inline void transpose8(const float* s, int64_t stride, float* t, int64_t 
 }
 #endif
 
-// One 16 x 16 corner of the transpose, or what is left of it.
-static inline void transpose_tile(const void* source, int64_t source_stride, int dtype, int64_t rows,
-                                  int64_t cols, float* target, int64_t target_stride) {
-  float widened[kLanes][kLanes];
+// Columns staged at a time: 1 KiB of each source row, so that a page is worth its TLB miss.
+constexpr int64_t kStage = 256;
+
+// Up to 16 rows of up to kStage columns, widened. Whole rows one after the other: at a power-of-two stride the rows share
+// a cache set, and touching 16 of them line by line evicts each before it is used up.
+static inline void stage_rows(const void* source, int64_t source_stride, int dtype, int64_t rows,
+                              int64_t cols, float (&staged)[kLanes][kStage + kLanes]) {
+  const int64_t size = dtype == 0 ? 4 : 2;
   for (int64_t r = 0; r < rows; ++r) {
-    const F16x row = cols == kLanes ? load_as(source, dtype, r * source_stride)
-                                    : load_tail(source, dtype, r * source_stride, cols);
-    store(widened[r], row);
-  }
-#if defined(__AVX2__)
-  if (rows == kLanes && cols == kLanes) {
-    for (int64_t i = 0; i < 4; ++i) {
-      const int64_t r = 8 * (i / 2), c = 8 * (i % 2);
-      transpose8(&widened[r][c], kLanes, target + c * target_stride + r, target_stride);
+    for (int64_t c = 0; c < cols; c += kLanes) {
+      // Another page, out of the hardware prefetchers' reach. An address past the end is harmless.
+      __builtin_prefetch(reinterpret_cast<const void*>(
+          reinterpret_cast<uintptr_t>(source) +
+          static_cast<uintptr_t>(((r + 3) * source_stride + c) * size)));
+      const int64_t at = r * source_stride + c;
+      store(staged[r] + c, cols - c >= kLanes ? load_as(source, dtype, at)
+                                              : load_tail(source, dtype, at, cols - c));
     }
-    return;
-  }
-#endif
-  for (int64_t c = 0; c < cols; ++c) {
-    for (int64_t r = 0; r < rows; ++r) target[c * target_stride + r] = widened[r][c];
   }
 }
 
 static void transpose(const void* source, int64_t source_stride, int dtype, int64_t rows,
                       int64_t cols, float* target, int64_t target_stride) {
   const int64_t size = dtype == 0 ? 4 : 2;
-  for (int64_t r = 0; r < rows; r += kLanes) {
-    const int64_t tile_rows = rows - r < kLanes ? rows - r : kLanes;
-    for (int64_t c = 0; c < cols; c += kLanes) {
-      const int64_t tile_cols = cols - c < kLanes ? cols - c : kLanes;
-      transpose_tile(static_cast<const char*>(source) + (r * source_stride + c) * size,
-                     source_stride, dtype, tile_rows, tile_cols, target + c * target_stride + r,
-                     target_stride);
+  float staged[kLanes][kStage + kLanes];
+  for (int64_t c0 = 0; c0 < cols; c0 += kStage) {
+    const int64_t width = cols - c0 < kStage ? cols - c0 : kStage;
+    for (int64_t r0 = 0; r0 < rows; r0 += kLanes) {
+      const int64_t height = rows - r0 < kLanes ? rows - r0 : kLanes;
+      stage_rows(static_cast<const char*>(source) + (r0 * source_stride + c0) * size, source_stride,
+                 dtype, height, width, staged);
+      float* out = target + c0 * target_stride + r0;
+      int64_t c = 0;
+#if defined(__AVX2__)
+      for (; height == kLanes && c + 8 <= width; c += 8) {
+        transpose8(&staged[0][c], kStage + kLanes, out + c * target_stride, target_stride);
+        transpose8(&staged[8][c], kStage + kLanes, out + c * target_stride + 8, target_stride);
+      }
+#endif
+      for (; c < width; ++c) {
+        for (int64_t r = 0; r < height; ++r) out[c * target_stride + r] = staged[r][c];
+      }
     }
   }
 }
