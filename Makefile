@@ -67,7 +67,7 @@ SANITIZED = build/sanitize/tree
 sanitize: build
 	@mkdir -p $(SANITIZED)
 	@rm -rf $(SANITIZED)/*
-	@cp -r gemmascope_fast kernels tests bench pyproject.toml $(SANITIZED)
+	@cp -r $(wildcard gemmascope_fast kernels tests bench pyproject.toml README.md) $(SANITIZED)
 	@rm -f $(SANITIZED)/gemmascope_fast/*.so
 	@PATH="$(CURDIR)/$(BIN):$$PATH" && \
 	  cmake -S . -B build/sanitize/cmake -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
