@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..checks import check_device, check_encoder, check_float, check_vector
@@ -34,7 +33,13 @@ SAMPLE_ROWS = 16
 """Rows of a span that measure its density: one read of W_enc, under 1 % of a 4096-row step."""
 
 CROSSOVER = {"cpu": 1 / 8, "cuda": 1 / 184}
-"""Density above which the dense path is faster, by device type."""
+"""Density above which the dense path is faster, by device type.
+
+CPU: sparse over dense time at density 1/4, 1/8, 1/16, one thread with AVX-512, n = 512: 1.44, 0.98,
+0.61 (d = 1152, F = 4096); 1.44, 0.95, 0.55 (384, 8192); 1.75, 1.09, 0.73 (1152, 32768); 1.70, 1.20,
+0.81 (2304, 16384). Whole steps; the dense ones run at 53 to 78 of 88 GFLOP/s.
+CUDA: the ratio of an H200's bandwidth to its rate of bfloat16 products, not measured on steps.
+"""
 
 ENTRY_BYTES = 40
 """Of a stored entry at the peak: index, value, gate and permutation (20), and their gradients."""
@@ -53,7 +58,7 @@ class Limits:
     """
 
     span_rows: int = 8192
-    tile_bytes: int = 64 << 20
+    tile_bytes: int = 64 << 20  # d = 1152, F = 65536: 8 MiB tiles are 26 % slower, 32 MiB 3 %
     entry_bytes: int = 256 << 20
     crossover: float | None = None
 
@@ -96,8 +101,9 @@ class _Precomputed(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(f"{OP}: second derivatives are not supported: drop create_graph")
         saved = ctx.saved_tensors
         if bool(scale == 1):  # plain loss.backward(): no copies, the buffers become the .grad
             return (None, None, *saved)
