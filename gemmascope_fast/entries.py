@@ -6,6 +6,7 @@ import math
 from typing import Any, Self
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from . import ops
@@ -213,3 +214,42 @@ def check_topk(values: Tensor, indices: Tensor, d_sae: int) -> None:
         raise ValueError(
             f"from_topk: index {int(indices[bad][0])} is out of range [0, d_sae={d_sae})"
         )
+
+
+def register_pytree(kind: type[Entries]) -> None:
+    """Make `kind` a pytree whose leaves are its tensors.
+
+    The number of tokens is a size of the leaves and not part of the structure, so that programs
+    that `torch.export` made with a dynamic batch accept and return every number of tokens: the
+    first batch dimension stands as -1 in the context and comes back from `offsets`.
+    """
+
+    def flatten(entries: Entries) -> tuple[list[Any], Any]:
+        fields = [name for name in (*TENSORS, *OPTIONAL) if getattr(entries, name) is not None]
+        shape = entries.shape
+        if len(shape) > 1 and math.prod(shape[1:-1]) != 0:
+            shape = (-1, *shape[1:])
+        return [getattr(entries, name) for name in fields], (tuple(fields), shape, entries.padded)
+
+    def flatten_with_keys(entries: Entries) -> tuple[list[Any], Any]:
+        leaves, context = flatten(entries)
+        keys = [pytree.GetAttrKey(name) for name in context[0]]
+        return list(zip(keys, leaves, strict=True)), context
+
+    def unflatten(leaves: Any, context: Any) -> Entries:
+        names, shape, padded = context
+        fields = dict(zip(names, leaves, strict=True))
+        if shape[0] == -1 and isinstance(fields["offsets"], Tensor):
+            n = fields["offsets"].shape[0] - 1
+            shape = (n // math.prod(shape[1:-1]), *shape[1:])
+        return kind(**fields, shape=shape, padded=padded)
+
+    pytree.register_pytree_node(
+        kind,
+        flatten,
+        unflatten,
+        serialized_type_name=f"gemmascope_fast.{kind.__name__}",
+        to_dumpable_context=list,
+        from_dumpable_context=lambda c: (tuple(c[0]), tuple(c[1]), c[2]),  # JSON made lists of them
+        flatten_with_keys_fn=flatten_with_keys,
+    )

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from .entries import (
@@ -18,6 +17,7 @@ from .entries import (
     distinct_tokens,
     latent_ids,
     pad_mask,
+    register_pytree,
     row_offsets,
 )
 
@@ -265,33 +265,4 @@ class SparseActs(Entries):
         return self.values[:nnz].view(shape), self.indices[:nnz].view(shape)
 
 
-def _flatten(acts: SparseActs) -> tuple[list[Any], Any]:
-    present = [name for name in (*TENSORS, *OPTIONAL) if getattr(acts, name) is not None]
-    return [getattr(acts, name) for name in present], (tuple(present), acts.shape, acts.padded)
-
-
-def _flatten_with_keys(acts: SparseActs) -> tuple[list[Any], Any]:
-    leaves, context = _flatten(acts)
-    keys = [pytree.GetAttrKey(name) for name in context[0]]
-    return list(zip(keys, leaves, strict=True)), context
-
-
-def _unflatten(leaves: Any, context: Any) -> SparseActs:
-    present, shape, padded = context
-    return SparseActs(**dict(zip(present, leaves, strict=True)), shape=shape, padded=padded)
-
-
-def _loaded_context(stored: Any) -> Any:
-    present, shape, padded = stored  # JSON made lists of the tuples
-    return tuple(present), tuple(shape), padded
-
-
-pytree.register_pytree_node(
-    SparseActs,
-    _flatten,
-    _unflatten,
-    serialized_type_name="gemmascope_fast.SparseActs",
-    to_dumpable_context=list,
-    from_dumpable_context=_loaded_context,
-    flatten_with_keys_fn=_flatten_with_keys,
-)
+register_pytree(SparseActs)

@@ -227,8 +227,21 @@ def test_pytree_round_trip(case: Case) -> None:
         paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(acts)[0]]
         present = [f".{name}" for name in (*FIELDS, *OPTIONAL) if getattr(acts, name) is not None]
         assert paths == present
+    assert pytree.tree_map(lambda t: 0, acts).values == 0  # leaves need not be tensors
     spec = pytree.tree_structure(acts)
     assert pytree.treespec_loads(pytree.treespec_dumps(spec)) == spec
+
+
+@pytest.mark.parametrize("shape", [(7,), (0, 7), (5, 7), (4, 0, 7), (2, 3, 7), (3, 0)])
+def test_the_number_of_tokens_is_no_part_of_the_structure(shape: tuple[int, ...]) -> None:
+    acts = make(shape).acts
+    leaves, spec = pytree.tree_flatten(acts)
+    assert pytree.tree_unflatten(leaves, spec).shape == shape
+    if len(shape) > 1 and 0 not in shape[1:-1]:
+        other = make((9, *shape[1:])).acts
+        assert pytree.tree_structure(other) == spec
+        leaves = pytree.tree_leaves(other)
+        assert pytree.tree_unflatten(leaves, spec).shape == (9, *shape[1:])
 
 
 def test_copies_and_files(case: Case) -> None:
