@@ -153,8 +153,7 @@ def encode_backward(
     d_gate = zero if d_gate is None else torch.where(valid, d_gate.to(acc), zero)
     d_pre = _sparse("encode_backward", offsets, indices, d_values * gate, d_sae)
     latents = torch.where(valid, indices, 0).long()
-    empty = x.new_empty(0)
-    d_threshold = empty
+    d_threshold = zero.new_empty(0)
     if need_threshold:
         assert threshold is not None
         theta = threshold.to(acc)[latents]
@@ -162,11 +161,11 @@ def encode_backward(
         d_theta = torch.where(in_window & valid, theta * d_values + d_gate, zero)
         d_threshold = zero.new_zeros(d_sae).index_add_(0, latents, d_theta) / -bandwidth
     return (
-        _product(d_pre, W_enc.T).to(x.dtype) if need_x else empty,
-        _like(_product(d_pre.t(), x).T, W_enc) if need_W_enc else empty,
+        _product(d_pre, W_enc.T).to(x.dtype) if need_x else x.new_empty(0),
+        _like(_product(d_pre.t(), x).T, W_enc) if need_W_enc else x.new_empty(0),
         zero.new_zeros(d_sae).index_add_(0, d_pre._indices()[1], d_pre._values())
         if need_b_enc
-        else empty,
+        else zero.new_empty(0),
         d_threshold,
     )
 
@@ -187,16 +186,15 @@ def decode_backward(
     acc = _accumulate(values, W_dec)
     d_recon = d_recon.to(acc)
     acts = _sparse("decode_backward", offsets, indices, values.to(acc), W_dec.shape[0])
-    empty = values.new_empty(0)
-    d_values = empty
+    d_values = values.new_empty(0)
     if need_values:
         d_values = torch.zeros_like(values, dtype=acc)
         rows, latents = acts._indices()
         d_values[: rows.shape[0]] = (d_recon @ W_dec.to(acc).T)[rows, latents]
     return (
         d_values,
-        _like(_product(acts.t(), d_recon), W_dec) if need_W_dec else empty,
-        d_recon.sum(0) if need_b_dec else empty,
+        _like(_product(acts.t(), d_recon), W_dec) if need_W_dec else values.new_empty(0),
+        d_recon.sum(0) if need_b_dec else values.new_empty(0),
     )
 
 

@@ -1,0 +1,201 @@
+"""Registration with torch: schemas, opcheck, and which backend serves.
+
+Changed a schema on purpose? `python tests/test_torch_library.py` rewrites `schemas.txt`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from samples import problem, samples
+from torch import Tensor
+from torch.testing._internal.optests import aot_autograd_check
+
+import gemmascope_fast
+from gemmascope_fast import ops
+
+OPS = tuple(ops.TABLE)
+ENCODERS = ("jumprelu_encode", "topk_encode", "batchtopk_encode")
+SNAPSHOT = Path(__file__).with_name("schemas.txt")
+PACKAGE = Path(gemmascope_fast.__file__).resolve().parent
+
+
+def schemas(namespace: str) -> str:
+    overloads = (getattr(getattr(torch.ops, namespace), name).default for name in ops.TABLE)
+    return "".join(f"{op._schema}\n".replace(f"{namespace}::", "") for op in overloads)
+
+
+@pytest.mark.parametrize("namespace", [ops.NAMESPACE, ops.REFERENCE])
+def test_schemas_are_the_committed_ones(namespace: str) -> None:
+    """A changed schema breaks saved programs and other languages' callers."""
+    assert schemas(namespace) == SNAPSHOT.read_text()
+
+
+# ---- opcheck
+
+
+def prepared(name: str, args: list[Any]) -> tuple[Any, ...]:
+    """Copies of a sample; floating-point inputs of differentiable forward ops require gradients."""
+    wanted = ops.TABLE[name].differentiable and not name.endswith("_backward")
+    copies = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
+    for i, a in enumerate(copies):
+        without_window = name == "jumprelu_encode" and i == 3 and args[4] == 0
+        if isinstance(a, Tensor) and a.is_floating_point() and wanted and not without_window:
+            a.requires_grad_()
+    return tuple(copies)
+
+
+def floats_first(op: Callable[..., Any]) -> Callable[..., list[Tensor]]:
+    """The op with its floating-point outputs in front.
+
+    opcheck adds up the sums of all outputs in place, starting with the first: an int64 one fails.
+    """
+    return lambda *args: sorted(op(*args), key=lambda t: not t.is_floating_point())
+
+
+SAMPLES = [(name, i) for name, cases in samples().items() for i in range(len(cases))]
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+@pytest.mark.parametrize(("name", "at"), SAMPLES)
+@pytest.mark.parametrize(
+    ("backend", "dtypes"),
+    [("reference", "float32"), ("native", "float32"), ("native", "mixed")],
+    indirect=["backend"],
+)
+def test_opcheck(backend: Any, name: str, at: int, dtypes: str) -> None:
+    if dtypes == "mixed":
+        p = problem(x_dtype=torch.bfloat16, w_dtype=torch.float16)
+    else:
+        p = problem()
+    op, args = backend.op(name), prepared(name, samples(p)[name][at])
+    if name in ENCODERS:
+        torch.library.opcheck(op, args, test_utils=CHECKS)
+        aot_autograd_check(floats_first(op), args, {}, dynamic=True)
+    else:
+        torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize("name", [n for n in OPS if n.endswith("_backward")])
+def test_second_derivatives_are_refused(backend: Any, name: str) -> None:
+    args = samples()[name][0]
+    leaves = [
+        a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
+    ]
+    with pytest.raises(RuntimeError, match=f"{name} is not differentiable: second derivatives"):
+        sum(t.sum() for t in backend.op(name)(*leaves)).backward()
+
+
+# ---- which backend serves; each in a process of its own
+
+SERVED = """
+import torch
+from gemmascope_fast import ops
+print(sorted({ops.implementation(name, "cpu") for name in ops.TABLE}))
+"""
+REFUSED = """
+try:
+    import gemmascope_fast
+except ImportError as error:
+    print(type(error).__name__, error)
+"""
+needs_native = pytest.mark.skipif(bool(ops.NATIVE_MISSING), reason=ops.NATIVE_MISSING)
+
+
+def test_forced_reference_serves_every_op(run_python: Callable[..., str]) -> None:
+    assert run_python(SERVED, GEMMASCOPE_FAST_BACKEND="reference") == "['reference']"
+
+
+@pytest.mark.parametrize(
+    ("forced", "text"),
+    [
+        ("triton", "GEMMASCOPE_FAST_BACKEND=triton: this version has no Triton kernels yet"),
+        (
+            "Native",
+            "GEMMASCOPE_FAST_BACKEND='Native' is unknown: expected one of reference, triton, "
+            "native, or unset",
+        ),
+    ],
+)
+def test_a_backend_that_does_not_exist_is_refused(
+    forced: str, text: str, run_python: Callable[..., str]
+) -> None:
+    assert run_python(REFUSED, GEMMASCOPE_FAST_BACKEND=forced) == f"ImportError {text}"
+
+
+@needs_native
+def test_forced_native_never_falls_back(run_python: Callable[..., str]) -> None:
+    code = """
+import gemmascope_fast as gsf
+x, W, b = torch.ones(2, 3), torch.ones(3, 4), torch.zeros(4)
+print(gsf.topk_encode(x, W, b, 1).values.tolist())
+try:
+    gsf.topk_encode(x.double(), W.double(), b.double(), 1)
+except TypeError as error:
+    print(error)
+"""
+    out = run_python(SERVED + code, GEMMASCOPE_FAST_BACKEND="native").splitlines()
+    served, values, refusal = out
+    assert (served, values) == ("['native']", "[3.0, 3.0]")
+    assert refusal == (
+        "topk_encode: float64 is served by the reference only, and "
+        "GEMMASCOPE_FAST_BACKEND=native forbids it"
+    )
+
+
+def copied_package(folder: Path) -> Path:
+    """The package's Python files in `folder`, without what was built."""
+    ignored = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__", "demo")
+    shutil.copytree(PACKAGE, folder / "gemmascope_fast", ignore=ignored)
+    return folder / "gemmascope_fast"
+
+
+def run_in(folder: Path, code: str, backend: str = "") -> str:
+    env = {**os.environ, "GEMMASCOPE_FAST_BACKEND": backend, "PYTHONPATH": str(folder)}
+    # the finder of an editable installation would add the modules that are missing here
+    alone = (
+        "import sys; kept = [f for f in sys.meta_path if 'editable' not in f.__module__]\n"
+        "sys.meta_path[:] = kept\n"
+    )
+    command = [sys.executable, "-c", alone + code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_without_the_compiled_library_the_reference_serves(tmp_path: Path) -> None:
+    package = copied_package(tmp_path)
+    code = SERVED + "print(ops.NATIVE_MISSING, ops.__file__)"
+    served, reason = run_in(tmp_path, code).splitlines()
+    assert served == "['reference']"
+    assert reason == f"the compiled library is not built (run `make build`) {package / 'ops.py'}"
+    assert run_in(tmp_path, REFUSED, "native") == (
+        "ImportError GEMMASCOPE_FAST_BACKEND=native: the compiled library is not built "
+        "(run `make build`)"
+    )
+
+
+def test_a_broken_compiled_library_is_an_error(tmp_path: Path) -> None:
+    (copied_package(tmp_path) / "_C.abi3.so").write_bytes(b"\x7fELF, but no more of it")
+    assert re.match(r"ImportError .*_C\.abi3\.so", run_in(tmp_path, REFUSED))
+    assert run_in(tmp_path, SERVED, "reference") == "['reference']"
+
+
+def test_a_compiled_library_that_misses_a_module_is_an_error(tmp_path: Path) -> None:
+    """Only the absence of `_C` itself means "not built"."""
+    (copied_package(tmp_path) / "_C.py").write_text("import a_module_that_is_absent")
+    expected = "ModuleNotFoundError No module named 'a_module_that_is_absent'"
+    assert run_in(tmp_path, REFUSED) == expected
+
+
+if __name__ == "__main__":
+    SNAPSHOT.write_text(schemas(ops.NAMESPACE))
