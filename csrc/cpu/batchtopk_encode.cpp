@@ -1,12 +1,14 @@
-// BatchTopK encoder: the int(k * n) largest positive entries of relu(x @ W_enc + b_enc) over the whole batch, exactly.
+// BatchTopK encoder: the int(k * n) largest positive entries of relu(x @ W_enc + b_enc) over the
+// whole batch, exactly.
 //
 //   pre = x @ W_enc + b_enc;  count = int(k * n) entries, ties by (row, latent), NaN largest
 //   x [n, d_in], W_enc [d_in, d_sae], b_enc [d_sae]
 //
 // Source: BatchTopK sparse autoencoders, arXiv 2412.06410, section 3.
-// Algorithm: one pool of candidates, cut to the count best whenever it is half as large again; the worst of those is
-// from then on a lower bound for all tasks, even when stale. The order (value, row, latent) is total, so the outcome is
-// the same whatever the schedule. A guess only starts the bound; if it leaves too few entries, the pass is repeated.
+// Algorithm: one pool of candidates, cut to the count best whenever it is half as large again; the
+// worst of those is from then on a lower bound for all tasks, even when stale. The order (value,
+// row, latent) is total, so the outcome is the same whatever the schedule. A guess only starts the
+// bound; if it leaves too few entries, the pass is repeated.
 // Bound: the dot products (fma ports); at n = 1 the read of W_enc.
 #include <torch/csrc/stable/library.h>
 
@@ -50,7 +52,8 @@ class Pool {
  public:
   Pool(int64_t count, float bound)
       : count_(static_cast<size_t>(count)),
-        capacity_(count_ + std::max<size_t>(count_ / 2, 65536)), bound_(bound) {}
+        capacity_(count_ + std::max<size_t>(count_ / 2, 65536)),
+        bound_(bound) {}
 
   // Nothing below the bound can be selected.
   float bound() const { return bound_.load(std::memory_order_relaxed); }
@@ -78,8 +81,8 @@ class Pool {
     entries_.resize(count_);
     worst_ = entries_.back();
     cut_once_ = true;
-    const float value = std::isnan(worst_.value) ? std::numeric_limits<float>::infinity()
-                                                 : worst_.value;
+    const float value =
+        std::isnan(worst_.value) ? std::numeric_limits<float>::infinity() : worst_.value;
     bound_.store(value, std::memory_order_relaxed);
   }
 
@@ -104,8 +107,8 @@ void visit(const DotTable& table, const float* bias, int64_t row, int64_t latent
            const float* dots, Pool& pool, Collector& own) {
   const float bound = pool.bound();
   const float limit = bound > 0 ? std::nextafter(bound, 0.0f) : 0.0f;
-  const int64_t found = table.above(dots, bias + latent, &limit, 0, count, own.position.data(),
-                                    own.pre.data());
+  const int64_t found =
+      table.above(dots, bias + latent, &limit, 0, count, own.position.data(), own.pre.data());
   for (int64_t i = 0; i < found; ++i) {
     const float value = own.pre[static_cast<size_t>(i)];
     own.entries.push_back({std::isnan(value) ? kNaN : value,
@@ -182,8 +185,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch
 
   const double wanted = std::trunc(k * static_cast<double>(n));
   const int64_t all = n * d_sae;
-  const int64_t count =
-      wanted >= static_cast<double>(all) ? all : static_cast<int64_t>(wanted);
+  const int64_t count = wanted >= static_cast<double>(all) ? all : static_cast<int64_t>(wanted);
   const FloatVector bias(b_enc);
   EncodeTiles tiles(matrix_of(x), features(W_enc));
   const std::vector<Entry> entries = select(tiles, bias.data(), count, guess);
@@ -192,18 +194,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch
   const int64_t capacity = max_nnz.value_or(needed);
   if (needed > capacity) {
     throw std::runtime_error(
-        "CapacityError: batchtopk_encode: max_nnz=" + std::to_string(capacity) +
-        " is too small, " + std::to_string(needed) + " entries are needed; pass max_nnz >= " +
-        std::to_string(needed));
+        "CapacityError: batchtopk_encode: max_nnz=" + std::to_string(capacity) + " is too small, " +
+        std::to_string(needed) + " entries are needed; pass max_nnz >= " + std::to_string(needed));
   }
   Tensor offsets = torch::stable::new_empty(x, {n + 1}, ScalarType::Long);
   const EncodeOutput out(x, capacity, needed);
   write_entries(entries, n, static_cast<int64_t*>(offsets.data_ptr()), out);
   const float threshold = static_cast<double>(needed) < wanted ? 0.0f : smallest(entries);
-  auto [feature_offsets, permutation] =
-      feature_view(by_feature, x, offsets, out.indices, d_sae);
-  return {offsets,          out.indices, out.values, out.gate, int64_scalar(x, needed),
-          float_scalar(x, threshold), feature_offsets, permutation};
+  auto [feature_offsets, permutation] = feature_view(by_feature, x, offsets, out.indices, d_sae);
+  return {offsets,
+          out.indices,
+          out.values,
+          out.gate,
+          int64_scalar(x, needed),
+          float_scalar(x, threshold),
+          feature_offsets,
+          permutation};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) {

@@ -1,4 +1,5 @@
-// What every encoder returns besides its offsets, allocated with the padding beyond the entries zeroed.
+// What every encoder returns besides its offsets, allocated with the padding beyond the entries
+// zeroed.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

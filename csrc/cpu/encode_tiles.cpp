@@ -32,7 +32,8 @@ const DotTable& dot_table(SimdTarget target) {
 namespace {
 
 constexpr int64_t kLanes = 16;
-// A block of w takes less than half of a 512 KiB L2: the rest is for x, the lanes' state and the next block's prefetch.
+// A block of w takes less than half of a 512 KiB L2: the rest is for x, the lanes' state and the
+// next block's prefetch.
 constexpr int64_t kBlockBytes = 192 * 1024;
 // A row block of x stays in a shared L3.
 constexpr int64_t kRowBlockBytes = 8 * 1024 * 1024;
@@ -147,7 +148,8 @@ EncodeTiles::EncodeTiles(const Matrix& x, const Matrix& w)
   row_blocks_ = divide_up(n_, rows);
   row_block_ = round_up(divide_up(n_, std::max<int64_t>(row_blocks_, 1)), table_.tile_rows);
   row_blocks_ = row_block_ == 0 ? 0 : divide_up(n_, row_block_);
-  // At least 16: fewer would read x from L3 too often, and split the cache lines of a transposed W_enc.
+  // At least 16: fewer would read x from L3 too often, and split the cache lines of a transposed
+  // W_enc.
   block_ = std::clamp<int64_t>(kBlockBytes / row_bytes, kLanes, kMaxBlock) / kLanes * kLanes;
   // Used once, it need not stay in L2: longer stretches of each page are worth more.
   if (w_rows_.transposed() && n_ <= table_.tile_rows) block_ = kMaxBlock;

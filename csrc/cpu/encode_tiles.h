@@ -1,7 +1,9 @@
-// The loop all encoders share: canonical dots of rows of x with blocks of latents, never held for more than one tile.
+// The loop all encoders share: canonical dots of rows of x with blocks of latents, never held for
+// more than one tile.
 //
-// Tasks are (row block, latent range) pairs. Within a task blocks of latents that fit half an L2 are streamed, converted
-// and transposed first where W_enc's dtype or layout asks for it, and every panel of rows visits each block.
+// Tasks are (row block, latent range) pairs. Within a task blocks of latents that fit half an L2
+// are streamed, converted and transposed first where W_enc's dtype or layout asks for it, and every
+// panel of rows visits each block.
 #pragma once
 
 #include <functional>
@@ -50,7 +52,8 @@ class PaddedRows {
   bool transposed() const { return transposed_; }
   // Rows [begin, begin + count), *stride floats apart, in place or written to buffer.
   const float* rows(int64_t begin, int64_t count, FloatBuffer& buffer, int64_t* stride) const;
-  // Starts the read of a share of what rows(begin, count) would touch, if that is a plain stretch of memory.
+  // Starts the read of a share of what rows(begin, count) would touch, if that is a plain stretch
+  // of memory.
   void prefetch(int64_t begin, int64_t count, int64_t share, int64_t shares) const;
   void convert(int64_t begin, int64_t count, float* target) const;
 
@@ -68,9 +71,9 @@ class EncodeTiles {
     int64_t rows() const { return row_end - row_begin; }
     int64_t latents() const { return latent_end - latent_begin; }
   };
-  // Called with the dots of one row and `count` latents from `latent` on; latents ascend within a task.
-  using Visit =
-      std::function<void(int64_t row, int64_t latent, int64_t count, const float* dots)>;
+  // Called with the dots of one row and `count` latents from `latent` on; latents ascend within a
+  // task.
+  using Visit = std::function<void(int64_t row, int64_t latent, int64_t count, const float* dots)>;
 
   // Neither side of a task exceeds this, so that 16 bits hold a position inside it.
   static constexpr int64_t kMaxSide = 65536;

@@ -5,9 +5,10 @@
 //   x [n, d_in], W_enc [d_in, d_sae], b_enc and threshold [d_sae]
 //
 // Source: JumpReLU SAEs, arXiv 2407.14435, section 3.
-// Algorithm: each (row block, latent range) task compares its dots with one limit per latent, eight at a time, and keeps
-// what passes as 8-byte records with a count per row. A prefix sum over (row, range) then gives every task the place of
-// its entries in the CSR, which all tasks write independently: the result cannot depend on the schedule.
+// Algorithm: each (row block, latent range) task compares its dots with one limit per latent, eight
+// at a time, and keeps what passes as 8-byte records with a count per row. A prefix sum over (row,
+// range) then gives every task the place of its entries in the CSR, which all tasks write
+// independently: the result cannot depend on the schedule.
 // Bound: the dot products (fma ports); at n = 1 the read of W_enc.
 #include <torch/csrc/stable/library.h>
 
@@ -74,8 +75,10 @@ struct Gate {
 class Collector {
  public:
   Collector(const EncodeTiles& tiles, const Gate& gate)
-      : above_(tiles.table().above), gate_(gate),
-        position_(static_cast<size_t>(tiles.block() + 16)), pre_(position_.size()) {}
+      : above_(tiles.table().above),
+        gate_(gate),
+        position_(static_cast<size_t>(tiles.block() + 16)),
+        pre_(position_.size()) {}
 
   void start(const EncodeTiles::Task& task, TaskEntries& entries) {
     task_ = task;
@@ -101,8 +104,8 @@ class Collector {
       invalid = 1;
       pre = kNaN;
     }
-    entries_->records.push({static_cast<uint16_t>(row),
-                            static_cast<uint16_t>(latent - task_.latent_begin), pre});
+    entries_->records.push(
+        {static_cast<uint16_t>(row), static_cast<uint16_t>(latent - task_.latent_begin), pre});
     ++entries_->place[static_cast<size_t>(row)];
   }
 
@@ -128,7 +131,8 @@ std::vector<TaskEntries> collect(EncodeTiles& tiles, const Gate& gate) {
   return entries;
 }
 
-// Turns the counts into places, drops every invalid entry of a row but the first, fills offsets; returns the total.
+// Turns the counts into places, drops every invalid entry of a row but the first, fills offsets;
+// returns the total.
 int64_t place_entries(const EncodeTiles& tiles, std::vector<TaskEntries>& entries, int64_t n,
                       int64_t* offsets) {
   int64_t total = 0;
@@ -205,10 +209,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> jumprelu_enco
   }
   const EncodeOutput out(x, capacity, needed);
   write_entries(tiles, entries, gate, out.indices_data(), out.values_data(), out.gate_data());
-  auto [feature_offsets, permutation] =
-      feature_view(by_feature, x, offsets, out.indices, d_sae);
-  return {offsets, out.indices, out.values, out.gate, int64_scalar(x, needed), feature_offsets,
-          permutation};
+  auto [feature_offsets, permutation] = feature_view(by_feature, x, offsets, out.indices, d_sae);
+  return {offsets,         out.indices, out.values, out.gate, int64_scalar(x, needed),
+          feature_offsets, permutation};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) {

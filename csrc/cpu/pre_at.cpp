@@ -3,8 +3,8 @@
 //   pre[p] = <x[rows[p]], W_enc[:, latents[p]]> + b_enc[latents[p]]
 //   x [n, d_in], W_enc [d_in, d_sae], rows and latents [p] int64
 //
-// Algorithm: one canonical dot product per pair, so the bits are those of the encoders; ranges of pairs in parallel. A
-// converted row is kept while the next pair uses it again.
+// Algorithm: one canonical dot product per pair, so the bits are those of the encoders; ranges of
+// pairs in parallel. A converted row is kept while the next pair uses it again.
 // Bound: the read of the W_enc rows.
 #include <torch/csrc/stable/library.h>
 
@@ -72,8 +72,6 @@ Tensor pre_at_cpu(const Tensor& x, const Tensor& W_enc, const Tensor& b_enc, con
   return pre;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) {
-  m.impl("pre_at", TORCH_BOX(&pre_at_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) { m.impl("pre_at", TORCH_BOX(&pre_at_cpu)); }
 
 }  // namespace gemmascope_fast

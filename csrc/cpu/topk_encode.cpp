@@ -1,12 +1,14 @@
 // TopK encoder: the k largest of relu(x @ W_enc + b_enc) per row, exactly, without the matrix.
 //
-//   pre = x @ W_enc + b_enc;  k entries per row, ties to the smaller latent, NaN largest, in ascending latent order
+//   pre = x @ W_enc + b_enc;  k entries per row, NaN largest, ties to the smaller latent,
+//   in ascending latent order
 //   x [n, d_in], W_enc [d_in, d_sae], b_enc [d_sae]
 //
 // Source: Scaling and evaluating sparse autoencoders, arXiv 2406.04093, section 2.
-// Algorithm: the k-th best value seen so far bounds a row from below, even when stale; only what exceeds it becomes a
-// candidate. Candidates live in bounded buffers per (row, latent range), cut to the k best when full; ranges share the
-// bound of a row. A last pass selects k of each row's survivors and fills up with zeros at the smallest latents.
+// Algorithm: the k-th best value seen so far bounds a row from below, even when stale; only what
+// exceeds it becomes a candidate. Candidates live in bounded buffers per (row, latent range), cut
+// to the k best when full; ranges share the bound of a row. A last pass selects k of each row's
+// survivors and fills up with zeros at the smallest latents.
 // Bound: the dot products (fma ports); at n = 1 the read of W_enc.
 #include <torch/csrc/stable/library.h>
 
@@ -66,10 +68,14 @@ struct TaskCandidates {
 class Collector {
  public:
   Collector(const EncodeTiles& tiles, const float* bias, int64_t k, SharedBounds& shared)
-      : above_(tiles.table().above), bias_(bias), k_(k), shared_(&shared),
+      : above_(tiles.table().above),
+        bias_(bias),
+        k_(k),
+        shared_(&shared),
         capacity_(std::min(tiles.range(), k > tiles.range() ? k : std::max(2 * k, k + 64))),
         buffer_(static_cast<size_t>(std::min(tiles.row_block(), tiles.rows()) * capacity_)),
-        position_(static_cast<size_t>(tiles.block() + 16)), pre_(position_.size()) {}
+        position_(static_cast<size_t>(tiles.block() + 16)),
+        pre_(position_.size()) {}
 
   void start(const EncodeTiles::Task& task) {
     task_ = task;
@@ -81,8 +87,8 @@ class Collector {
     const int64_t r = row - task_.row_begin;
     const size_t local = static_cast<size_t>(r);
     const float limit = std::max(bound_[local], others_limit(row));
-    const int64_t found = above_(dots, bias_ + latent, &limit, 0, count, position_.data(),
-                                 pre_.data());
+    const int64_t found =
+        above_(dots, bias_ + latent, &limit, 0, count, position_.data(), pre_.data());
     for (int64_t i = 0; i < found; ++i) {
       const float value = pre_[static_cast<size_t>(i)];
       if (value <= bound_[local]) continue;  // the bound may have risen since
@@ -117,7 +123,8 @@ class Collector {
     return bound > 0 ? std::nextafter(bound, 0.0f) : 0.0f;
   }
 
-  // Keeps the k best. Later latents lose ties against them, so the k-th best value itself is the limit.
+  // Keeps the k best. Later latents lose ties against them, so the k-th best value itself is the
+  // limit.
   void cut(int64_t row) {
     const size_t local = static_cast<size_t>(row - task_.row_begin);
     Candidate* first = row_buffer(row - task_.row_begin);
@@ -214,8 +221,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_encode_cpu(
     EncodeTiles tiles(matrix_of(x), features(W_enc));
     write_entries(tiles, collect(tiles, bias.data(), k, n), n, k, out);
   }
-  auto [feature_offsets, permutation] =
-      feature_view(by_feature, x, offsets, out.indices, d_sae);
+  auto [feature_offsets, permutation] = feature_view(by_feature, x, offsets, out.indices, d_sae);
   return {offsets, out.indices, out.values, out.gate, feature_offsets, permutation};
 }
 

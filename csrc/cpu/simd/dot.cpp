@@ -1,20 +1,24 @@
 // The canonical float32 dot product as a register tile, vectorised over k.
 //
-//   dot(x, w) = reduce(acc), acc[l] = fma over k = l, l + 16, ... in ascending order     (docs/design.md, Numerics)
+//   dot(x, w) = reduce(acc), acc[l] = fma over k = l, l + 16, ... in ascending order
+//   (docs/design.md, Numerics)
 //
-// Algorithm: R rows x L latents keep their 16 lanes in registers; each w vector is used R times and each x vector L
-// times. For long d the lanes rest in memory between blocks of k, so that the x rows stay in L1 while the w rows stream
-// from L2; the order of the additions, hence every bit, is the same whatever R, L and the blocks are.
-// Bound: the fma ports. AVX2 3 x 2: 6 fma to 5 loads of 32 bytes; AVX-512 6 x 4: 24 fma to 10 loads of 64 bytes.
+// Algorithm: R rows x L latents keep their 16 lanes in registers; each w vector is used R times and
+// each x vector L times. For long d the lanes rest in memory between blocks of k, so that the x
+// rows stay in L1 while the w rows stream from L2; the order of the additions, hence every bit, is
+// the same whatever R, L and the blocks are.
+// Bound: the fma ports. AVX2 3 x 2: 6 fma to 5 loads of 32 bytes; AVX-512 6 x 4: 24 fma to 10 loads
+// of 64 bytes.
 #include "cpu/simd/dot.h"
 
 #include "cpu/simd/f16x.h"
+#include "cpu/simd/widen.h"
 
 namespace gemmascope_fast {
 namespace GSF_TARGET {
 
-// Vec is what one register holds; a step of 16 lanes is kParts of them. Working part by part keeps the tile of AVX2
-// within its 16 registers.
+// Vec is what one register holds; a step of 16 lanes is kParts of them. Working part by part keeps
+// the tile of AVX2 within its 16 registers.
 #if defined(__AVX512F__)
 using Vec = __m512;
 constexpr int kParts = 1;
@@ -47,8 +51,8 @@ static inline F16x lanes(const Vec (&v)[1]) { return v[0]; }
 constexpr int tile_latents(int) { return 2; }
 #endif
 
-// Keeps a loaded vector in its register. GCC otherwise folds the load into every fma that uses it, and at two loads per
-// cycle 8 loads to 6 fma cap AVX2 at 75 % of peak (64 % measured, 3 x 2 tile).
+// Keeps a loaded vector in its register. GCC otherwise folds the load into every fma that uses it,
+// and at two loads per cycle 8 loads to 6 fma cap AVX2 at 75 % of peak (64 % measured, 3 x 2 tile).
 static inline void pin(Vec& v) {
 #if defined(__AVX512F__)
   asm("" : "+v"(v));
@@ -60,8 +64,8 @@ static inline void pin(Vec& v) {
 }
 
 constexpr int64_t kWidth = kLanes / kParts;
-// Longest stretch of k that a tile takes in one go: three x rows and two w rows of it fit a 32 KiB L1.
-constexpr int64_t kMaxBlock = 1152;
+// Longest stretch of k that a tile takes in one go: the rows of one tile then fit a 32 KiB L1.
+constexpr int64_t kMaxBlock = kTileRows > 3 ? 768 : 1152;
 
 struct Panel {
   const float* x;
@@ -74,14 +78,15 @@ struct Panel {
   int64_t out_stride;
 };
 
-// reduce() of four at once: the same tree, lane by lane, in half the instructions (short d is bound by them).
+// reduce() of four at once: the same tree, lane by lane, in half the instructions (short d is bound
+// by them).
 static inline void reduce4(F16x a, F16x b, F16x c, F16x d, float (&sum)[4]) {
 #if defined(__AVX2__)
   const __m256 a8 = fold8(a), b8 = fold8(b), c8 = fold8(c), d8 = fold8(d);
-  const __m256 ab4 = _mm256_add_ps(_mm256_permute2f128_ps(a8, b8, 0x20),
-                                   _mm256_permute2f128_ps(a8, b8, 0x31));
-  const __m256 cd4 = _mm256_add_ps(_mm256_permute2f128_ps(c8, d8, 0x20),
-                                   _mm256_permute2f128_ps(c8, d8, 0x31));
+  const __m256 ab4 =
+      _mm256_add_ps(_mm256_permute2f128_ps(a8, b8, 0x20), _mm256_permute2f128_ps(a8, b8, 0x31));
+  const __m256 cd4 =
+      _mm256_add_ps(_mm256_permute2f128_ps(c8, d8, 0x20), _mm256_permute2f128_ps(c8, d8, 0x31));
   const __m256d ab = _mm256_castps_pd(ab4), cd = _mm256_castps_pd(cd4);
   const __m256 s2 = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)),
                                   _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)));
@@ -218,101 +223,6 @@ static int64_t above(const float* dots, const float* bias, const float* limit, i
     found += !(p <= limit[j * limit_stride]);
   }
   return found;
-}
-
-static inline F16x load_as(const void* source, int dtype, int64_t i) {
-  const uint16_t* half = static_cast<const uint16_t*>(source) + i;
-  if (dtype == 0) return load(static_cast<const float*>(source) + i);
-  return dtype == 1 ? load_bf16(half) : load_fp16(half);
-}
-
-// Fewer than 16 elements, padded with zeros: nothing beyond them is read.
-static inline F16x load_tail(const void* source, int dtype, int64_t i, int64_t count) {
-  const int64_t size = dtype == 0 ? 4 : 2;
-  float padded[kLanes] = {};
-  memcpy(padded, static_cast<const char*>(source) + i * size, static_cast<size_t>(count * size));
-  return load_as(padded, dtype, 0);
-}
-
-static void widen(const void* source, int dtype, int64_t count, float* target) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(target + i, load_as(source, dtype, i));
-  if (i == count) return;
-  float padded[kLanes];
-  store(padded, load_tail(source, dtype, i, count - i));
-  memcpy(target + i, padded, static_cast<size_t>((count - i) * 4));
-}
-
-#if defined(__AVX2__)
-// Eight rows of eight, `stride` floats apart, written transposed.
-static inline void transpose8(const float* s, int64_t stride, float* t, int64_t target_stride) {
-  __m256 a[8], b[8];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(s + i * stride);
-#pragma GCC unroll 4
-  for (int i = 0; i < 8; i += 2) {
-    b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
-    b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 8; i += 4) {
-    a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
-    a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
-    a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
-    a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    _mm256_storeu_ps(t + i * target_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
-    _mm256_storeu_ps(t + (i + 4) * target_stride, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
-  }
-}
-#endif
-
-// Columns staged at a time: 1 KiB of each source row, so that a page is worth its TLB miss.
-constexpr int64_t kStage = 256;
-
-// Up to 16 rows of up to kStage columns, widened. Whole rows one after the other: at a power-of-two stride the rows share
-// a cache set, and touching 16 of them line by line evicts each before it is used up.
-static inline void stage_rows(const void* source, int64_t source_stride, int dtype, int64_t rows,
-                              int64_t cols, float (&staged)[kLanes][kStage + kLanes]) {
-  const int64_t size = dtype == 0 ? 4 : 2;
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t c = 0; c < cols; c += kLanes) {
-      // Another page, out of the hardware prefetchers' reach. An address past the end is harmless.
-      __builtin_prefetch(reinterpret_cast<const void*>(
-          reinterpret_cast<uintptr_t>(source) +
-          static_cast<uintptr_t>(((r + 3) * source_stride + c) * size)));
-      const int64_t at = r * source_stride + c;
-      store(staged[r] + c, cols - c >= kLanes ? load_as(source, dtype, at)
-                                              : load_tail(source, dtype, at, cols - c));
-    }
-  }
-}
-
-static void transpose(const void* source, int64_t source_stride, int dtype, int64_t rows,
-                      int64_t cols, float* target, int64_t target_stride) {
-  const int64_t size = dtype == 0 ? 4 : 2;
-  float staged[kLanes][kStage + kLanes];
-  for (int64_t c0 = 0; c0 < cols; c0 += kStage) {
-    const int64_t width = cols - c0 < kStage ? cols - c0 : kStage;
-    for (int64_t r0 = 0; r0 < rows; r0 += kLanes) {
-      const int64_t height = rows - r0 < kLanes ? rows - r0 : kLanes;
-      stage_rows(static_cast<const char*>(source) + (r0 * source_stride + c0) * size, source_stride,
-                 dtype, height, width, staged);
-      float* out = target + c0 * target_stride + r0;
-      int64_t c = 0;
-#if defined(__AVX2__)
-      for (; height == kLanes && c + 8 <= width; c += 8) {
-        transpose8(&staged[0][c], kStage + kLanes, out + c * target_stride, target_stride);
-        transpose8(&staged[8][c], kStage + kLanes, out + c * target_stride + 8, target_stride);
-      }
-#endif
-      for (; c < width; ++c) {
-        for (int64_t r = 0; r < height; ++r) out[c * target_stride + r] = staged[r][c];
-      }
-    }
-  }
 }
 
 extern const DotTable kDotTable;

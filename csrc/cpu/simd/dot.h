@@ -11,13 +11,15 @@ struct DotTable {
   // Rows one panel takes at most.
   int64_t tile_rows;
 
-  // out[r * out_stride + j] = <x row r, w row j> for r < rows <= tile_rows, j < latents; d is a multiple of 16 and the
-  // rows are zero padded. state: rows * latents * 16 floats of scratch, used when d exceeds one cache block.
+  // out[r * out_stride + j] = <x row r, w row j> for r < rows <= tile_rows, j < latents; d is a
+  // multiple of 16 and the rows are zero padded. state: rows * latents * 16 floats of scratch, used
+  // when d exceeds one cache block.
   void (*panel)(const float* x, int64_t x_stride, int64_t rows, const float* w, int64_t w_stride,
                 int64_t latents, int64_t d, float* state, float* out, int64_t out_stride);
 
-  // With pre = dots[j] + bias[j]: lists the j (ascending) for which pre <= limit[j * limit_stride] does not hold (so
-  // NaN is listed), with their pre. Both lists need room for count + 16 elements. Returns how many there are.
+  // With pre = dots[j] + bias[j]: lists the j (ascending) for which pre <= limit[j * limit_stride]
+  // does not hold (so NaN is listed), with their pre. Both lists need room for count + 16 elements.
+  // Returns how many there are.
   int64_t (*above)(const float* dots, const float* bias, const float* limit, int64_t limit_stride,
                    int64_t count, int32_t* position, float* pre);
 
