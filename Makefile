@@ -5,7 +5,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 EXTRAS ?= dev hub demo cli
 CUDAARCHS ?= 80;90a
-SANITIZE_TESTS ?= tests
+# One stem per op: the tests of everything that has a source file in csrc/cpu.
+SANITIZE_TESTS ?= $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp)))
 VENV := .venv
 BIN := $(VENV)/bin
 export CUDAARCHS
