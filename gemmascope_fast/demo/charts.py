@@ -108,7 +108,7 @@ def rate_histogram(title: str, series: Sequence[tuple[str, str, Sequence[int]]],
     bins = -lowest * per_decade
     tallies = [_tally(counts, n, lowest, bins, per_decade) for _, _, counts in series]
     peak = max(max(tally) for tally in tallies) or 1
-    axes = _Axes((-2.5, bins), (0.0, peak * 1.05))
+    axes = _Axes((-2.5, bins + 0.8), (0.0, peak * 1.05))
     parts = [axes.frame("share of tokens on which a latent fires", ticks(0, peak, 4))]
     for rank, ((name, style, _), tally) in enumerate(zip(series, tallies, strict=True)):
         for slot, count in enumerate(tally):
