@@ -279,3 +279,22 @@ def test_same_bits_twice(backend: Any, dtype: torch.dtype) -> None:
         runs.append((loss, *gradients(loss, leaves(module, x, None)).values(), *metrics.values()))
     for first, second in zip(*runs, strict=True):
         assert_same(first, second)
+
+
+@pytest.mark.parametrize("bandwidth", [1e-7, 2.0])
+def test_pre_activations_on_the_threshold_and_the_window_ends(
+    backend: Any, bandwidth: float
+) -> None:
+    module = sae(gsf.JumpReLU(bandwidth))  # 1 - 5e-8 rounds to below 1, 1 + 5e-8 to 1
+    x = torch.randint(-2, 3, (3, 13, 23)).float()
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randint(-2, 3, p.shape))
+        module.threshold.fill_(1.0)
+    dense, sparse = (
+        gradients(sae_loss(module, x, None, TERMS, PATHS[path])[0], dict(module.named_parameters()))
+        for path in ("dense tiles", "sparse blocks")
+    )
+    assert dense["threshold"].count_nonzero() > 20
+    for name, found in dense.items():
+        torch.testing.assert_close(found, sparse[name], rtol=1e-5, atol=1e-4, msg=name)
