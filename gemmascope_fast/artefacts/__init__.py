@@ -30,7 +30,7 @@ def load(
     """Load a published SAE or transcoder.
 
     The weights arrive bit for bit in the fast layout (`W_enc.t()` and `W_dec` contiguous). Beside
-    them at most one block of about 16 MiB is resident, so the peak is close to the final size.
+    them a few blocks of about 8 MiB are resident, so the peak is close to the final size.
     The width of the straight-through window is not in the files: `JumpReLU()`'s default is used;
     assign `module.activation` to change it.
 

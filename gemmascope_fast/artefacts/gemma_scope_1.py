@@ -102,7 +102,8 @@ class NpzFile:
                 raise ValueError(f"version {version} of the npy format is not supported")
             start = stream.tell()
         where = f"load: {self.path}: {info.filename}"
-        if dtype.kind != "f" or dtype.newbyteorder("=").name not in DTYPES:
+        native = dtype.newbyteorder("=").name
+        if native not in DTYPES:
             raise ValueError(f"{where} must be float16, float32 or float64, got {dtype!r:.80}")
         if not all(type(size) is int and size >= 0 for size in shape):
             raise ValueError(f"{where} must have sizes >= 0, got shape {shape!r:.80}")
@@ -113,7 +114,7 @@ class NpzFile:
                 f"archive holds {info.file_size}"
             )
         name = KEYS[info.filename.removesuffix(".npy")]
-        self.specs[name] = Spec(shape, DTYPES[dtype.newbyteorder("=").name])
+        self.specs[name] = Spec(shape, DTYPES[native])
         self._members[name] = _Member(info, start, shape, fortran and len(shape) > 1, dtype)
 
     @contextmanager

@@ -1,8 +1,8 @@
 """`params.safetensors` of a single-layer Gemma Scope 2 artefact, read through safetensors.
 
 The library maps the file. Pages of a mapping count as resident while it is open, so every block
-opens its own: the peak stays one block above the weights. That the file is the same each time is
-checked by its identity.
+opens its own (0.3 ms): the peak stays a few blocks above the weights. That the file is the same
+each time is checked by its identity.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ PARAMETERS = {  # name in the file: name in the module
     SKIP: "W_skip",
 }
 MATRICES = ("w_enc", "w_dec", SKIP)
-BLOCK_BYTES = 16 << 20  # resident beside the weights while they stream
+BLOCK_BYTES = 8 << 20  # resident beside the weights while they stream, up to three of them
 
 
 class Spec(NamedTuple):
@@ -162,8 +162,12 @@ def build(
         like = getattr(module, attribute)  # on meta: shape, strides and dtype, no memory
         weight = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
         for index, block in file.blocks(name):
-            weight[index].copy_(finite(where, name, block, weight.dtype))
-            del block
+            values, target = finite(where, name, block, weight.dtype), weight[index]
+            if target.dim() == 2 and target.stride(0) == 1:  # a transpose: 2x faster in two steps
+                target.t().copy_(values.t().contiguous())
+            else:
+                target.copy_(values)
+            del block, values
         setattr(module, attribute, nn.Parameter(weight))
     file.finish()
     return module

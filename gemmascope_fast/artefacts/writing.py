@@ -137,8 +137,10 @@ def _write_tensors(
         step = rows_per_block(spec.shape, _itemsize(spec))
         for start in range(0, spec.shape[0], step):
             assert isinstance(spec.dtype, torch.dtype)
-            rows = tensors[name][start : start + step].cpu()
-            block = finite(OP, PARAMETERS[name], rows, spec.dtype).contiguous()
+            rows = tensors[name][start : start + step]
+            if rows.dim() == 2 and rows.stride(0) == 1:  # a transpose: 5x faster in two steps
+                rows = rows.t().contiguous().t()
+            block = finite(OP, PARAMETERS[name], rows.cpu(), spec.dtype).contiguous()
             file.write(block.view(torch.uint8).numpy().data)
 
 
