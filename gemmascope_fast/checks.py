@@ -17,10 +17,13 @@ def check_float(op: str, name: str, t: Any) -> None:
     """A floating-point tensor of a supported dtype."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(t).__name__}")
-    if t.dtype not in FLOATS:
-        raise TypeError(
-            f"{op}: {name} must be float32, bfloat16, float16 or float64, got {t.dtype}"
-        )
+    check_float_dtype(op, name, t.dtype)
+
+
+def check_float_dtype(op: str, name: str, dtype: torch.dtype) -> None:
+    """A supported dtype."""
+    if dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {dtype}")
 
 
 def check_encoder(op: str, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
@@ -42,8 +45,10 @@ def check_encoder(op: str, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
         )
 
 
-def check_decoder(op: str, acts: SparseActs, W_dec: Tensor) -> None:
-    """Activations and decoder fit together."""
+def check_decoder(
+    op: str, acts: SparseActs, W_dec: Tensor, dtype: torch.dtype | None = None
+) -> None:
+    """Activations and decoder fit together; the result can have `dtype`."""
     if not isinstance(acts, SparseActs):
         raise TypeError(f"{op}: acts must be a SparseActs, got {type(acts).__name__}")
     check_float(op, "W_dec", W_dec)
@@ -52,6 +57,24 @@ def check_decoder(op: str, acts: SparseActs, W_dec: Tensor) -> None:
             f"{op}: W_dec must have shape [d_sae={acts.shape[-1]}, d_out], got {tuple(W_dec.shape)}"
         )
     check_device(op, "acts", acts.values, W_dec)
+    if dtype is not None:
+        check_float_dtype(op, "dtype", dtype)
+
+
+def recon_2d(op: str, recon: Any, acts: SparseActs, W_dec: Tensor) -> Tensor:
+    """`recon [*batch, d_out]`, which `op` writes, as a detached `[n, d_out]` view."""
+    check_float(op, "recon", recon)
+    expected = (*acts.shape[:-1], W_dec.shape[1])
+    if tuple(recon.shape) != expected:
+        raise ValueError(f"{op}: recon must have shape {expected}, got {tuple(recon.shape)}")
+    check_device(op, "recon", recon, W_dec)
+    try:
+        return recon.detach().view(acts.n, W_dec.shape[1])  # type: ignore[no-any-return]
+    except RuntimeError:
+        raise ValueError(
+            f"{op}: recon of shape {expected} and strides {tuple(recon.stride())} has no view of "
+            f"shape {(acts.n, W_dec.shape[1])}: pass recon.contiguous()"
+        ) from None
 
 
 def check_vector(op: str, name: str, t: Tensor, size: int, like: Tensor) -> None:
@@ -78,8 +101,8 @@ def check_max_nnz(op: str, max_nnz: int | None) -> None:
         raise ValueError(f"{op}: max_nnz must be >= 0, got {max_nnz}")
 
 
-def check_pairs(op: str, rows: Any, latents: Any) -> None:
-    """Two 1-D integer tensors of equal length."""
+def check_pairs(op: str, rows: Any, latents: Any, like: Tensor) -> None:
+    """Two 1-D integer tensors of equal length beside `like`."""
     for name, t in (("rows", rows), ("latents", latents)):
         if not isinstance(t, Tensor) or t.is_floating_point() or t.dtype == torch.bool:
             raise TypeError(f"{op}: {name} must be an integer tensor")
@@ -88,3 +111,4 @@ def check_pairs(op: str, rows: Any, latents: Any) -> None:
                 f"{op}: rows and latents must be 1-D of equal length, got "
                 f"{tuple(rows.shape)} and {tuple(latents.shape)}"
             )
+        check_device(op, name, t, like)

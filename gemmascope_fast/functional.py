@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import check_decoder, check_encoder, check_max_nnz, check_pairs, check_vector
+from .checks import check_decoder, check_encoder, check_max_nnz, check_pairs, check_vector, recon_2d
 from .reference import CapacityError
 from .sparse import SparseActs
 
@@ -65,7 +65,8 @@ def jumprelu_encode(
     args = _encoder_args(x, W_enc, b_enc)
     transpose = _weights_need_grad(W_enc, b_enc, threshold)
     width = float(bandwidth) if window else 0.0
-    result = _call(ops.overload(op, *args), *args, _widen(threshold), width, max_nnz, transpose)
+    theta = _widen(threshold)
+    result = _call(ops.overload(op, *args, theta), *args, theta, width, max_nnz, transpose)
     return _acts(result, x, W_enc, transpose, max_nnz)
 
 
@@ -172,7 +173,7 @@ def decode(
         ValueError: shapes or devices disagree.
         RuntimeError: an index of `acts` is out of range (CPU).
     """
-    check_decoder("decode", acts, W_dec)
+    check_decoder("decode", acts, W_dec, dtype)
     if b_dec is not None:
         check_vector("decode", "b_dec", b_dec, W_dec.shape[1], W_dec)
     dtype = W_dec.dtype if dtype is None else dtype
@@ -181,8 +182,8 @@ def decode(
         transpose = acts.by_feature()
     (W_dec,) = _autocast(W_dec)
     values = _widen(acts.values)
-    op = ops.overload("decode", values, W_dec)
     bias = None if b_dec is None else _widen(b_dec)
+    op = ops.overload("decode", values, W_dec, *(() if bias is None else (bias,)))
     recon = op(acts.offsets, acts.indices, values, W_dec, bias, *transpose, dtype)
     return recon.reshape(*acts.shape[:-1], W_dec.shape[1])  # type: ignore[no-any-return]
 
@@ -201,12 +202,9 @@ def decode_(recon: Tensor, acts: SparseActs, W_dec: Tensor) -> Tensor:
         RuntimeError: an index of `acts` is out of range (CPU); `recon` is then unchanged.
     """
     check_decoder("decode_", acts, W_dec)
-    expected = (*acts.shape[:-1], W_dec.shape[1])
-    if tuple(recon.shape) != expected:
-        raise ValueError(f"decode_: recon must have shape {expected}, got {tuple(recon.shape)}")
+    flat = recon_2d("decode_", recon, acts, W_dec)
     with torch.no_grad():
         values = _widen(acts.values.detach())
-        flat = recon.detach().view(acts.n, W_dec.shape[1])
         op = ops.overload("decode_", values, W_dec, recon)
         op(flat, acts.offsets, acts.indices, values, W_dec.detach())
     return recon
@@ -232,7 +230,7 @@ def pre_at(x: Tensor, W_enc: Tensor, b_enc: Tensor, rows: Tensor, latents: Tenso
     """
     op = "pre_at"
     check_encoder(op, x, W_enc, b_enc)
-    check_pairs(op, rows, latents)
+    check_pairs(op, rows, latents, W_enc)
     args = _encoder_args(x, W_enc, b_enc)
     result = ops.overload(op, *args)(*args, rows.to(torch.int64), latents.to(torch.int64))
     return result  # type: ignore[no-any-return]

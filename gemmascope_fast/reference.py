@@ -223,6 +223,8 @@ def sae_backward(
     """
     acc = _accumulate(values, x, W_enc, W_dec)
     d_sae, m = W_dec.shape[0], d_recon.shape[1]
+    nnz = _nnz("sae_backward", offsets, indices.shape[0])
+    _check_range("sae_backward", "indices", indices[:nnz], d_sae, "d_sae")
     sets = m // x.shape[0] if x.shape[0] else 0
     rows = _rows(offsets, indices.shape[0])
     latents = indices.long()
