@@ -127,21 +127,14 @@ def compare_supports(stored: Tensor, wanted: Tensor, doubtful: Tensor) -> Tensor
 def jumprelu_support(pre: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, ...]:
     """`(stored, values, gate)`, each `[n, d_sae]`, by the definition in docs/design.md."""
     p, theta = pre.numpy(), threshold.to(pre.dtype).numpy()
-    stored = np.zeros(p.shape, dtype=bool)
-    values, gate = np.zeros_like(p), np.zeros_like(p)
     half = p.dtype.type(bandwidth / 2)
-    for i in range(p.shape[0]):
-        invalid_seen = False
-        for j in range(p.shape[1]):
-            if np.isnan(p[i, j]) or np.isnan(theta[j]):
-                if not invalid_seen:
-                    stored[i, j], values[i, j], gate[i, j] = True, np.nan, 1
-                invalid_seen = True
-            elif p[i, j] > theta[j]:
-                stored[i, j], values[i, j], gate[i, j] = True, p[i, j], 1
-            elif bandwidth > 0 and p[i, j] > theta[j] - half:
-                stored[i, j] = True
-    return torch.from_numpy(stored), torch.from_numpy(values), torch.from_numpy(gate)
+    invalid = np.isnan(p) | np.isnan(theta)
+    first = invalid & (np.cumsum(invalid, axis=1) == 1)
+    active = ~invalid & (p > theta)
+    window = ~invalid & (p > theta - half) if bandwidth > 0 else np.zeros_like(active)
+    values = np.where(first, p.dtype.type(np.nan), np.where(active, p, p.dtype.type(0)))
+    gate = (first | active).astype(p.dtype)
+    return tuple(torch.from_numpy(t) for t in (first | active | window, values, gate))
 
 
 def _rank(pre: float) -> float:

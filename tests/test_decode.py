@@ -289,3 +289,21 @@ def test_second_derivative_is_an_error(backend):
     (d_values,) = torch.autograd.grad(recon.square().sum(), acts.values, create_graph=True)
     with pytest.raises(RuntimeError, match="decode_backward is not differentiable"):
         d_values.sum().backward()
+
+
+def test_float64_bias_beside_float32_weights(backend):
+    p = problem().leaves()
+    acts = acts_of(jumprelu_entries(p.map(torch.Tensor.detach)), (13, 37))
+    b_dec = p.b_dec.detach().double().requires_grad_()
+    recon = gsf.decode(acts, p.W_dec, b_dec)
+    torch.testing.assert_close(recon, gsf.decode(acts, p.W_dec, p.b_dec))
+    recon.sum().backward()
+    assert_same(b_dec.grad, torch.full((19,), 13.0, dtype=torch.float64))
+
+
+def test_in_place_keeps_the_digits_of_a_float64_target(backend):
+    p = problem(integer=True)
+    acts = acts_of(jumprelu_entries(p), (13, 37))
+    target = torch.full((13, 19), 2.0**-40, dtype=torch.float64)
+    gsf.decode_(target, acts, p.W_dec)
+    assert_same(target - gsf.decode(acts, p.W_dec), torch.full_like(target, 2.0**-40))
