@@ -45,8 +45,10 @@ def test_autocast_casts_x_and_weights_only(backend: Any, kind: str, dtype: torch
         found = encode(kind, p)
     assert found.values.dtype == found.gate.dtype == torch.float32
     assert_same_acts(found, encode(kind, in_dtype(p, dtype)))
-    # values that the low dtype cannot hold: biases and sums were never rounded to it
-    assert bool((found.values != found.values.to(dtype).float()).any())
+    low = in_dtype(p, dtype)
+    pre = low.x.float() @ low.W_enc.float() + p.b_enc  # neither bias nor sum is rounded to dtype
+    expected = pre[found.tokens(), found.latents()] * found.gate
+    torch.testing.assert_close(found.values, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -58,6 +60,8 @@ def test_autocast_reaches_decode_and_pre_at(backend: Any, dtype: torch.dtype) ->
         recon, pre = gsf.decode(acts, p.W_dec, p.b_dec), gsf.pre_at(*p.encoder, *at)
         added = gsf.decode_(torch.zeros(13, 19), acts, p.W_dec)
     assert_same(recon, gsf.decode(acts, low.W_dec, p.b_dec, dtype=torch.float32))
+    expected = acts.to_dense() @ low.W_dec.float() + p.b_dec
+    torch.testing.assert_close(recon, expected, rtol=1e-5, atol=1e-5)
     assert_same(pre, gsf.pre_at(*low.encoder, *at))
     assert_same(added, gsf.decode_(torch.zeros(13, 19), acts, p.W_dec))  # in place: as given
 

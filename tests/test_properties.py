@@ -79,9 +79,10 @@ def test_entries_are_csr(backend: Any, kind: str, p: Problem, k: int) -> None:
 @few
 @given(p=problems(), order=st.randoms(use_true_random=False))
 def test_rows_are_independent(backend: Any, kind: str, p: Problem, order: Any) -> None:
-    """Permuting tokens permutes their entries; a float sum must not depend on the batch."""
+    """Tokens in another order and another company have the same entries."""
     rows = list(range(p.x.shape[0]))
     order.shuffle(rows)
+    rows = rows[: (len(rows) + 1) // 2]
     shuffled, expected = encode(kind, p, p.x[rows]), encode(kind, p)[rows]
     if backend.native:
         assert_same_acts(shuffled, expected)

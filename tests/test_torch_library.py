@@ -155,8 +155,8 @@ except TypeError as error:
 def copied_package(folder: Path) -> Path:
     """The package's Python files in `folder`, without what was built."""
     ignored = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__", "demo")
-    shutil.copytree(PACKAGE, folder / "gemmascope_fast", ignore=ignored)
-    return folder / "gemmascope_fast"
+    copied = folder / "gemmascope_fast"
+    return shutil.copytree(PACKAGE, copied, ignore=ignored, ignore_dangling_symlinks=True)
 
 
 def run_in(folder: Path, code: str, backend: str = "") -> str:
