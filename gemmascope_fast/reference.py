@@ -246,8 +246,7 @@ def sae_backward(
         *(d_dot, d_gate, repeated, W_enc, threshold, bandwidth, offsets, indices, values, gate),
         *(None, None, need_x, True, True, bandwidth > 0),
     )
-    if need_x:
-        d_x = d_x.view(sets, *x.shape).sum(0).to(x.dtype)
+    d_x = d_x.view(sets, *x.shape).sum(0).to(x.dtype) if need_x else x.new_empty(0)
     return d_x, d_W_enc, d_b_enc, d_threshold, _like(d_W_dec, W_dec), d_recon.to(acc).sum((0, 1))
 
 
