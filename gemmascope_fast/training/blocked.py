@@ -29,15 +29,16 @@ from .evaluation import Gradients, Inputs, Objective
 from .losses import Term, check_terms
 
 OP = "loss"
-SAMPLE_ROWS = 16
-"""Rows of a span that measure its density: one read of W_enc, under 1 % of a 4096-row step."""
+SAMPLE_ROWS, SAMPLE_LATENTS = 16, 2048
+"""Strided sample that measures a span's density: 1/8 comes out as 0.125 +- 0.002. All latents of
+the 16 rows would cost 14 % of a step at n = 256, d = 1152, F = 65536."""
 
 CROSSOVER = {"cpu": 1 / 8, "cuda": 1 / 184}
 """Density above which the dense path is faster, by device type.
 
-CPU: sparse over dense time at density 1/4, 1/8, 1/16, one thread with AVX-512, n = 512: 1.44, 0.98,
+CPU: sparse over dense time at density 1/4, 1/8, 1/16, one thread, AVX2, n = 512: 1.44, 0.98,
 0.61 (d = 1152, F = 4096); 1.44, 0.95, 0.55 (384, 8192); 1.75, 1.09, 0.73 (1152, 32768); 1.70, 1.20,
-0.81 (2304, 16384). Whole steps; the dense ones run at 53 to 78 of 88 GFLOP/s.
+0.81 (2304, 16384). Whole steps; the dense ones run at 44 to 79 GFLOP/s, a plain product at 88.
 CUDA: the ratio of an H200's bandwidth to its rate of bfloat16 products, not measured on steps.
 """
 
@@ -58,7 +59,7 @@ class Limits:
     """
 
     span_rows: int = 8192
-    tile_bytes: int = 64 << 20  # d = 1152, F = 65536: 8 MiB tiles are 26 % slower, 32 MiB 3 %
+    tile_bytes: int = 64 << 20  # d = 1152, F = 65536: 8 MiB tiles are 33 % slower, 32 MiB 4 %
     entry_bytes: int = 256 << 20
     crossover: float | None = None
 
@@ -174,11 +175,12 @@ def _crossover(inputs: Inputs) -> float:
 
 
 def _measure(inputs: Inputs, start: int, stop: int, sample_rows: int) -> float:
-    """Share of entries that a strided sample of the rows would store, to the weights' precision."""
-    W_enc, b_enc = inputs.tensors["W_enc"], inputs.tensors["b_enc"]
+    """Share of entries that a strided sample would store, to the weights' precision."""
+    latents = slice(None, None, math.ceil(inputs.d_sae / SAMPLE_LATENTS))
+    W_enc, b_enc = inputs.tensors["W_enc"][:, latents], inputs.tensors["b_enc"][latents]
     sample = inputs.tensors["x"][start : stop : math.ceil((stop - start) / sample_rows)]
     pre = sample.to(W_enc.dtype) @ W_enc + b_enc
-    limit = inputs.tensors["threshold"] - inputs.bandwidth / 2
+    limit = inputs.tensors["threshold"][latents] - inputs.bandwidth / 2
     return float(torch.gt(pre, limit, out=pre).mean(dtype=torch.float32))
 
 
