@@ -167,7 +167,8 @@ def test_special_values(backend):
     b_enc[10], b_enc[60], b_enc[61] = nan, inf, -inf
     theta[20], theta[21], theta[22], theta[23] = nan, inf, -inf, -0.0
     b_enc[23], W_enc[:, 23] = -0.0, -0.0
-    for q in (p.with_(x=x), p.with_(x=x, W_enc=W_enc, b_enc=b_enc, threshold=theta)):
+    only_theta = p.with_(threshold=theta)
+    for q in (p.with_(x=x), only_theta, p.with_(x=x, W_enc=W_enc, b_enc=b_enc, threshold=theta)):
         pre = reference._pre(*q.encoder)
         for bandwidth in (0.0, 2.0):
             expected = jumprelu_support(pre, q.threshold, bandwidth)
