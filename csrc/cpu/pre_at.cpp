@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/encode_tiles.h"
+#include "cpu/entries.h"
 #include "cpu/parallel.h"
 
 namespace gemmascope_fast {
@@ -33,12 +34,18 @@ class RowReader {
   const float* data_ = nullptr;
 };
 
-int64_t checked_index(const char* name, const Tensor& t, int64_t position, int64_t limit) {
-  const int64_t index = static_cast<const int64_t*>(t.data_ptr())[position * t.stride(0)];
-  if (index < 0 || index >= limit) {
-    fail(kOp, name, "[", position, "] must be in [0, ", limit, "), got ", index);
-  }
-  return index;
+const int64_t* data_of(const Tensor& t) { return static_cast<const int64_t*>(t.data_ptr()); }
+
+void check_indices(const char* name, const Tensor& t, int64_t end, const char* end_name) {
+  const int64_t* data = data_of(t);
+  const int64_t stride = t.stride(0);
+  const auto bad = [=](int64_t p) {
+    return static_cast<uint64_t>(data[p * stride]) >= static_cast<uint64_t>(end);
+  };
+  const int64_t p = first_bad(t.size(0), bad);
+  if (p == t.size(0)) return;
+  fail(kOp, name, "[", p, "] = ", data[p * stride], " is out of range [0, ", end_name, "=", end,
+       ")");
 }
 
 }  // namespace
@@ -50,7 +57,9 @@ Tensor pre_at_cpu(const Tensor& x, const Tensor& W_enc, const Tensor& b_enc, con
   check_dtype(kOp, "rows", rows, ScalarType::Long);
   check_dtype(kOp, "latents", latents, ScalarType::Long);
   check_shape(kOp, "latents", latents, {rows.size(0)});
-  const int64_t pairs = rows.size(0), n = x.size(0), d_sae = W_enc.size(1);
+  const int64_t pairs = rows.size(0);
+  check_indices("rows", rows, x.size(0), "n");
+  check_indices("latents", latents, W_enc.size(1), "d_sae");
 
   Tensor pre = torch::stable::new_empty(x, {pairs}, ScalarType::Float);
   float* out = static_cast<float*>(pre.data_ptr());
@@ -61,8 +70,8 @@ Tensor pre_at_cpu(const Tensor& x, const Tensor& W_enc, const Tensor& b_enc, con
     RowReader x_reader(x_rows), w_reader(w_rows);
     FloatBuffer state;
     for (int64_t p = begin; p < end; ++p) {
-      const float* x_row = x_reader.row(checked_index("rows", rows, p, n));
-      const int64_t latent = checked_index("latents", latents, p, d_sae);
+      const float* x_row = x_reader.row(data_of(rows)[p * rows.stride(0)]);
+      const int64_t latent = data_of(latents)[p * latents.stride(0)];
       float dot;
       table.panel(x_row, 0, 1, w_reader.row(latent), 0, 1, x_rows.padded_cols(), state.reserve(16),
                   &dot, 1);
