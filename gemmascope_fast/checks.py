@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import check_count
 from .sparse import SparseActs
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -18,6 +19,8 @@ def check_float(op: str, name: str, t: Any) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(t).__name__}")
     check_float_dtype(op, name, t.dtype)
+    if t.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense (strided) tensor, got layout {t.layout}")
 
 
 def check_float_dtype(op: str, name: str, dtype: torch.dtype) -> None:
@@ -56,6 +59,7 @@ def check_decoder(
         raise ValueError(
             f"{op}: W_dec must have shape [d_sae={acts.shape[-1]}, d_out], got {tuple(W_dec.shape)}"
         )
+    check_float(op, "acts.values", acts.values)
     check_device(op, "acts", acts.values, W_dec)
     if dtype is not None:
         check_float_dtype(op, "dtype", dtype)
@@ -68,6 +72,11 @@ def recon_2d(op: str, recon: Any, acts: SparseActs, W_dec: Tensor) -> Tensor:
     if tuple(recon.shape) != expected:
         raise ValueError(f"{op}: recon must have shape {expected}, got {tuple(recon.shape)}")
     check_device(op, "recon", recon, W_dec)
+    if recon.is_neg():
+        raise ValueError(
+            f"{op}: recon must not be a negated view (recon.is_neg()): its memory holds the "
+            "negated numbers; pass recon.resolve_neg(), a copy"
+        )
     try:
         return recon.detach().view(acts.n, W_dec.shape[1])  # type: ignore[no-any-return]
     except RuntimeError:
@@ -93,12 +102,14 @@ def check_device(op: str, name: str, t: Tensor, like: Tensor) -> None:
 
 def check_max_nnz(op: str, max_nnz: int | None) -> None:
     """A capacity is None or an int >= 0."""
-    if max_nnz is None:
-        return
-    if isinstance(max_nnz, bool) or not isinstance(max_nnz, (int, torch.SymInt)):
-        raise TypeError(f"{op}: max_nnz must be an int or None, got {type(max_nnz).__name__}")
-    if max_nnz < 0:
-        raise ValueError(f"{op}: max_nnz must be >= 0, got {max_nnz}")
+    if max_nnz is not None:
+        check_count(op, "max_nnz", max_nnz, kind="an int or None")
+
+
+def check_guess(op: str, guess: float | None) -> None:
+    """A guess is None or any number: it cannot change the result."""
+    if guess is not None and (isinstance(guess, bool) or not isinstance(guess, (int, float))):
+        raise TypeError(f"{op}: guess must be a number or None, got {type(guess).__name__}")
 
 
 def check_pairs(op: str, rows: Any, latents: Any, like: Tensor) -> None:

@@ -10,6 +10,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from . import ops
+from .arguments import check_count
 from .reference import CapacityError
 
 TENSORS = ("offsets", "indices", "values", "gate")
@@ -198,22 +199,28 @@ def distinct_tokens(op: str, tokens: Tensor) -> Tensor:
     return flat
 
 
-def check_topk(values: Tensor, indices: Tensor, d_sae: int) -> None:
-    """Arguments of `SparseActs.from_topk` fit together."""
+def check_topk(values: Any, indices: Any, d_sae: int) -> Tensor:
+    """Arguments of `SparseActs.from_topk` fit together; returns `indices` as int64."""
+    for name, t in (("values", values), ("indices", indices)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"from_topk: {name} must be a torch.Tensor, got {type(t).__name__}")
+    check_count("from_topk", "d_sae", d_sae, 2**31 - 1, "2^31 - 1")
     if not values.is_floating_point():
         raise TypeError(f"from_topk: values must be floating point, got {values.dtype}")
-    if indices.is_floating_point() or indices.dtype == torch.bool:
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
         raise TypeError(f"from_topk: indices must be integer, got {indices.dtype}")
     if values.shape != indices.shape or values.dim() == 0:
         raise ValueError(
             "from_topk: values and indices must have the same shape [*batch, k], got "
             f"{tuple(values.shape)} and {tuple(indices.shape)}"
         )
-    bad = (indices < 0) | (indices >= d_sae)
+    latents: Tensor = indices.to(torch.int64)
+    bad = (latents < 0) | (latents >= d_sae)
     if bool(bad.any()):
         raise ValueError(
-            f"from_topk: index {int(indices[bad][0])} is out of range [0, d_sae={d_sae})"
+            f"from_topk: index {int(latents[bad][0])} is out of range [0, d_sae={d_sae})"
         )
+    return latents
 
 
 def register_pytree(kind: type[Entries]) -> None:

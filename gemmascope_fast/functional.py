@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import check_decoder, check_encoder, check_max_nnz, check_pairs, check_vector, recon_2d
+from .arguments import check_count, check_number
+from .checks import (
+    check_decoder,
+    check_encoder,
+    check_guess,
+    check_max_nnz,
+    check_pairs,
+    check_vector,
+    recon_2d,
+)
 from .reference import CapacityError
 from .sparse import SparseActs
 
@@ -53,8 +62,7 @@ def jumprelu_encode(
     op = "jumprelu_encode"
     check_encoder(op, x, W_enc, b_enc)
     check_vector(op, "threshold", threshold, W_enc.shape[1], W_enc)
-    if not 0 <= bandwidth < math.inf:
-        raise ValueError(f"{op}: bandwidth must be finite and >= 0, got {bandwidth}")
+    bandwidth = check_number(op, "bandwidth", bandwidth)
     check_max_nnz(op, max_nnz)
     window = torch.is_grad_enabled() and threshold.requires_grad
     if window and bandwidth == 0:
@@ -64,7 +72,7 @@ def jumprelu_encode(
         )
     args = _encoder_args(x, W_enc, b_enc)
     transpose = _weights_need_grad(W_enc, b_enc, threshold)
-    width = float(bandwidth) if window else 0.0
+    width = bandwidth if window else 0.0
     theta = _widen(threshold)
     result = _call(ops.overload(op, *args, theta), *args, theta, width, max_nnz, transpose)
     return _acts(result, x, W_enc, transpose, max_nnz)
@@ -94,10 +102,7 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> SparseActs:
     """
     op = "topk_encode"
     check_encoder(op, x, W_enc, b_enc)
-    if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
-        raise TypeError(f"{op}: k must be an int, got {type(k).__name__}")
-    if not 0 <= k <= W_enc.shape[1]:
-        raise ValueError(f"{op}: k must be in [0, d_sae={W_enc.shape[1]}], got {k}")
+    check_count(op, "k", k, W_enc.shape[1], "d_sae")
     args = _encoder_args(x, W_enc, b_enc)
     transpose = _weights_need_grad(W_enc, b_enc)
     result = _call(ops.overload(op, *args), *args, k, transpose)
@@ -138,14 +143,12 @@ def batchtopk_encode(
     """
     op = "batchtopk_encode"
     check_encoder(op, x, W_enc, b_enc)
-    if isinstance(k, bool) or not isinstance(k, (int, float)):
-        raise TypeError(f"{op}: k must be a number, got {type(k).__name__}")
-    if not 0 <= k < math.inf:
-        raise ValueError(f"{op}: k must be finite and >= 0, got {k}")
+    k = check_number(op, "k", k)
+    check_guess(op, guess)
     check_max_nnz(op, max_nnz)
     args = _encoder_args(x, W_enc, b_enc)
     transpose = _weights_need_grad(W_enc, b_enc)
-    result = _call(ops.overload(op, *args), *args, float(k), guess, max_nnz, transpose)
+    result = _call(ops.overload(op, *args), *args, k, guess, max_nnz, transpose)
     return _acts(result, x, W_enc, transpose, max_nnz, threshold=result[5])
 
 
@@ -183,9 +186,11 @@ def decode(
     (W_dec,) = _autocast(W_dec)
     values = _widen(acts.values)
     bias = None if b_dec is None else _widen(b_dec)
-    op = ops.overload("decode", values, W_dec, *(() if bias is None else (bias,)))
-    recon = op(acts.offsets, acts.indices, values, W_dec, bias, *transpose, dtype)
-    return recon.reshape(*acts.shape[:-1], W_dec.shape[1])  # type: ignore[no-any-return]
+    operands = [t for t in (values, W_dec, bias) if t is not None]
+    wide = dtype != torch.float64 or any(t.dtype == torch.float64 for t in operands)
+    entries = (acts.offsets, acts.indices, values, W_dec, bias, *transpose)
+    recon = ops.overload("decode", *operands)(*entries, dtype if wide else torch.float32)
+    return recon.to(dtype).reshape(*acts.shape[:-1], W_dec.shape[1])  # type: ignore[no-any-return]
 
 
 def decode_(recon: Tensor, acts: SparseActs, W_dec: Tensor) -> Tensor:
@@ -285,7 +290,7 @@ def _widen(t: Tensor) -> Tensor:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast x and weights as an enclosing `torch.autocast` asks; float64 is left alone."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -141,7 +141,8 @@ class SAE(Pretrained, nn.Module):
         def keep_vectors(t: Tensor) -> Tensor:
             moved = fn(t)
             rounded = t.dim() == 1 and moved.dtype in (torch.bfloat16, torch.float16)
-            return t.to(moved.device) if rounded else moved
+            kept = torch.float32 if t.dtype == torch.float64 else t.dtype
+            return t.to(moved.device, kept) if rounded else moved
 
         return super()._apply(keep_vectors, recurse)  # type: ignore[no-untyped-call, no-any-return]
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import reference
 from .autograd import gradients
@@ -229,6 +230,11 @@ NATIVE_MISSING = _start()
 
 def overload(name: str, *tensors: Tensor) -> Any:
     """Return the callable that serves op `name` for these tensors: native, or the reference."""
+    if forward_ad._current_level >= 0 and any(_is_dual(t) for t in tensors):
+        raise NotImplementedError(
+            f"{name}: forward-mode derivatives (torch.func.jvp, forward_ad) are not supported; "
+            "use reverse mode"
+        )
     if any(t.dtype == torch.float64 for t in tensors):
         if BACKEND == "native":
             raise TypeError(
@@ -237,6 +243,10 @@ def overload(name: str, *tensors: Tensor) -> Any:
             )
         return getattr(getattr(torch.ops, REFERENCE), name).default
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _is_dual(t: Tensor) -> bool:
+    return forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def implementation(name: str, device_type: str) -> str:

@@ -156,10 +156,12 @@ def encode_backward(
     d_threshold = zero.new_empty(0)
     if need_threshold:
         assert threshold is not None
-        theta = threshold.to(acc)[latents]
+        theta = threshold.to(acc)[latents] if d_sae else zero
         in_window = (gate == 0) | (values < theta + bandwidth / 2)
         d_theta = torch.where(in_window & valid, theta * d_values + d_gate, zero)
-        d_threshold = zero.new_zeros(d_sae).index_add_(0, latents, d_theta) / -bandwidth
+        stored = valid.nonzero()[:, 0]
+        sums = zero.new_zeros(d_sae).index_add_(0, latents[stored], d_theta[stored])
+        d_threshold = sums / -bandwidth
     return (
         _product(d_pre, W_enc.T).to(x.dtype) if need_x else x.new_empty(0),
         _like(_product(d_pre.t(), x).T, W_enc) if need_W_enc else x.new_empty(0),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import check_count
 from .entries import (
     OPTIONAL,
     TENSORS,
@@ -73,17 +74,17 @@ class SparseActs(Entries):
         (padding slots that all point at one latent): then it is dropped.
 
         Raises:
-            TypeError: `values` is not floating point or `indices` not integer.
+            TypeError: `values` is not a floating-point tensor or `indices` not an integer one.
             ValueError: shapes differ, an index is outside `[0, d_sae)`, or a row names a latent
                 twice with non-zero values.
         """
-        check_topk(values, indices, d_sae)
+        indices = check_topk(values, indices, d_sae)
         k = values.shape[-1]
         n = math.prod(values.shape[:-1])
         flat = values.reshape(n, k)
         flat = flat if values.dtype == torch.float64 else flat.float()
         off = (flat.detach() == 0).to(torch.int64)
-        latents, order = (2 * indices.reshape(n, k).to(torch.int64) + off).sort(dim=1, stable=True)
+        latents, order = (2 * indices.reshape(n, k) + off).sort(dim=1, stable=True)
         latents = latents // 2
         flat, off = flat.gather(1, order), off.gather(1, order)
         twice = torch.zeros_like(latents, dtype=torch.bool)
@@ -130,10 +131,10 @@ class SparseActs(Entries):
         """Keep the k largest active entries of every token, ties to the smaller latent.
 
         Raises:
+            TypeError: k is not an int.
             ValueError: k is negative.
         """
-        if k < 0:
-            raise ValueError(f"topk: k must be >= 0, got {k}")
+        check_count("topk", "k", k)
         tokens, active = self.tokens(), self._valid(self.gate) > 0
         ranked = torch.where(active, self.values.detach(), -torch.inf)
         order = ranked.argsort(descending=True, stable=True)
@@ -161,8 +162,11 @@ class SparseActs(Entries):
         that switching a latent on would have.
 
         Raises:
+            TypeError: `other` is not a `SparseActs`.
             ValueError: the shapes differ.
         """
+        if not isinstance(other, SparseActs):
+            raise TypeError(f"union: other must be a SparseActs, got {type(other).__name__}")
         if other.shape != self.shape:
             raise ValueError(f"union: other must have shape {self.shape}, got {other.shape}")
         mine, theirs = self._keys(), other._keys()
@@ -221,8 +225,14 @@ class SparseActs(Entries):
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> SparseActs:
-        """Move to a device, or cast the values; arguments as in `torch.Tensor.to`."""
+        """Move to a device, or cast the values; arguments as in `torch.Tensor.to`.
+
+        Raises:
+            TypeError: the dtype is not floating point.
+        """
         values = self.values.to(*args, **kwargs)
+        if not values.is_floating_point():
+            raise TypeError(f"to: dtype must be floating point, got {values.dtype}")
         moved = {
             name: None if t is None else t.to(values.device)
             for name in (*TENSORS, *OPTIONAL)

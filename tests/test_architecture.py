@@ -18,7 +18,7 @@ PACKAGE = ROOT / "gemmascope_fast"
 NAME = PACKAGE.name
 
 LAYERS = [
-    ("reference", "autograd"),
+    ("reference", "autograd", "arguments"),
     ("fakes",),
     ("ops",),
     ("entries",),

@@ -8,13 +8,14 @@ carries them on to the weights.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
+
+from ..arguments import check_number
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Reconstruction(Term):
     coefficient: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_number(self, "coefficient", self.coefficient)
+        check_number(type(self).__name__, "coefficient", self.coefficient)
 
     def per_token(self, statistics: TokenStatistics) -> Tensor:
         """Squared error of each token."""
@@ -96,7 +97,7 @@ class L0(Term):
     coefficient: float
 
     def __post_init__(self) -> None:
-        _check_number(self, "coefficient", self.coefficient)
+        check_number(type(self).__name__, "coefficient", self.coefficient)
 
     def per_token(self, statistics: TokenStatistics) -> Tensor:
         """Active latents of each token, weighted."""
@@ -126,8 +127,8 @@ class QuadraticL0(Term):
     coefficient: float
 
     def __post_init__(self) -> None:
-        _check_number(self, "coefficient", self.coefficient)
-        _check_number(self, "target", self.target, positive=True)
+        check_number(type(self).__name__, "coefficient", self.coefficient)
+        check_number(type(self).__name__, "target", self.target, positive=True)
 
     def per_token(self, statistics: TokenStatistics) -> Tensor:
         """Squared distance of each token's L0 from the target, weighted."""
@@ -153,8 +154,18 @@ def check_terms(op: str, terms: Any) -> tuple[Term, ...]:
         raise ValueError(
             f"{op}: terms must not be empty: pass at least one, such as Reconstruction()"
         )
-    names = [term.name for term in terms]
-    for name in names:
+    names = [getattr(term, "name", None) for term in terms]
+    for term, name in zip(terms, names, strict=True):
+        kind = type(term).__name__
+        if not isinstance(name, str) or name in RESERVED:
+            raise ValueError(
+                f"{op}: {kind}.name must be a string other than {', '.join(RESERVED)}, got {name!r}"
+            )
+        if any(isinstance(v, Tensor) and v.requires_grad for v in vars(term).values()):
+            raise ValueError(
+                f"{op}: {kind} holds a tensor that requires grad, and terms are constants here: "
+                "detach it"
+            )
         if names.count(name) > 1:
             raise ValueError(
                 f"{op}: terms has {names.count(name)} terms named {name!r}: merge them into one"
@@ -162,14 +173,7 @@ def check_terms(op: str, terms: Any) -> tuple[Term, ...]:
     return tuple(terms)
 
 
-def _check_number(term: Term, name: str, value: Any, positive: bool = False) -> None:
-    op = type(term).__name__
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if not 0 <= value < math.inf or (positive and value == 0):
-        raise ValueError(
-            f"{op}: {name} must be finite and {'>' if positive else '>='} 0, got {value}"
-        )
-
+RESERVED = ("fvu", "l0", "density", "dense_blocks", "blocks")
+"""Metrics of every evaluation; no term may take their names."""
 
 DEFAULT_TERMS: tuple[Term, ...] = (Reconstruction(),)
