@@ -129,6 +129,9 @@ def test_only_wanted_gradients(backend, needs):
     some = backend.op("encode_backward")(*args[:12], *needs)
     for mine, other, needed in zip(some, every, needs, strict=True):
         assert_same(mine, other if needed else torch.zeros(0))
+    torch.library.opcheck(
+        backend.op("encode_backward"), [*args[:12], *needs], test_utils="test_schema"
+    )
 
 
 @pytest.mark.parametrize("missing", [(0,), (1,), (0, 1)])
@@ -217,3 +220,17 @@ def test_repeated_and_unordered_latents_of_a_row(backend):
     args = [d_values, None, p.x, p.W_enc, None, 0.0, *entries, None, None, *[True] * 3, False]
     wanted = [t.float() for t in definition(args)[:3]]
     assert_all_same(backend.op("encode_backward")(*args)[:3], wanted, NAMES[:3])
+
+
+@pytest.mark.parametrize("bandwidth", [1e-39, 1e-30, 0.001, 0.03, 0.7, 3.0, 100.0, 1e30])
+def test_the_threshold_gradient_is_divided_as_the_definition_says(backend, bandwidth):
+    # One rounding, after an exact sum; 1 / bandwidth would overflow at 1e-39.
+    args = [*integer_args()[:4], *integer_args()[4:]]
+    args[5] = bandwidth
+    sums = definition([*args[:5], 1.0, *args[6:]])[3] * 0
+    latents, theta = args[7].long(), args[4][args[7].long()]
+    window = (args[9] == 0) | (args[8] < theta + bandwidth / 2)
+    sums.index_add_(0, latents, torch.where(window, theta * args[0] + args[1], 0.0).double())
+    d_threshold = backend.op("encode_backward")(*args)[3]
+    assert_same(d_threshold, sums.float() / -bandwidth)
+    assert not d_threshold.isnan().any() and sums.count_nonzero() > 5

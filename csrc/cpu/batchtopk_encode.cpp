@@ -26,7 +26,7 @@
 namespace gemmascope_fast {
 namespace {
 
-constexpr const char* kOp = "batchtopk_encode";
+constexpr char kOp[] = "batchtopk_encode";
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr size_t kFlush = 2048;
 
@@ -197,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch
         "CapacityError: batchtopk_encode: max_nnz=" + std::to_string(capacity) + " is too small, " +
         std::to_string(needed) + " entries are needed; pass max_nnz >= " + std::to_string(needed));
   }
-  Tensor offsets = torch::stable::new_empty(x, {n + 1}, ScalarType::Long);
+  Tensor offsets = new_tensor(x, {n + 1}, ScalarType::Long);
   const EncodeOutput out(x, capacity, needed);
   write_entries(entries, n, static_cast<int64_t*>(offsets.data_ptr()), out);
   const float threshold = static_cast<double>(needed) < wanted ? 0.0f : smallest(entries);
@@ -212,8 +212,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch
           permutation};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) {
-  m.impl("batchtopk_encode", TORCH_BOX(&batchtopk_encode_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) { GSF_CPU_IMPL(m, kOp, batchtopk_encode_cpu); }
 
 }  // namespace gemmascope_fast

@@ -16,7 +16,7 @@
 namespace gemmascope_fast {
 namespace {
 
-constexpr const char* kOp = "by_feature";
+constexpr char kOp[] = "by_feature";
 
 // offsets[j + 1] serves as latent j's cursor: it starts at the latent's first slot and ends at its last plus one, which
 // is the value it must have. No workspace.
@@ -68,8 +68,8 @@ void sort_chunks(const int32_t* latents, int64_t nnz, int64_t d_sae, int64_t chu
 std::tuple<Tensor, Tensor> by_feature_cpu(const Tensor& offsets, const Tensor& indices,
                                           int64_t d_sae) {
   const Entries entries = check_entries(kOp, offsets, indices, d_sae);
-  Tensor feature_offsets = torch::stable::new_empty(offsets, {d_sae + 1}, ScalarType::Long);
-  Tensor permutation = torch::stable::new_empty(offsets, {entries.capacity}, ScalarType::Long);
+  Tensor feature_offsets = new_tensor(offsets, {d_sae + 1}, ScalarType::Long);
+  Tensor permutation = new_tensor(offsets, {entries.capacity}, ScalarType::Long);
   auto* starts = static_cast<int64_t*>(feature_offsets.data_ptr());
   auto* positions = static_cast<int64_t*>(permutation.data_ptr());
   // A histogram pays when it is shorter than half of the chunk it counts; it also bounds the workspace by nnz / 2.
@@ -83,8 +83,6 @@ std::tuple<Tensor, Tensor> by_feature_cpu(const Tensor& offsets, const Tensor& i
   return {feature_offsets, permutation};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) {
-  m.impl("by_feature", TORCH_BOX(&by_feature_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) { GSF_CPU_IMPL(m, kOp, by_feature_cpu); }
 
 }  // namespace gemmascope_fast

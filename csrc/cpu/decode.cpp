@@ -12,19 +12,49 @@
 namespace gemmascope_fast {
 namespace {
 
+constexpr char kDecode[] = "decode";
+constexpr char kDecodeInPlace[] = "decode_";
+
 void check_W_dec(const char* op, const Tensor& W_dec) {
   check_dim(op, "W_dec", W_dec, 2);
   check_float(op, "W_dec", W_dec);
 }
 
 // Two elements of recon in one place would make the sum depend on the order of the writes.
-void check_writable(const char* op, const Tensor& recon) {
-  for (int64_t i = 0; i < 2; ++i) {
-    if (recon.size(i) > 1 && recon.stride(i) == 0) {
-      fail(op, "recon must not be expanded: dimension ", i, " of shape ", shape_of(recon),
-           " has stride 0; pass recon.contiguous()");
-    }
+void check_distinct_elements(const char* op, const Tensor& recon) {
+  int64_t inner = recon.stride(0) < recon.stride(1) ? 0 : 1;
+  if (recon.size(inner) <= 1) inner = 1 - inner;
+  const int64_t outer = 1 - inner;
+  if (recon.size(inner) <= 1 || recon.size(outer) == 0) return;
+  const bool distinct =
+      recon.stride(inner) > 0 &&
+      (recon.size(outer) == 1 || recon.stride(outer) >= recon.size(inner) * recon.stride(inner));
+  if (distinct) return;
+  fail(op, "recon must not overlap itself, got shape ", shape_of(recon), " and strides [",
+       recon.stride(0), ", ", recon.stride(1), "]; pass recon.clone()");
+}
+
+struct Bytes {
+  uintptr_t begin, end;
+};
+
+Bytes bytes_between(const Tensor& t) {
+  const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr());
+  int64_t last = 0;
+  for (int64_t i = 0; i < t.dim(); ++i) {
+    if (t.size(i) == 0) return {begin, begin};
+    last += (t.size(i) - 1) * t.stride(i);
   }
+  return {begin, begin + static_cast<uintptr_t>(last + 1) * t.element_size()};
+}
+
+// A row of recon must not change what another row still reads. By the addresses from first to last element: columns of
+// one matrix that lie between each other's are refused, too.
+void check_separate(const char* op, const Tensor& recon, const char* name, const Tensor& read) {
+  const Bytes a = bytes_between(recon), b = bytes_between(read);
+  if (a.begin == a.end || b.begin == b.end || a.end <= b.begin || b.end <= a.begin) return;
+  fail(op, "recon shares memory with ", name, ", which is read while recon is written; pass ", name,
+       ".clone()");
 }
 
 }  // namespace
@@ -32,7 +62,7 @@ void check_writable(const char* op, const Tensor& recon) {
 Tensor decode_cpu(const Tensor& offsets, const Tensor& indices, const Tensor& values,
                   const Tensor& W_dec, std::optional<Tensor> b_dec, std::optional<Tensor>,
                   std::optional<Tensor>, ScalarType dtype) {
-  constexpr const char* op = "decode";
+  constexpr auto op = kDecode;
   check_W_dec(op, W_dec);
   Entries entries = check_entries(op, offsets, indices, W_dec.size(0));
   const float* coef = entry_floats(op, "values", values, &entries);
@@ -40,7 +70,7 @@ Tensor decode_cpu(const Tensor& offsets, const Tensor& indices, const Tensor& va
   if (b_dec.has_value()) {
     bias = vector_data<float>(op, "b_dec", *b_dec, ScalarType::Float, W_dec.size(1), &entries.keep);
   }
-  Tensor recon = torch::stable::new_empty(W_dec, {entries.n, W_dec.size(1)}, dtype);
+  Tensor recon = new_tensor(W_dec, {entries.n, W_dec.size(1)}, dtype);
   check_float(op, "dtype", recon);
   sum_tokens({&entries, coef, &W_dec, matrix_of(W_dec), bias}, matrix_of(recon));
   return recon;
@@ -48,19 +78,23 @@ Tensor decode_cpu(const Tensor& offsets, const Tensor& indices, const Tensor& va
 
 void decode__cpu(Tensor recon, const Tensor& offsets, const Tensor& indices, const Tensor& values,
                  const Tensor& W_dec) {
-  constexpr const char* op = "decode_";
+  constexpr auto op = kDecodeInPlace;
   check_W_dec(op, W_dec);
   check_float(op, "recon", recon);
   Entries entries = check_entries(op, offsets, indices, W_dec.size(0));
   check_shape(op, "recon", recon, {entries.n, W_dec.size(1)});
-  check_writable(op, recon);
   const float* coef = entry_floats(op, "values", values, &entries);
+  check_distinct_elements(op, recon);
+  check_separate(op, recon, "W_dec", W_dec);
+  check_separate(op, recon, "values", values);
+  check_separate(op, recon, "offsets", offsets);
+  check_separate(op, recon, "indices", indices);
   sum_tokens({&entries, coef, &W_dec, matrix_of(W_dec), nullptr, true}, matrix_of(recon));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) {
-  m.impl("decode", TORCH_BOX(&decode_cpu));
-  m.impl("decode_", TORCH_BOX(&decode__cpu));
+  GSF_CPU_IMPL(m, kDecode, decode_cpu);
+  GSF_CPU_IMPL(m, kDecodeInPlace, decode__cpu);
 }
 
 }  // namespace gemmascope_fast

@@ -12,7 +12,7 @@
 namespace gemmascope_fast {
 namespace {
 
-constexpr const char* kOp = "decode_backward";
+constexpr char kOp[] = "decode_backward";
 
 void weight_gradient(const Entries& entries, const FeatureView& view, const Tensor& W_dec,
                      const FloatRows& g, const Gradient& d_W_dec, float* d_values) {
@@ -58,8 +58,6 @@ std::tuple<Tensor, Tensor, Tensor> decode_backward_cpu(
   return {d_values, d_W_dec.tensor, d_b_dec};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) {
-  m.impl("decode_backward", TORCH_BOX(&decode_backward_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) { GSF_CPU_IMPL(m, kOp, decode_backward_cpu); }
 
 }  // namespace gemmascope_fast

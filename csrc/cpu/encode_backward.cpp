@@ -13,7 +13,7 @@
 namespace gemmascope_fast {
 namespace {
 
-constexpr const char* kOp = "encode_backward";
+constexpr char kOp[] = "encode_backward";
 
 Tensor input_gradient(const Entries& entries, const float* d_values, const Tensor& x,
                       const Tensor& W_enc) {
@@ -24,7 +24,7 @@ Tensor input_gradient(const Entries& entries, const float* d_values, const Tenso
       coef[e] = (d_values != nullptr ? d_values[e] : 0.0f) * entries.gate[e];
     }
   });
-  Tensor d_x = torch::stable::empty_like(x);
+  Tensor d_x = tensor_like(x);
   sum_tokens({&entries, coef, &W_enc, features(W_enc)}, matrix_of(d_x));
   return d_x;
 }
@@ -67,12 +67,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> encode_backward_cpu(
     view = feature_view(kOp, offsets, indices, feature_offsets, permutation, entries);
   }
   const int64_t d_sae = entries.d_sae;
-  const Tensor none = empty_vector(x, x.scalar_type(), 0);
   Tensor d_b_enc = empty_vector(values, ScalarType::Float, need_b_enc ? d_sae : 0);
   Tensor d_threshold = empty_vector(values, ScalarType::Float, need_threshold ? d_sae : 0);
   if (need_b_enc) encoder.d_b_enc = static_cast<float*>(d_b_enc.data_ptr());
   if (need_threshold) encoder.d_threshold = static_cast<float*>(d_threshold.data_ptr());
-  Gradient d_W_enc{none};
+  Gradient d_W_enc{empty_vector(x, x.scalar_type(), 0)};
   if (need_W_enc) {
     d_W_enc = gradient_like(W_enc, features(W_enc), entries.touched());
     encoder.d_W_enc = LatentGradient{features(d_W_enc.tensor), d_W_enc.zeroed};
@@ -82,12 +81,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> encode_backward_cpu(
     const Tensor rows = entry_rows(entries, W_enc);
     feature_pass(entries, view, static_cast<const int64_t*>(rows.data_ptr()), nullptr, &encoder);
   }
-  Tensor d_x = need_x ? input_gradient(entries, encoder.d_values, x, W_enc) : none;
+  Tensor d_x = need_x ? input_gradient(entries, encoder.d_values, x, W_enc)
+                      : empty_vector(x, x.scalar_type(), 0);
   return {d_x, d_W_enc.tensor, d_b_enc, d_threshold};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) {
-  m.impl("encode_backward", TORCH_BOX(&encode_backward_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) { GSF_CPU_IMPL(m, kOp, encode_backward_cpu); }
 
 }  // namespace gemmascope_fast

@@ -2,13 +2,12 @@
 // zeroed.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <tuple>
 
 #include "common/check.h"
 #include "cpu/by_feature.h"
+#include "cpu/memory.h"
 
 namespace gemmascope_fast {
 
@@ -17,9 +16,9 @@ struct EncodeOutput {
 
   // Entries [0, used) are the caller's to write.
   EncodeOutput(const Tensor& like, int64_t capacity, int64_t used)
-      : indices(torch::stable::new_empty(like, {capacity}, ScalarType::Int)),
-        values(torch::stable::new_empty(like, {capacity}, ScalarType::Float)),
-        gate(torch::stable::new_empty(like, {capacity}, ScalarType::Float)) {
+      : indices(new_tensor(like, {capacity}, ScalarType::Int)),
+        values(new_tensor(like, {capacity}, ScalarType::Float)),
+        gate(new_tensor(like, {capacity}, ScalarType::Float)) {
     std::fill(indices_data() + used, indices_data() + capacity, 0);
     std::fill(values_data() + used, values_data() + capacity, 0.0f);
     std::fill(gate_data() + used, gate_data() + capacity, 0.0f);
@@ -31,13 +30,13 @@ struct EncodeOutput {
 };
 
 inline Tensor int64_scalar(const Tensor& like, int64_t value) {
-  Tensor t = torch::stable::new_empty(like, {}, ScalarType::Long);
+  Tensor t = new_tensor(like, {}, ScalarType::Long);
   *static_cast<int64_t*>(t.data_ptr()) = value;
   return t;
 }
 
 inline Tensor float_scalar(const Tensor& like, float value) {
-  Tensor t = torch::stable::new_empty(like, {}, ScalarType::Float);
+  Tensor t = new_tensor(like, {}, ScalarType::Float);
   *static_cast<float*>(t.data_ptr()) = value;
   return t;
 }
@@ -47,8 +46,7 @@ inline std::tuple<Tensor, Tensor> feature_view(bool wanted, const Tensor& like,
                                                const Tensor& offsets, const Tensor& indices,
                                                int64_t d_sae) {
   if (wanted) return by_feature_cpu(offsets, indices, d_sae);
-  return {torch::stable::new_empty(like, {0}, ScalarType::Long),
-          torch::stable::new_empty(like, {0}, ScalarType::Long)};
+  return {new_tensor(like, {0}, ScalarType::Long), new_tensor(like, {0}, ScalarType::Long)};
 }
 
 }  // namespace gemmascope_fast

@@ -46,16 +46,13 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 // Elements of any stride, gathered to where table.widen can read them.
-void widen_strided(const DotTable& table, const char* source, Dtype dtype, int64_t stride,
+template <typename T>
+void widen_strided(const DotTable& table, const T* source, Dtype dtype, int64_t stride,
                    int64_t count, float* target) {
-  float raw[64];
-  const int64_t size = element_size(dtype);
+  T raw[64];
   for (int64_t i = 0; i < count; i += 64) {
     const int64_t part = std::min<int64_t>(64, count - i);
-    for (int64_t e = 0; e < part; ++e) {
-      std::memcpy(reinterpret_cast<char*>(raw) + e * size, source + (i + e) * stride * size,
-                  static_cast<size_t>(size));
-    }
+    for (int64_t e = 0; e < part; ++e) raw[e] = source[(i + e) * stride];
     table.widen(raw, static_cast<int>(dtype), part, target + i);
   }
 }
@@ -121,11 +118,15 @@ void PaddedRows::convert(int64_t begin, int64_t count, float* target) const {
   }
   for (int64_t r = 0; r < count; ++r) {
     float* row = target + r * padded_;
-    const char* source = static_cast<const char*>(m_.row(begin + r));
+    const void* source = m_.row(begin + r);
     if (!transposed_ && (m_.col_stride == 1 || m_.cols <= 1)) {
       table_.widen(source, dtype, m_.cols, row);
+    } else if (!transposed_ && m_.dtype == Dtype::kFloat32) {
+      widen_strided(table_, static_cast<const float*>(source), m_.dtype, m_.col_stride, m_.cols,
+                    row);
     } else if (!transposed_) {
-      widen_strided(table_, source, m_.dtype, m_.col_stride, m_.cols, row);
+      widen_strided(table_, static_cast<const uint16_t*>(source), m_.dtype, m_.col_stride, m_.cols,
+                    row);
     }
     std::fill(row + m_.cols, row + padded_, 0.0f);
   }

@@ -4,13 +4,12 @@
 // offsets[n] on are padding; they are neither checked nor read. Errors name the first bad position.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <atomic>
 #include <optional>
 
 #include "common/check.h"
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
 
 namespace gemmascope_fast {
@@ -41,7 +40,7 @@ const T* vector_data(const char* op, const char* name, const Tensor& t, ScalarTy
                      int64_t size, std::vector<Tensor>* keep) {
   check_dtype(op, name, t, dtype);
   check_shape(op, name, t, {size});
-  keep->push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
+  keep->push_back(contiguous_tensor(t));
   return static_cast<const T*>(keep->back().data_ptr());
 }
 

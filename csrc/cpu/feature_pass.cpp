@@ -71,6 +71,7 @@ class GradientRows {
 
  private:
   void clear(void* row, size_t element) {
+    if (out_.rows.cols == 0) return;  // memset must not be handed the null pointer of an empty row
     std::memset(row, 0, static_cast<size_t>(out_.rows.cols) * element);
   }
   void clear_row(int64_t j) {
@@ -134,7 +135,7 @@ class Worker {
     if (encoder_ == nullptr) return;
     if (encoder_->d_b_enc != nullptr) encoder_->d_b_enc[j] = sum_b_;
     if (encoder_->d_threshold != nullptr) {
-      encoder_->d_threshold[j] = sum_threshold_ * static_cast<float>(-1.0 / encoder_->bandwidth);
+      encoder_->d_threshold[j] = sum_threshold_ / static_cast<float>(-encoder_->bandwidth);
     }
   }
 

@@ -23,7 +23,7 @@
 namespace gemmascope_fast {
 namespace {
 
-constexpr const char* kOp = "jumprelu_encode";
+constexpr char kOp[] = "jumprelu_encode";
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 // Row and latent relative to their task. An invalid entry has the value NaN.
@@ -174,7 +174,7 @@ void write_entries(const EncodeTiles& tiles, std::vector<TaskEntries>& entries, 
 }
 
 std::vector<float> limits(const float* threshold, int64_t d_sae, double bandwidth) {
-  const float half = bandwidth > 0 ? static_cast<float>(bandwidth) * 0.5f : 0.0f;
+  const float half = bandwidth > 0 ? static_cast<float>(bandwidth / 2) : 0.0f;
   std::vector<float> limit(static_cast<size_t>(d_sae));
   for (int64_t j = 0; j < d_sae; ++j) limit[static_cast<size_t>(j)] = threshold[j] - half;
   return limit;
@@ -189,7 +189,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> jumprelu_enco
   const int64_t n = x.size(0), d_sae = W_enc.size(1);
   check_dtype(kOp, "threshold", threshold, ScalarType::Float);
   check_shape(kOp, "threshold", threshold, {d_sae});
-  if (!(bandwidth >= 0)) fail(kOp, "bandwidth must be >= 0, got ", bandwidth);
+  constexpr double largest = std::numeric_limits<float>::max();
+  if (!(bandwidth >= 0 && bandwidth <= largest)) {
+    fail(kOp, "bandwidth must be in [0, ", largest, "], got ", bandwidth);
+  }
   if (max_nnz && *max_nnz < 0) fail(kOp, "max_nnz must be >= 0, got ", *max_nnz);
 
   const FloatVector bias(b_enc), theta(threshold);
@@ -198,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> jumprelu_enco
   EncodeTiles tiles(matrix_of(x), features(W_enc));
   std::vector<TaskEntries> entries = collect(tiles, gate);
 
-  Tensor offsets = torch::stable::new_empty(x, {n + 1}, ScalarType::Long);
+  Tensor offsets = new_tensor(x, {n + 1}, ScalarType::Long);
   const int64_t needed =
       place_entries(tiles, entries, n, static_cast<int64_t*>(offsets.data_ptr()));
   const int64_t capacity = max_nnz.value_or(needed);
@@ -214,8 +217,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> jumprelu_enco
           feature_offsets, permutation};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) {
-  m.impl("jumprelu_encode", TORCH_BOX(&jumprelu_encode_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) { GSF_CPU_IMPL(m, kOp, jumprelu_encode_cpu); }
 
 }  // namespace gemmascope_fast

@@ -1,13 +1,12 @@
 #include "cpu/matrix_rows.h"
 
 #include <sys/mman.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
 #include <type_traits>
 
+#include "cpu/memory.h"
 #include "cpu/parallel.h"
 
 namespace gemmascope_fast {
@@ -97,7 +96,7 @@ void store_strided(const Matrix& m, int64_t begin, int64_t count, const float* s
 
 FloatRows copy_rows(const Tensor& owner, const Matrix& m) {
   FloatRows rows;
-  rows.keep = torch::stable::new_empty(owner, {m.rows, m.cols}, ScalarType::Float);
+  rows.keep = new_tensor(owner, {m.rows, m.cols}, ScalarType::Float);
   float* data = static_cast<float*>(rows.keep.data_ptr());
   rows.data = data;
   rows.cols = m.cols;
@@ -110,6 +109,7 @@ FloatRows copy_rows(const Tensor& owner, const Matrix& m) {
 }  // namespace
 
 void load_rows(const Matrix& m, int64_t begin, int64_t count, float* dst, int64_t ld) {
+  if (m.cols == 0) return;
   if (unit_columns(m)) {
     for (int64_t r = 0; r < count; ++r) {
       rows_table().widen(static_cast<int>(m.dtype), m.row(begin + r), m.cols, dst + r * ld);
@@ -122,6 +122,7 @@ void load_rows(const Matrix& m, int64_t begin, int64_t count, float* dst, int64_
 }
 
 void store_rows(const Matrix& m, int64_t begin, int64_t count, const float* src, int64_t ld) {
+  if (m.cols == 0) return;
   if (unit_columns(m)) {
     for (int64_t r = 0; r < count; ++r) {
       void* row = const_cast<void*>(m.row(begin + r));
@@ -167,10 +168,10 @@ constexpr double kHugeFraction = 1.0 / 8;
 Gradient gradient_like(const Tensor& parameter, const Matrix& latents, double touched) {
   const int64_t bytes = parameter.numel() * static_cast<int64_t>(parameter.element_size());
   if (bytes <= kZeroPageBytes || !dense_2d(parameter)) {
-    return {torch::stable::empty_like(parameter), false};
+    return {tensor_like(parameter), false};
   }
   void* block = std::calloc(static_cast<size_t>(bytes) + kHugePage, 1);
-  if (block == nullptr) return {torch::stable::empty_like(parameter), false};  // torch's own error
+  if (block == nullptr) return {tensor_like(parameter), false};
   const auto address = reinterpret_cast<uintptr_t>(block);
   void* data = reinterpret_cast<void*>((address + kHugePage - 1) / kHugePage * kHugePage);
 #ifdef MADV_HUGEPAGE
@@ -186,7 +187,7 @@ Gradient gradient_like(const Tensor& parameter, const Matrix& latents, double to
 }
 
 void sum_rows(const FloatRows& m, int64_t rows, float* out) {
-  std::memset(out, 0, static_cast<size_t>(m.cols) * sizeof(float));
+  std::fill_n(out, m.cols, 0.0f);
   const float ones[kRowGroup] = {1, 1, 1, 1};
   parallel_ranges(m.cols, 256, [&](int64_t begin, int64_t end) {
     for (int64_t r = 0; r < rows; r += kRowGroup) {
@@ -199,7 +200,7 @@ void sum_rows(const FloatRows& m, int64_t rows, float* out) {
 }
 
 Tensor empty_vector(const Tensor& like, ScalarType dtype, int64_t size) {
-  return torch::stable::new_empty(like, {size}, dtype);
+  return new_tensor(like, {size}, dtype);
 }
 
 }  // namespace gemmascope_fast

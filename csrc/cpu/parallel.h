@@ -36,8 +36,9 @@ void parallel_tasks(int64_t count, int64_t slots, const Body& body) {
   std::atomic<int64_t> next{0};
   std::exception_ptr error;
   std::mutex error_mutex;
-  // Run inline (nested call, forked child) one call gets the whole range [0, slots) and drains the
-  // counter by itself.
+  // Inside another parallel region torch runs this inline: one call gets the whole range [0, slots)
+  // and drains the counter by itself. A forked child hangs here, as in any parallel op of torch,
+  // when its parent has used several threads; it works after torch.set_num_threads(1).
   torch::stable::parallel_for(0, slots, 1, [&](int64_t slot, int64_t) {
     try {
       for (int64_t task = next++; task < count; task = next++) body(task, slot);

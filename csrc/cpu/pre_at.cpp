@@ -15,7 +15,7 @@
 namespace gemmascope_fast {
 namespace {
 
-constexpr const char* kOp = "pre_at";
+constexpr char kOp[] = "pre_at";
 
 class RowReader {
  public:
@@ -61,7 +61,7 @@ Tensor pre_at_cpu(const Tensor& x, const Tensor& W_enc, const Tensor& b_enc, con
   check_indices("rows", rows, x.size(0), "n");
   check_indices("latents", latents, W_enc.size(1), "d_sae");
 
-  Tensor pre = torch::stable::new_empty(x, {pairs}, ScalarType::Float);
+  Tensor pre = new_tensor(x, {pairs}, ScalarType::Float);
   float* out = static_cast<float*>(pre.data_ptr());
   const FloatVector bias(b_enc);
   const DotTable& table = dot_table(simd_target());
@@ -81,6 +81,6 @@ Tensor pre_at_cpu(const Tensor& x, const Tensor& W_enc, const Tensor& b_enc, con
   return pre;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) { m.impl("pre_at", TORCH_BOX(&pre_at_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) { GSF_CPU_IMPL(m, kOp, pre_at_cpu); }
 
 }  // namespace gemmascope_fast

@@ -15,7 +15,7 @@
 namespace gemmascope_fast {
 namespace {
 
-constexpr const char* kOp = "sae_backward";
+constexpr char kOp[] = "sae_backward";
 
 // d_recon[g] as a matrix.
 Matrix slice(const Tensor& d_recon, int64_t g) {
@@ -38,7 +38,7 @@ std::vector<FloatRows> suffix_sums(const Tensor& d_recon) {
     const FloatRows& later = sums[static_cast<size_t>(g + 1)];
     const Matrix own = slice(d_recon, g);
     FloatRows sum;
-    sum.keep = torch::stable::new_empty(d_recon, {m, d}, ScalarType::Float);
+    sum.keep = new_tensor(d_recon, {m, d}, ScalarType::Float);
     float* data = static_cast<float*>(sum.keep.data_ptr());
     parallel_ranges(m, kRowBlock, [&](int64_t begin, int64_t end) {
       load_rows(own, begin, end - begin, data + begin * d, d);
@@ -135,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sae_backward_cpu(
   const Tensor rows = entry_rows(entries, values);
   feature_pass(entries, view, static_cast<const int64_t*>(rows.data_ptr()), &decoder, &encoder);
 
-  Tensor d_x = need_x ? torch::stable::empty_like(x) : empty_vector(x, x.scalar_type(), 0);
+  Tensor d_x = need_x ? tensor_like(x) : empty_vector(x, x.scalar_type(), 0);
   if (need_x) {
     sum_tokens({&entries, encoder.d_pre, &W_enc, features(W_enc), nullptr, false, sets},
                matrix_of(d_x));
@@ -144,8 +144,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sae_backward_cpu(
   return {d_x, d_W_enc.tensor, d_b_enc, d_threshold, d_W_dec.tensor, d_b_dec};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) {
-  m.impl("sae_backward", TORCH_BOX(&sae_backward_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) { GSF_CPU_IMPL(m, kOp, sae_backward_cpu); }
 
 }  // namespace gemmascope_fast

@@ -24,7 +24,7 @@
 namespace gemmascope_fast {
 namespace {
 
-constexpr const char* kOp = "topk_encode";
+constexpr char kOp[] = "topk_encode";
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 struct Candidate {
@@ -213,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_encode_cpu(
   const int64_t n = x.size(0), d_sae = W_enc.size(1);
   if (k < 0 || k > d_sae) fail(kOp, "k must be in [0, d_sae=", d_sae, "], got ", k);
 
-  Tensor offsets = torch::stable::new_empty(x, {n + 1}, ScalarType::Long);
+  Tensor offsets = new_tensor(x, {n + 1}, ScalarType::Long);
   for (int64_t i = 0; i <= n; ++i) static_cast<int64_t*>(offsets.data_ptr())[i] = i * k;
   const EncodeOutput out(x, n * k, n * k);
   if (n * k > 0) {
@@ -225,8 +225,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_encode_cpu(
   return {offsets, out.indices, out.values, out.gate, feature_offsets, permutation};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) {
-  m.impl("topk_encode", TORCH_BOX(&topk_encode_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) { GSF_CPU_IMPL(m, kOp, topk_encode_cpu); }
 
 }  // namespace gemmascope_fast

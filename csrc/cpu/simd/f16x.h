@@ -109,16 +109,17 @@ static inline F16x load_bf16(const uint16_t* p) {
   return r;
 }
 static inline float fp16_to_float(uint16_t h) {
-  // Exponent rebias by a multiplication, which also handles subnormals; Inf and NaN are restored explicitly.
-  uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
-  uint32_t magnitude = static_cast<uint32_t>(h & 0x7fffu) << 13;
-  uint32_t bits = magnitude;
-  float f;
-  memcpy(&f, &bits, 4);
-  f *= 0x1p112f;
-  memcpy(&bits, &f, 4);
-  if ((h & 0x7c00u) == 0x7c00u) bits = magnitude | 0x7f800000u;
+  // No float32 subnormal on the way: like the conversion instructions, this ignores torch.set_flush_denormal.
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fffu) << 13;
+  const uint32_t exponent = h & 0x7c00u;
+  const float subnormal = static_cast<float>(h & 0x3ffu) * 0x1p-24f;  // an integer, scaled: exact
+  uint32_t bits;
+  memcpy(&bits, &subnormal, 4);
+  if (exponent != 0) bits = magnitude + (112u << 23);
+  if (exponent == 0x7c00u) bits = magnitude | 0x7f800000u;
   bits |= sign;
+  float f;
   memcpy(&f, &bits, 4);
   return f;
 }

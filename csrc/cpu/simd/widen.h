@@ -13,16 +13,20 @@ namespace gemmascope_fast {
 namespace GSF_TARGET {
 
 static inline F16x load_as(const void* source, int dtype, int64_t i) {
-  const uint16_t* half = static_cast<const uint16_t*>(source) + i;
   if (dtype == 0) return load(static_cast<const float*>(source) + i);
+  const uint16_t* half = static_cast<const uint16_t*>(source) + i;
   return dtype == 1 ? load_bf16(half) : load_fp16(half);
 }
 
 // Fewer than 16 elements, padded with zeros: nothing beyond them is read.
 static inline F16x load_tail(const void* source, int dtype, int64_t i, int64_t count) {
-  const int64_t size = dtype == 0 ? 4 : 2;
-  float padded[kLanes] = {};
-  memcpy(padded, static_cast<const char*>(source) + i * size, static_cast<size_t>(count * size));
+  if (dtype == 0) {
+    float padded[kLanes] = {};
+    memcpy(padded, static_cast<const float*>(source) + i, static_cast<size_t>(count) * 4);
+    return load(padded);
+  }
+  uint16_t padded[kLanes] = {};
+  memcpy(padded, static_cast<const uint16_t*>(source) + i, static_cast<size_t>(count) * 2);
   return load_as(padded, dtype, 0);
 }
 
