@@ -40,7 +40,7 @@ BAD_ENCODER_INPUTS = [
     ((P.x, None, P.b_enc), TypeError, "W_enc must be a torch.Tensor, got NoneType"),
     ((P.x, P.W_enc, P.b_enc.int()), TypeError, "b_enc must be float32, .*, got torch.int32"),
     ((P.x[0, 0], P.W_enc, P.b_enc), ValueError, "x must have at least one dimension"),
-    ((P.x, P.W_enc.t(), P.b_enc), ValueError, r"W_enc must have shape \[d_in=23, d_sae\], got"),
+    ((P.x, P.W_enc.t(), P.b_enc), ValueError, r"x must have shape \[\*batch, d_in=37\], W_enc being"),
     ((P.x, P.W_enc[0], P.b_enc), ValueError, r"W_enc must have shape .*, got \(37,\)"),
     (
         (P.x[:, :5], P.W_enc, P.b_enc),
@@ -138,7 +138,7 @@ def test_decode_in_place_arguments(backend):
     split = gsf.SparseActs(*jumprelu_entries(problem(n=6))[:4], (2, 3, 37))
     with pytest.raises(ValueError, match="^decode_: recon .*view"):
         gsf.decode_(torch.zeros(3, 2, 19).transpose(0, 1), split, P.W_dec)
-    with pytest.raises(RuntimeError, match="expanded|single memory location"):
+    with pytest.raises(RuntimeError, match="overlap itself|single memory location"):
         gsf.decode_(recon[:1].expand(5, 19), acts(), P.W_dec)
 
 

@@ -13,6 +13,10 @@ from samples import decode_backward_args, encode_backward_args, problem, sae_bac
 from gemmascope_fast import ops
 
 OPS = tuple(ops.TABLE)
+not_under_asan = pytest.mark.skipif(
+    "asan" in os.environ.get("LD_PRELOAD", ""),
+    reason="AddressSanitizer ends the process where an allocation fails",
+)
 
 
 def absent_outputs() -> dict[str, list]:
@@ -34,6 +38,7 @@ def test_absent_outputs_do_not_share_a_tensor(backend, name):
     torch.library.opcheck(backend.op(name), absent_outputs()[name], test_utils="test_schema")
 
 
+@not_under_asan
 @pytest.mark.parametrize("capacity", [10**15, 2**62])
 def test_a_capacity_beyond_memory_names_op_and_bytes(capacity):
     if reason := native_absent(OPS):
@@ -68,10 +73,8 @@ print(int(call(64)[0][-1]))
 """
 
 
+@not_under_asan
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
-@pytest.mark.skipif(
-    "asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer needs the address space"
-)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_exhausted_working_memory_is_an_error_that_names_the_op(run_python, threads):
     if reason := native_absent(OPS):
