@@ -63,7 +63,10 @@ class Pretrained:
         """Write `config.json` and `params.safetensors` as Gemma Scope 2 does.
 
         Atomic: whenever the process or the machine stops, the folder holds what it held before
-        or the new artefact, whole. W_enc is written row-major `[d_in, d_sae]`, in blocks, so no
+        or the new artefact, whole. Threads and processes of one machine that save to one folder
+        do so one after another, and a save removes the temporary files of those that were killed;
+        `load` meanwhile reads one whole artefact. A save that fails removes the folders that it
+        made. W_enc is written row-major `[d_in, d_sae]`, in blocks, so no
         second copy is made. `load` returns the same bits. The format has no place for the width
         of the straight-through window.
 
@@ -78,9 +81,11 @@ class Pretrained:
 
         Raises:
             OSError: the file system refuses; what was there stays.
-            TypeError: an argument, or a value of `metadata`, has the wrong type.
-            ValueError: the activation is not `JumpReLU`, a weight is not finite or out of the
-                range of `dtype`, or the metadata are not valid.
+            RuntimeError: a signal handler saves to the folder that its thread is saving to.
+            TypeError: an argument, `metadata`, or a value of it has the wrong type.
+            ValueError: the activation is not `JumpReLU`, an `SAE` has a `W_skip`, a weight is not
+                finite or out of the range of `dtype`, the metadata are not valid, or the path is
+                not valid UTF-8.
         """
         from .artefacts.writing import save
 

@@ -8,6 +8,7 @@ the names that are opened are constants, and links may not leave the folder (`fi
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import torch
 
 from ..modules import SAE
 from . import config as configs
-from . import files, gemma_scope_1, gemma_scope_2
+from . import files, folders, gemma_scope_1, gemma_scope_2
 from .validate import TensorFile, agree, build, check_dtype, check_tensors
 
 __all__ = ["load"]
+
+TRIES = 3  # before writers are kept out of the folder for the time of one load
 
 
 def load(
@@ -57,6 +60,19 @@ def load(
     check_dtype("load", dtype)
     target = _device(device)
     path = _path(source)
+    for _ in range(TRIES):
+        with suppress(files.Changed):  # a save renamed its files in between: read those
+            return _read(path, dtype, target)
+    with folders.read("load", path if path.is_dir() else path.parent):  # saves are quicker than us
+        return _read(path, dtype, target)
+
+
+def _read(path: Path, dtype: torch.dtype | None, target: torch.device | None) -> SAE:
+    """The artefact at `path`.
+
+    Raises:
+        Changed: another one took its place meanwhile.
+    """
     file, config = _open(path)
     with file:
         sizes = check_tensors(f"load: {file.path}", file.specs)
@@ -106,19 +122,20 @@ def _open_folder(folder: Path) -> tuple[TensorFile, dict[str, Any] | None]:
 def _open_gemma_scope_2(folder: Path, params: Path) -> tuple[TensorFile, dict[str, Any] | None]:
     """The tensors of a Gemma Scope 2 folder, and the config that belongs to them."""
     file = gemma_scope_2.SafetensorsFile(params)
-    data = files.config_bytes(folder)
-    if data is None or file.supersedes(data):
-        return file, file.own_config()
-    return file, configs.parse(data, f"load: {folder / files.CONFIG}")
+    try:
+        data = files.config_bytes(folder)
+        file.finish()  # a save renames the tensors first: these are not newer than `data`
+        if data is None or file.supersedes(data):
+            return file, file.own_config()
+        return file, configs.parse(data, f"load: {folder / files.CONFIG}")
+    except BaseException:
+        file.close()
+        raise
 
 
 def _path(source: str | os.PathLike[str]) -> Path:
     """`source` as a path that exists."""
-    if not isinstance(source, (str, os.PathLike)) or isinstance(os.fspath(source), bytes):
-        raise TypeError(f"load: source must be a str or a path, got {type(source).__name__}")
-    if "\0" in os.fspath(source):
-        raise ValueError("load: source must be a path, got a string with a NUL character")
-    path = Path(source)
+    path = files.as_path("load", "source", source)
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -11,9 +11,14 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 CONFIG = "config.json"
 CONFIG_LIMIT = 64 << 10  # bytes; published ones have about 300
+
+
+class Changed(ValueError):
+    """A file was replaced while it was read."""
 
 
 def member(folder: Path, name: str) -> Path | None:
@@ -57,6 +62,35 @@ def config_bytes(folder: Path) -> bytes | None:
         return None
     with open(path, "rb") as file:
         return file.read(CONFIG_LIMIT + 1)
+
+
+def as_path(op: str, argument: str, value: Any) -> Path:
+    """`value` as a path.
+
+    Raises:
+        TypeError: it is no path, or one of bytes.
+        ValueError: it holds a NUL character.
+    """
+    if not isinstance(value, (str, os.PathLike)) or isinstance(os.fspath(value), bytes):
+        raise TypeError(f"{op}: {argument} must be a str or a path, got {type(value).__name__}")
+    if "\0" in os.fspath(value):
+        raise ValueError(f"{op}: {argument} must be a path, got a string with a NUL character")
+    return Path(value)
+
+
+def check_utf8(op: str, path: Path) -> None:
+    """Refuse names that the safetensors library cannot open.
+
+    Raises:
+        ValueError: the path is not valid UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{op}: the path must be valid UTF-8, since the safetensors library opens no other, "
+            f"got {str(path)!a}: rename it"
+        ) from error
 
 
 def _unreadable(path: Path) -> PermissionError:

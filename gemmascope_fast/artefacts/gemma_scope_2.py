@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import config as configs
+from . import files
 from .validate import Spec, rows_per_block
 
 PARAMS = "params.safetensors"
@@ -46,15 +47,24 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._identity = self._stat()
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
+        files.check_utf8("load", path)
+        self._held = open(path, "rb")  # while it is open, no other file gets its identity
+        try:
+            self._identity = _identity(self._held.fileno())
+            self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_header(self) -> None:
+        path, size = self.path, int.from_bytes(self._held.read(8), "little")
         if size > HEADER_LIMIT:
             raise ValueError(
                 f"load: {path}: the header must have at most {HEADER_LIMIT} bytes, got {size}"
             )
         self.specs: dict[str, Spec] = {}
         with self._open() as file:
+            self.finish()
             self.metadata: dict[str, str] = file.metadata() or {}
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 entry = file.get_slice(name)
@@ -89,18 +99,19 @@ class SafetensorsFile:
         for start in range(0, shape[0], step):
             rows = slice(start, min(start + step, shape[0]))
             with self._open() as file:
+                self.finish()  # the path led to this file after `file` was opened: it is this one
                 block = file.get_slice(name)[rows]
             yield (rows,), block
             del block
 
     def finish(self) -> None:
         """Raise if the file was replaced or changed meanwhile."""
-        if self._stat() != self._identity:
-            raise ValueError(f"load: {self.path} changed while it was read; load it again")
+        if _identity(self.path) != self._identity:
+            raise files.Changed(f"load: {self.path} changed while it was read; load it again")
 
-    def _stat(self) -> tuple[int, ...]:
-        found = os.stat(self.path)
-        return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    def close(self) -> None:
+        """Let go of the file."""
+        self._held.close()
 
     def _open(self) -> Any:
         try:
@@ -114,4 +125,10 @@ class SafetensorsFile:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Nothing stays open between blocks."""
+        """Let go of the file."""
+        self.close()
+
+
+def _identity(file: Path | int) -> tuple[int, ...]:
+    found = os.stat(file)
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)

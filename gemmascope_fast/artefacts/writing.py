@@ -4,14 +4,14 @@ Both files are written under temporary names in the folder and synced; then `par
 is renamed, then `config.json`. The header of `params.safetensors` holds the config too, and the
 digest of the `config.json` that the save replaces: a crash between the two renames leaves a
 config that `load` recognises as stale, so at every moment the folder holds the old artefact or
-the new one, whole.
+the new one, whole. A writer holds the folder from before it reads the old config until its last
+rename, so two saves cannot mix, and temporary files found at the start belong to dead writers.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -21,9 +21,19 @@ from torch import Tensor
 
 from ..modules import SAE, JumpReLU, Transcoder
 from . import config as configs
+from . import files, folders
 from .files import CONFIG, CONFIG_LIMIT
 from .gemma_scope_2 import CONFIG_KEY, DTYPES, PARAMS, REPLACES_KEY, digest
-from .validate import MATRICES, PARAMETERS, Spec, check_dtype, check_tensors, finite, rows_per_block
+from .validate import (
+    MATRICES,
+    PARAMETERS,
+    SKIP,
+    Spec,
+    check_dtype,
+    check_tensors,
+    finite,
+    rows_per_block,
+)
 
 OP = "save_pretrained"
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -45,27 +55,23 @@ def save(
         metadata: config values that take precedence over `module.metadata`; None is "not given".
     """
     check_dtype(OP, dtype)
-    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
-        raise TypeError(f"{OP}: path must be a str or a path, got {type(path).__name__}")
-    folder = Path(path)
+    folder = files.as_path(OP, "path", path)
+    files.check_utf8(OP, folder)
     tensors = _tensors(module)
     text = _config(module, metadata)
-    existed = _prepare(folder)
-    header = {CONFIG_KEY: text.decode(), "format": "pt"}
-    old = _old_config(folder)
-    if old is not None:
-        header[REPLACES_KEY] = digest(old)
     specs = _specs(tensors, dtype)
-    try:
+    _check_place(folder)
+    with folders.written(OP, folder):
+        folders.remove_temporaries(folder)
+        header = {CONFIG_KEY: text.decode(), "format": "pt"}
+        old = _old_config(folder)
+        if old is not None:
+            header[REPLACES_KEY] = digest(old)
         _replace_both(
             folder,
             lambda file: _write_tensors(file, tensors, specs, header),
             lambda file: file.write(text),
         )
-    except BaseException:
-        if not existed:
-            _remove_empty(folder)
-        raise
 
 
 def _tensors(module: SAE) -> dict[str, Tensor]:
@@ -80,6 +86,11 @@ def _tensors(module: SAE) -> dict[str, Tensor]:
             "module.state_dict() with torch.save instead"
         )
     found = {name: getattr(module, attribute, None) for name, attribute in PARAMETERS.items()}
+    if found[SKIP] is not None and not isinstance(module, Transcoder):
+        raise ValueError(
+            f"{OP}: W_skip must be None in a {type(module).__name__}, whose forward ignores it: "
+            "delete it, or make a Transcoder(..., affine=True)"
+        )
     tensors = {name: t.detach() for name, t in found.items() if t is not None}
     for name, t in tensors.items():
         if t.is_meta:
@@ -89,8 +100,17 @@ def _tensors(module: SAE) -> dict[str, Tensor]:
 
 
 def _config(module: SAE, metadata: Mapping[str, Any]) -> bytes:
-    """The text of `config.json`."""
+    """The text of `config.json`.
+
+    Raises:
+        TypeError: `module.metadata` is no dict, or a value has no JSON form.
+        ValueError: the text would not be read back.
+    """
     affine = isinstance(module, Transcoder) and module.W_skip is not None
+    if not isinstance(module.metadata, Mapping):
+        raise TypeError(
+            f"{OP}: module.metadata must be a dict, got {type(module.metadata).__name__}"
+        )
     given = {key: value for key, value in metadata.items() if value is not None}
     weights = {
         "type": "transcoder" if isinstance(module, Transcoder) else "sae",
@@ -154,8 +174,7 @@ Writer = Callable[[IO[bytes]], object]
 
 def _replace_both(folder: Path, params: Writer, config: Writer) -> None:
     """Write both files under temporary names, then rename; nothing stays behind on failure."""
-    token = secrets.token_hex(8)
-    temporary = {name: folder / f".{name}.{token}.tmp" for name in (PARAMS, CONFIG)}
+    temporary = {name: folders.temporary(folder, name) for name in (PARAMS, CONFIG)}
     try:
         for name, writer in ((PARAMS, params), (CONFIG, config)):
             with open(temporary[name], "xb") as file:
@@ -179,19 +198,13 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _prepare(folder: Path) -> bool:
-    """Make the folder; whether it existed."""
+def _check_place(folder: Path) -> None:
+    """Nothing that the files cannot replace is in their way."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{OP}: path must be a folder, and {folder} is a file")
     for name in (PARAMS, CONFIG):
         if (folder / name).is_dir():
             raise ValueError(f"{OP}: {folder / name} is a folder: remove it or choose another path")
-    existed = folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except NotADirectoryError as error:
-        raise ValueError(f"{OP}: path must be a folder, and {folder} lies below a file") from error
-    return existed
 
 
 def _old_config(folder: Path) -> bytes | None:
@@ -199,12 +212,8 @@ def _old_config(folder: Path) -> bytes | None:
     path = folder / CONFIG
     if not path.is_file():
         return None
-    with open(path, "rb") as file:
-        return file.read(CONFIG_LIMIT + 1)
-
-
-def _remove_empty(folder: Path) -> None:
     try:
-        folder.rmdir()
-    except OSError:
-        pass  # somebody else's file arrived meanwhile
+        with open(path, "rb") as file:
+            return file.read(CONFIG_LIMIT + 1)
+    except FileNotFoundError:  # removed just now
+        return None
