@@ -116,7 +116,8 @@ class SafetensorsFile:
     def _open(self) -> Any:
         try:
             return safe_open(str(self.path), framework="pt")
-        except SafetensorError as error:
+        except (SafetensorError, RuntimeError) as error:  # it opens the path twice: header, map
+            self.finish()
             raise ValueError(
                 f"load: {self.path} must be a complete safetensors file: {error}"
             ) from error
