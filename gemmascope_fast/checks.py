@@ -35,9 +35,12 @@ def check_encoder(op: str, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
     check_float(op, "W_enc", W_enc)
     if x.dim() < 1:
         raise ValueError(f"{op}: x must have at least one dimension [*batch, d_in], got a scalar")
-    if W_enc.dim() != 2 or W_enc.shape[0] != x.shape[-1]:
+    if W_enc.dim() != 2:
+        raise ValueError(f"{op}: W_enc must have shape [d_in, d_sae], got {tuple(W_enc.shape)}")
+    if W_enc.shape[0] != x.shape[-1]:
         raise ValueError(
-            f"{op}: W_enc must have shape [d_in={x.shape[-1]}, d_sae], got {tuple(W_enc.shape)}"
+            f"{op}: x must have shape [*batch, d_in={W_enc.shape[0]}], W_enc being [d_in, d_sae] = "
+            f"{list(W_enc.shape)}; got {tuple(x.shape)}"
         )
     check_device(op, "x", x, W_enc)
     check_vector(op, "b_enc", b_enc, W_enc.shape[1], W_enc)

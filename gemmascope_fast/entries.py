@@ -107,7 +107,7 @@ class Entries:
         """Raise `CapacityError` when a fixed capacity was too small; returns self."""
         if self.needed is not None and int(self.needed) > self.indices.shape[0]:
             raise CapacityError(
-                f"CapacityError: {int(self.needed)} entries are needed, the capacity is "
+                f"{int(self.needed)} entries are needed, the capacity is "
                 f"{self.indices.shape[0]}; pass max_nnz >= {int(self.needed)}"
             )
         return self

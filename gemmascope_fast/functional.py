@@ -242,16 +242,16 @@ def pre_at(x: Tensor, W_enc: Tensor, b_enc: Tensor, rows: Tensor, latents: Tenso
 
 
 def _call(op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
-    """Call an encoder; the native CapacityError arrives as a RuntimeError with that prefix."""
+    """Call an encoder; a CapacityError arrives as a RuntimeError with that prefix."""
     if torch.compiler.is_compiling():
         return op(*args)  # type: ignore[no-any-return]
     try:
         return op(*args)  # type: ignore[no-any-return]
     except RuntimeError as error:
-        text = str(error)
-        if isinstance(error, CapacityError) or "CapacityError: " not in text:
+        _, found, text = str(error).partition("CapacityError: ")
+        if not found:
             raise
-        raise CapacityError(text[text.index("CapacityError: ") :].splitlines()[0]) from None
+        raise CapacityError(text.splitlines()[0]) from None
 
 
 def _acts(

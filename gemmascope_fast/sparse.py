@@ -52,8 +52,9 @@ class SparseActs(Entries):
             TypeError: `dense` is not a floating-point tensor.
             ValueError: `dense` has no dimension.
         """
-        if not dense.is_floating_point():
-            raise TypeError(f"from_dense: dense must be floating point, got {dense.dtype}")
+        kind = dense.dtype if isinstance(dense, Tensor) else type(dense).__name__
+        if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+            raise TypeError(f"from_dense: dense must be a floating-point tensor, got {kind}")
         if dense.dim() == 0:
             raise ValueError("from_dense: dense must have at least one dimension, got a scalar")
         n = math.prod(dense.shape[:-1])

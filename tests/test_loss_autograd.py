@@ -255,7 +255,7 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (bad_target((3, 23)), ValueError, r"loss: target must have shape \(3, 19\), got \(3, 23\)"),
     (bad_target((3, 19), dtype=torch.int64), TypeError, "loss: target must be float32.*int64"),
     (bad_target((3, 19), device="meta"), ValueError, "loss: target is on meta"),
-    (lambda: sae().loss(torch.zeros(3, 22)), ValueError, r"loss: W_enc must have shape \[d_in=22"),
+    (lambda: sae().loss(torch.zeros(3, 22)), ValueError, r"loss: x must have shape"),
     (lambda: sae().loss([1.0]), TypeError, "loss: x must be a torch.Tensor, got list"),
     (with_terms(Reconstruction()), TypeError, "loss: terms must be a sequence, got one Reconstr"),
     (with_terms(3), TypeError, "loss: terms must be a sequence of terms, got int"),

@@ -225,7 +225,8 @@ BAD: list[tuple[Any, type[Exception], str]] = [
     (
         lambda: SAE(6, 20).encode(torch.zeros(3, 5)),
         ValueError,
-        "jumprelu_encode: W_enc must have shape [d_in=5, d_sae], got (6, 20)",
+        "jumprelu_encode: x must have shape [*batch, d_in=6], W_enc being [d_in, d_sae] = [6, 20]; "
+        "got (3, 5)",
     ),
     (
         lambda: SAE(6, 20, TopK(21)).encode(torch.zeros(3, 6)),

@@ -219,7 +219,7 @@ def test_from_dense_inverts_to_dense(shape: tuple[int, ...]) -> None:
 
 
 def test_from_dense_refuses_what_is_not_a_float_matrix() -> None:
-    with pytest.raises(TypeError, match=r"from_dense: dense must be floating point, got torch.int"):
+    with pytest.raises(TypeError, match="dense must be a floating-point tensor, got torch.int"):
         SparseActs.from_dense(torch.zeros(2, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="from_dense: dense must have at least one dimension"):
         SparseActs.from_dense(torch.tensor(1.0))

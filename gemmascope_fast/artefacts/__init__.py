@@ -139,7 +139,10 @@ def _path(source: str | os.PathLike[str]) -> Path:
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise FileNotFoundError(f"load: source {path} does not exist") from error
+        raise FileNotFoundError(
+            f"load: source {path} does not exist: expected a local folder or file (download an "
+            "artefact of the Hugging Face Hub first, for example with huggingface-cli download)"
+        ) from error
     except PermissionError as error:
         raise PermissionError(f"load: source {path} cannot be reached: no permission") from error
     except OSError as error:  # too long, a loop of links
