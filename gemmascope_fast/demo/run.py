@@ -1,4 +1,4 @@
-"""The demo's main program: what happens in which order, and the exit code."""
+"""Train a JumpReLU SAE on a real transformer, sparse beside dense, compare, write a report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from . import evaluate
+from . import evaluate, gemma_27b
 from .activations import MINILM_LAYER, MINILM_NAME, Activations, collect
 from .latents import choose, describe
 from .recipe import initial_parameters
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from rich.console import Console
     except ModuleNotFoundError:
-        print("demo: rich is not installed; run `pip install gemmascope-fast[demo]`")
+        print("demo: rich is not installed; run `pip install 'gemmascope-fast[demo]'`")
         return 2
     console = Console()
     try:
@@ -75,12 +75,26 @@ def train(args: argparse.Namespace, console: Any) -> int:
     console.print(sae_note)
     for check in results.checks:
         console.print(("[green]holds[/]  " if check.holds else "[red]FAILS[/]  ") + check.text)
+    if torch.cuda.is_available():
+        shapes_of_27b(torch.device("cuda"), console)
     seconds = time.perf_counter() - started
     console.print(f"Report: {page} ({seconds:.0f} s in all)")
     if args.quick:
         console.print("This was a quick run: its numbers say only that everything works.")
         return 0
     return 0 if all(check.holds for check in results.checks) else 1
+
+
+def shapes_of_27b(device: torch.device, console: Any) -> None:
+    """Measure a step at Gemma 3 27B's width on a GPU, and print it."""
+    shape = gemma_27b.Shape()
+    console.print(
+        f"Gemma 3 27B: n = {shape.n:,}, d = {shape.d:,}, {shape.d_sae:,} latents, L0 {shape.l0:.0f}"
+    )
+    try:
+        print_table(console, gemma_27b.rows(device, shape), gemma_27b.COLUMNS)
+    except torch.OutOfMemoryError as error:
+        console.print(f"left out, this device is too small: {error}")
 
 
 def _train_runs(source: Activations, job: Job, work: Path, console: Any) -> dict[str, History]:
