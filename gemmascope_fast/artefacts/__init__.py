@@ -141,7 +141,7 @@ def _path(source: str | os.PathLike[str]) -> Path:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(
             f"load: source {path} does not exist: expected a local folder or file (download an "
-            "artefact of the Hugging Face Hub first, for example with huggingface-cli download)"
+            "artefact of the Hugging Face Hub first, for example with hf download)"
         ) from error
     except PermissionError as error:
         raise PermissionError(f"load: source {path} cannot be reached: no permission") from error

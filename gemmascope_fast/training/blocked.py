@@ -35,12 +35,12 @@ SAMPLE_ROWS, SAMPLE_LATENTS = 64, 2048
 row and one latent per stratum, at a hashed place inside it: any fixed stride would meet the same
 position of every sequence, the BOS tokens say."""
 
-CROSSOVER = {"cpu": 1 / 8, "cuda": 1 / 184}
+CROSSOVER = {"cpu": 1 / 4, "cuda": 1 / 184}
 """Density above which the dense path is faster, by device type.
 
-CPU: sparse over dense time at density 1/4, 1/8, 1/16, one thread, AVX2, n = 512: 1.44, 0.98,
-0.61 (d = 1152, F = 4096); 1.44, 0.95, 0.55 (384, 8192); 1.75, 1.09, 0.73 (1152, 32768); 1.70, 1.20,
-0.81 (2304, 16384). Whole steps; the dense ones run at 44 to 79 GFLOP/s, a plain product at 88.
+CPU: sparse / dense milliseconds of a whole step at density 1/4, 3/16, 1/8, 1/16, two idle threads
+with AVX2, n = 512: 187/200, 143/194, 122/197, 84/221 (d = 512, F = 8192); 941/920, 713/832,
+527/835, 386/916 (d = 1152, F = 16384).
 CUDA: the ratio of an H200's bandwidth to its rate of bfloat16 products, not measured on steps.
 """
 
