@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -206,21 +207,61 @@ def _load_native() -> str:
     return ""
 
 
+TRITON_FOUND = importlib.util.find_spec("triton") is not None
+"""Triton is installed; it is imported when one of its kernels first runs."""
+
+_triton: set[tuple[str, str]] = set()
+
+
+def _triton_launcher(name: str) -> Callable[..., Any]:
+    """The launcher of `kernels/<op>.py`, imported at the first call."""
+    module = f"{__package__}.kernels.{name.rstrip('_')}"
+
+    def run(*args: Any) -> Any:
+        first = next(a for a in args if isinstance(a, Tensor))
+        launcher = getattr(importlib.import_module(module), name)
+        with torch.cuda.device(first.device if first.is_cuda else -1):
+            return launcher(*args)
+
+    return run
+
+
+def _register_triton(key: str) -> None:
+    """Serve from Triton every op that has no compiled implementation for dispatch key `key`."""
+    library = _libraries[-1]
+    for name in TABLE:
+        if not _has_kernel(name, key):
+            library.impl(name, _outside_autocast(_triton_launcher(name)), key)
+            _triton.add((name, key))
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    found: bool = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+    return found
+
+
 def _start() -> str:
     if BACKEND not in ("", *BACKENDS):
         raise ImportError(
             f"GEMMASCOPE_FAST_BACKEND={BACKEND!r} is unknown: expected one of "
             f"{', '.join(BACKENDS)}, or unset"
         )
-    if BACKEND == "triton":
-        raise ImportError("GEMMASCOPE_FAST_BACKEND=triton: this version has no Triton kernels yet")
+    if BACKEND == "triton" and not TRITON_FOUND:
+        raise ImportError("GEMMASCOPE_FAST_BACKEND=triton: triton is not installed")
     _register(REFERENCE)
     _register(NAMESPACE)
     if BACKEND == "reference":
         return "GEMMASCOPE_FAST_BACKEND=reference"
+    if BACKEND == "triton":
+        _register_triton("CUDA")
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            _register_triton("CPU")
+        return "GEMMASCOPE_FAST_BACKEND=triton"
     missing = _load_native()
     if missing and BACKEND == "native":
         raise ImportError(f"GEMMASCOPE_FAST_BACKEND=native: {missing}")
+    if TRITON_FOUND and not BACKEND:
+        _register_triton("CUDA")
     return missing
 
 
@@ -236,10 +277,10 @@ def overload(name: str, *tensors: Tensor) -> Any:
             "use reverse mode"
         )
     if any(t.dtype == torch.float64 for t in tensors):
-        if BACKEND == "native":
+        if BACKEND in ("native", "triton"):
             raise TypeError(
                 f"{name}: float64 is served by the reference only, and "
-                "GEMMASCOPE_FAST_BACKEND=native forbids it"
+                f"GEMMASCOPE_FAST_BACKEND={BACKEND} forbids it"
             )
         return getattr(getattr(torch.ops, REFERENCE), name).default
     return getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -250,11 +291,10 @@ def _is_dual(t: Tensor) -> bool:
 
 
 def implementation(name: str, device_type: str) -> str:
-    """Name what serves op `name` on a device type: "native", "reference" or "none"."""
+    """Name what serves op `name` on a device type: "native", "triton", "reference" or "none"."""
     key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]
-    qualified = f"{NAMESPACE}::{name}"
-    if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key):
+    if (name, key) in _triton:
+        return "triton"
+    if _has_kernel(name, key):
         return "native"
-    fallback = "CompositeExplicitAutograd"
-    has_reference = torch._C._dispatch_has_kernel_for_dispatch_key(qualified, fallback)
-    return "reference" if has_reference else "none"
+    return "reference" if _has_kernel(name, "CompositeExplicitAutograd") else "none"

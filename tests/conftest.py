@@ -2,7 +2,8 @@
 
 A module that takes `backend` names in `OPS` the ops it exercises. Each of its tests then runs once
 on the plain-PyTorch reference and once on the compiled library, at the op level (`backend.op`) and
-at the functional level (the public functions follow the backend too).
+at the functional level (the public functions follow the backend too). In a process of its own, with
+`TRITON_INTERPRET=1 GEMMASCOPE_FAST_BACKEND=triton`, the tests run on the Triton kernels instead.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ TESTS = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Backend:
-    """What serves the ops of one test: "reference" or "native"."""
+    """What serves the ops of one test: "reference", "native" or "triton"."""
 
     name: str
 
@@ -35,7 +36,7 @@ class Backend:
 
     def op(self, name: str) -> Any:
         """The op `name` of the table, called positionally."""
-        namespace = ops.NAMESPACE if self.native else ops.REFERENCE
+        namespace = ops.REFERENCE if self.name == "reference" else ops.NAMESPACE
         return getattr(getattr(torch.ops, namespace), name).default
 
 
@@ -47,8 +48,15 @@ def native_absent(names: tuple[str, ...]) -> str:
     return f"no native CPU implementation of {', '.join(absent)}" if absent else ""
 
 
-@pytest.fixture(params=["reference", "native"])
+INTERPRETED = ops.BACKEND == "triton"
+
+
+@pytest.fixture(params=["triton"] if INTERPRETED else ["reference", "native"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    if request.param == "triton":
+        assert all(ops.implementation(name, "cpu") == "triton" for name in request.module.OPS)
+        monkeypatch.setattr(ops, "BACKEND", "")  # float64 truths come from the reference
+        return Backend("triton")
     if request.param == "native":
         reason = native_absent(request.module.OPS)
         if reason:

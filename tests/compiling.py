@@ -1,0 +1,192 @@
+"""Compiles Triton kernels for machines that are not here, and reads the compiler's report.
+
+Launchers are called with `meta` tensors of real shapes; each launch is compiled for a target with
+exactly the types and specialisations it would have there, and not run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from gemmascope_fast.kernels import launching
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+OPTIONS = ("num_warps", "num_stages")
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TENSOR_CORE = re.compile(r"\b(HGMMA|UTCHMMA|UTCMMA|HMMA|v_mfma_\w+|tcgen05\.mma)\b|UTC\w*MMA")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler says of one launch on one target."""
+
+    kernel: str
+    target: str
+    registers: int
+    spills: int
+    shared: int
+    instructions: int
+    tensor_cores: bool
+    narrow: list[str]
+    assembly: str
+    """Disassembly, for finer questions."""
+
+
+def compile_launches(target: str, run: Callable[[], Any]) -> list[Report]:
+    """Call `run`, which launches kernels on meta tensors, and compile what it launches."""
+    reports: list[Report] = []
+
+    def observe(kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        assert 0 < programs < 2**31
+        reports.append(_compile(kernel, target, args, options))
+
+    was = launching._run, launching.COMPILE_TARGET
+    launching._run, launching.COMPILE_TARGET = observe, target
+    try:
+        run()
+    finally:
+        launching._run, launching.COMPILE_TARGET = was
+    return reports
+
+
+def _compile(kernel: Any, target: str, args: tuple[Any, ...], options: dict[str, Any]) -> Report:
+    names = kernel.arg_names
+    bound = dict(zip(names, args, strict=False))
+    bound |= {k: v for k, v in options.items() if k not in OPTIONS}
+    assert set(bound) == set(names), f"{kernel.__name__}: {set(bound) ^ set(names)}"
+    constexprs = {names[i] for i in kernel.constexprs}
+    signature, values, attributes = {}, {}, {}
+    for at, name in enumerate(names):
+        kind, divisible = _specialise(bound[name], name in constexprs)
+        signature[name] = kind
+        if kind == "constexpr":
+            values[name] = bound[name]
+        if divisible:
+            attributes[(at,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, values, attributes)
+    chosen = {k: v for k, v in options.items() if k in OPTIONS}
+    done = triton.compile(source, target=_gpu(target), options=chosen)
+    narrow = narrow_products(done.asm["ttir"])
+    name = kernel.__name__
+    if target.startswith("gfx"):
+        return _amd_report(name, target, done, narrow)
+    return _nvidia_report(name, target, done, narrow)
+
+
+def _specialise(value: Any, constexpr: bool) -> tuple[str, bool]:
+    """Type of an argument in Triton's notation, and whether 16 divides it."""
+    if constexpr or value is None:
+        return "constexpr", False
+    if isinstance(value, Tensor):
+        aligned = (value.storage_offset() * value.element_size()) % 16 == 0
+        return f"*{TYPES[value.dtype]}", aligned
+    if isinstance(value, bool):
+        return "i1", False
+    if isinstance(value, float):
+        return "fp32", False
+    assert isinstance(value, int), f"{value!r} cannot be a kernel argument"
+    if value == 1:
+        return "constexpr", False
+    return "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+
+
+def _gpu(target: str) -> GPUTarget:
+    if target.startswith("gfx"):
+        return GPUTarget("hip", target, 64)
+    return GPUTarget("cuda", int(target[3:]), 32)
+
+
+def _nvidia_report(name: str, target: str, done: Any, narrow: list[str]) -> Report:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = os.path.join(folder, "kernel.cubin")
+        Path(cubin).write_bytes(done.asm["cubin"])
+        usage = _run_tool("cuobjdump", "-res-usage", cubin)
+        sass = _run_tool("nvdisasm", "-c", cubin)
+    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*);", sass, re.MULTILINE)
+    return Report(
+        name,
+        target,
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        spills=sum(bool(re.search(r"\b(STL|LDL)\b", line)) for line in lines),
+        shared=done.metadata.shared,
+        instructions=len(lines),
+        tensor_cores=bool(TENSOR_CORE.search(sass)),
+        narrow=narrow,
+        assembly=sass,
+    )
+
+
+def _amd_report(name: str, target: str, done: Any, narrow: list[str]) -> Report:
+    text = done.asm["amdgcn"]
+
+    def number(field: str) -> int:
+        return int(re.search(rf"\.{field}:\s+(\d+)", text)[1])
+
+    return Report(
+        name,
+        target,
+        registers=number("vgpr_count"),
+        spills=number("vgpr_spill_count"),
+        shared=done.metadata.shared,
+        instructions=len(re.findall(r"^\t[vsdgb]\w*_\w+", text, re.MULTILINE)),
+        tensor_cores=bool(TENSOR_CORE.search(text)),
+        narrow=narrow,
+        assembly=text,
+    )
+
+
+def _run_tool(tool: str, *args: str) -> str:
+    return subprocess.run([NVIDIA / tool, *args], capture_output=True, text=True, check=True).stdout
+
+
+def narrow_products(ttir: str) -> list[str]:
+    """32-bit products that reach a pointer: lines of the IR, which must be none."""
+    lines: dict[str, str] = {}
+    sources: dict[str, list[str]] = {}
+    roots: list[str] = []
+    for line in ttir.splitlines():
+        found = re.match(r"\s*(%[\w#:]+)\s*=\s*(.*?)(?: loc\(.*)?$", line)
+        if not found:
+            continue
+        name, text = found[1].split(":")[0], found[2]
+        lines[name], sources[name] = text, re.findall(r"%\w+", text)
+        if text.startswith("tt.addptr"):
+            roots += sources[name][1:2]
+    seen: set[str] = set()
+    wrong: list[str] = []
+    while roots:
+        name = roots.pop()
+        if name in seen or name not in lines:
+            continue
+        seen.add(name)
+        text = lines[name]
+        if text.startswith(("tt.load", "arith.cmpi")):
+            continue  # a value that was read, or a truth value: not an address of our making
+        if text.startswith("arith.muli") and re.search(r"\bi32\b|xi32>", text):
+            wrong.append(text)
+        roots += sources[name]
+    return wrong
