@@ -3,7 +3,8 @@
 A module that takes `backend` names in `OPS` the ops it exercises. Each of its tests then runs once
 on the plain-PyTorch reference and once on the compiled library, at the op level (`backend.op`) and
 at the functional level (the public functions follow the backend too). In a process of its own, with
-`TRITON_INTERPRET=1 GEMMASCOPE_FAST_BACKEND=triton`, the tests run on the Triton kernels instead.
+`TRITON_INTERPRET=1 GEMMASCOPE_FAST_BACKEND=triton`, the tests run on the Triton kernels instead;
+with `GEMMASCOPE_FAST_TEST_DEVICE=cuda`, on whatever serves that device.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transport import on_device, with_storage
 
 from gemmascope_fast import ops
 
@@ -26,7 +28,7 @@ TESTS = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Backend:
-    """What serves the ops of one test: "reference", "native" or "triton"."""
+    """What serves the ops of one test: "reference", "native", "triton" or "device"."""
 
     name: str
 
@@ -34,10 +36,32 @@ class Backend:
     def native(self) -> bool:
         return self.name == "native"
 
+    @property
+    def interpreted(self) -> bool:
+        """Triton's interpreter runs the kernels: a thousand times slower than anything else."""
+        return self.name == "triton"
+
+    @property
+    def gpu_terms(self) -> bool:
+        """What a GPU promises holds: bad indices are skipped, an overflow makes the values NaN."""
+        return self.name in ("triton", "device")
+
     def op(self, name: str) -> Any:
-        """The op `name` of the table, called positionally."""
+        """The op `name` of the table, called positionally on CPU tensors."""
         namespace = ops.REFERENCE if self.name == "reference" else ops.NAMESPACE
-        return getattr(getattr(torch.ops, namespace), name).default
+        op = getattr(getattr(torch.ops, namespace), name).default
+        return on_device(op, torch.device(DEVICE)) if self.name == "device" else op
+
+    def opcheck(self, name: str, args: Sequence[Any], **options: Any) -> None:
+        """`torch.library.opcheck` of op `name` where its arguments live."""
+        namespace = ops.REFERENCE if self.name == "reference" else ops.NAMESPACE
+        op = getattr(getattr(torch.ops, namespace), name).default
+        if self.name == "device":
+            args = [
+                with_storage(a, torch.device(DEVICE)) if isinstance(a, torch.Tensor) else a
+                for a in args
+            ]
+        torch.library.opcheck(op, args, **options)
 
 
 def native_absent(names: tuple[str, ...]) -> str:
@@ -48,11 +72,20 @@ def native_absent(names: tuple[str, ...]) -> str:
     return f"no native CPU implementation of {', '.join(absent)}" if absent else ""
 
 
-INTERPRETED = ops.BACKEND == "triton"
+DEVICE = os.environ.get("GEMMASCOPE_FAST_TEST_DEVICE", "")
+INTERPRETED = ops.BACKEND == "triton" and not DEVICE
+BACKENDS = ["device"] if DEVICE else ["triton"] if INTERPRETED else ["reference", "native"]
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode asks for it
 
 
-@pytest.fixture(params=["triton"] if INTERPRETED else ["reference", "native"])
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    if request.param == "device":
+        chosen, overload = Backend("device"), ops.overload
+        monkeypatch.setattr(
+            ops, "overload", lambda name, *t: on_device(overload(name, *t), torch.device(DEVICE))
+        )
+        return chosen
     if request.param == "triton":
         assert all(ops.implementation(name, "cpu") == "triton" for name in request.module.OPS)
         monkeypatch.setattr(ops, "BACKEND", "")  # float64 truths come from the reference

@@ -31,6 +31,8 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["jumprelu", "topk"])
 def test_one_feature_view_serves_a_whole_step(backend: Any, kind: str) -> None:
+    if backend.name == "device":
+        pytest.skip("tensors are copied between the test and the device")
     p = problem().leaves()
     with Recorder() as recorder:
         if kind == "topk":
