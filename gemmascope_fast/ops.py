@@ -143,6 +143,9 @@ BACKENDS = ("reference", "triton", "native")
 BACKEND = os.environ.get("GEMMASCOPE_FAST_BACKEND", "")
 """The forced backend, or "" for the best one of each device."""
 
+TUNE = os.environ.get("GEMMASCOPE_FAST_TUNE") == "1"
+"""Measure configurations of the Triton kernels at their first call with a new shape class."""
+
 _libraries: list[Any] = []
 
 
@@ -221,6 +224,9 @@ def _triton_launcher(name: str) -> Callable[..., Any]:
         first = next(a for a in args if isinstance(a, Tensor))
         launcher = getattr(importlib.import_module(module), name)
         with torch.cuda.device(first.device if first.is_cuda else -1):
+            if TUNE and not name.endswith("_"):  # an op that adds to its argument runs once
+                tuning = importlib.import_module(f"{__package__}.kernels.tuning")
+                tuning.tune(lambda: launcher(*args), first.device)
             return launcher(*args)
 
     return run

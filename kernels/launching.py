@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,15 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 COMPILE_TARGET: str | None = None
 """Target of tensors without a device of their own (`meta`), as "sm_90"; set to compile only."""
+
+OVERRIDE: Callable[[str, dict[str, int], dict[str, int]], dict[str, int]] | None = None
+"""`(kernel, shape, config of the table) -> config to use`; set by `tuning.py` while it measures."""
+
+TUNED = Path(
+    os.environ.get("GEMMASCOPE_FAST_CONFIGS")
+    or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemmascope_fast/configs"
+)
+"""Folder of rows measured on this machine; they come before those of the package."""
 
 
 def launch(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
@@ -47,7 +58,8 @@ def _run(kernel: Any, programs: int, args: tuple[Any, ...], options: dict[str, A
 
 def choose(name: str, device: torch.device, **shape: int) -> dict[str, int]:
     """Constexpr blocks, `num_warps` and `num_stages` of kernel `name` for a device and a shape."""
-    return dict(_nearest(name, target(device), tuple(shape.items())))
+    config = dict(_nearest(name, target(device), tuple(shape.items())))
+    return config if OVERRIDE is None else OVERRIDE(name, shape, config)
 
 
 def target(device: torch.device) -> str:
@@ -99,6 +111,12 @@ def table(name: str) -> dict[str, list[dict[str, Any]]]:
     """Rows of one kernel: `{target: [{"shape": {...}, "config": {...}}]}`."""
     path = Path(__file__).parent / "configs" / f"{name}.json"
     found: dict[str, list[dict[str, Any]]] = json.loads(path.read_text())
+    tuned = TUNED / f"{name}.json"
+    if tuned.exists():
+        names = {frozenset(row["config"]) for rows in found.values() for row in rows}
+        for arch, rows in json.loads(tuned.read_text()).items():
+            usable = [row for row in rows if frozenset(row["config"]) in names]
+            found[arch] = usable + _rows(found, arch)
     return found
 
 

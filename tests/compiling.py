@@ -2,10 +2,14 @@
 
 Launchers are called with `meta` tensors of real shapes; each launch is compiled for a target with
 exactly the types and specialisations it would have there, and not run.
+
+    python tests/compiling.py      rewrites the budget that test_triton_compiled.py holds kernels to
 """
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import re
 import subprocess
@@ -190,3 +194,53 @@ def narrow_products(ttir: str) -> list[str]:
             wrong.append(text)
         roots += sources[name]
     return wrong
+
+
+# ---- the committed budget
+
+BUDGET = Path(__file__).parent / "kernel_budget.json"
+LIMITED = ("registers", "spills", "shared", "instructions")
+
+
+def specimens() -> dict[str, Callable[[], Any]]:
+    """Every specimen of `specimens/`, by name."""
+    folder = Path(__file__).parent / "specimens"
+    found: dict[str, Callable[[], Any]] = {}
+    for path in sorted(folder.glob("[a-z]*.py")):
+        named = importlib.import_module(f"specimens.{path.stem}").SPECIMENS
+        assert not set(named) & set(found), f"{path}: names in use {set(named) & set(found)}"
+        found |= named
+    return found
+
+
+def reports(name: str, target: str) -> list[Report]:
+    """What one specimen launches, compiled for one target (in a worker process too)."""
+    return compile_launches(target, specimens()[name])
+
+
+def measured(report: Report) -> dict[str, Any]:
+    """The numbers of a report that the budget limits."""
+    return {"kernel": report.kernel, **{key: getattr(report, key) for key in LIMITED}}
+
+
+def write_budget() -> None:
+    """Rewrite `kernel_budget.json`, keeping the larger number where it has one already.
+
+    Run it under the oldest and under the newest Triton: the budget holds for both. Delete the file
+    first to forget what earlier kernels needed.
+    """
+    budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
+    for name in specimens():
+        for target in TARGETS:
+            found = [measured(r) for r in reports(name, target)]
+            before = budget.setdefault(name, {}).get(target, [])
+            if [b["kernel"] for b in before] == [f["kernel"] for f in found]:
+                for new, old in zip(found, before, strict=True):
+                    new.update({key: max(new[key], old[key]) for key in LIMITED})
+            budget[name][target] = found
+            print(name, target, *(tuple(f.values()) for f in found), flush=True)
+    BUDGET.write_text(json.dumps(budget, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    write_budget()

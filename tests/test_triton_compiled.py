@@ -1,0 +1,100 @@
+"""Every Triton kernel compiled ahead of time: resources, width of addresses, tensor cores."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import re
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from compiling import BUDGET, LIMITED, TARGETS, Report, measured, narrow_products, reports
+from compiling import specimens as all_specimens
+
+from gemmascope_fast import ops
+from gemmascope_fast.kernels import launching
+
+if launching.INTERPRETED:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+SPECIMENS = all_specimens()
+SLACK = 1.05
+"""Instructions may grow by this factor: compiler releases schedule differently."""
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[dict[tuple[str, str], Future[list[Report]]]]:
+    """Reports of every specimen and target, compiled by two processes."""
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        yield {(s, t): pool.submit(reports, s, t) for s in SPECIMENS for t in TARGETS}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("specimen", SPECIMENS)
+def test_compiles_within_its_budget(compiled, specimen: str, target: str) -> None:
+    found = compiled[specimen, target].result()
+    budget = json.loads(BUDGET.read_text())[specimen][target]
+    assert [r.kernel for r in found] == [b["kernel"] for b in budget]
+    for report, limits in zip(found, budget, strict=True):
+        got = measured(report)
+        over = {
+            key: (got[key], limits[key])
+            for key in LIMITED
+            if got[key] > limits[key] * (SLACK if key == "instructions" else 1)
+        }
+        assert not over, f"{report.kernel}: (now, budget) {over}"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("specimen", SPECIMENS)
+def test_no_32_bit_product_reaches_an_address(compiled, specimen: str, target: str) -> None:
+    for report in compiled[specimen, target].result():
+        assert report.narrow == [], report.kernel
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_encoders_use_tensor_cores(compiled, target: str) -> None:
+    encoders = [s for s in SPECIMENS if s.startswith("encode") and "float32" not in s]
+    assert encoders
+    for specimen in encoders:
+        tiles = [r for r in compiled[specimen, target].result() if "tiles" in r.kernel]
+        assert tiles and all(r.tensor_cores for r in tiles), specimen
+
+
+def test_nothing_spills_where_it_matters(compiled) -> None:
+    spilling = {
+        f"{r.kernel} on {target} ({specimen})": r.spills
+        for (specimen, target), reports in compiled.items()
+        for r in reports.result()
+        if r.spills and target in ("sm_80", "sm_90", "sm_100")
+    }
+    assert spilling == {}
+
+
+def test_every_kernel_of_the_package_is_compiled(compiled) -> None:
+    launched = {r.kernel for found in compiled.values() for r in found.result()}
+    assert launched == kernel_names()
+
+
+def kernel_names() -> set[str]:
+    """Names of all `@triton.jit` functions that are launched: they end in `_kernel`."""
+    folder = Path(ops.__file__).parent / "kernels"
+    sources = [p.read_text() for p in folder.glob("*.py")]
+    return {name for text in sources for name in re.findall(r"^def (_\w+_kernel)\(", text, re.M)}
+
+
+def test_the_scan_for_narrow_products_finds_one() -> None:
+    ttir = """
+    %c = arith.constant dense<3> : tensor<4xi32> loc(#loc)
+    %p = tt.get_program_id x : i32 loc(#loc1)
+    %a = arith.muli %p, %q : i32 loc(#loc2)
+    %b = arith.extsi %a : i32 to i64 loc(#loc2)
+    %r = tt.addptr %base, %b : !tt.ptr<f32>, i64 loc(#loc2)
+    """
+    assert narrow_products(ttir) == ["arith.muli %p, %q : i32"]
+    assert narrow_products(ttir.replace("i32 loc(#loc2)", "i64 loc(#loc2)")) == []
