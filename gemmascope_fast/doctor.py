@@ -96,7 +96,7 @@ def why_not(name: str, device: str, implementation: str) -> str:
     if implementation == "native":
         return ops.NATIVE_MISSING or _why_not_native(device)
     if implementation == "triton":
-        return _why_not_triton(name, device)
+        return _why_not_triton(device)
     return f"{serving} is faster"
 
 
@@ -107,14 +107,10 @@ def _why_not_native(device: str) -> str:
     return f"the compiled library has no {device} implementation"
 
 
-def _why_not_triton(name: str, device: str) -> str:
+def _why_not_triton(device: str) -> str:
     if device == "cpu":
         return "Triton kernels need a GPU"
-    if not (PACKAGE / "kernels" / f"{name}.py").exists():
-        return "there is no Triton kernel"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    return "native is faster"
+    return "native is faster" if ops.TRITON_FOUND else "triton is not installed"
 
 
 def _served(name: str, device: str) -> dict[str, Any]:

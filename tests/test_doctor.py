@@ -154,7 +154,9 @@ def test_cuda_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     for archs, reason in ([], "was built without CUDA"), (["80"], "has no cuda implementation"):
         monkeypatch.setattr(doctor, "build_info", lambda archs=archs: {"cuda_archs": archs})
         assert doctor.why_not("decode", "cuda", "native") == f"the compiled library {reason}"
-    assert doctor.why_not("decode", "cuda", "triton") == "there is no Triton kernel"
+    for found, reason in (False, "triton is not installed"), (True, "native is faster"):
+        monkeypatch.setattr(ops, "TRITON_FOUND", found)
+        assert doctor.why_not("decode", "cuda", "triton") == reason
     assert doctor.why_not("decode", "cuda", "reference") == ""
 
 

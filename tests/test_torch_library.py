@@ -118,7 +118,6 @@ def test_forced_reference_serves_every_op(run_python: Callable[..., str]) -> Non
 @pytest.mark.parametrize(
     ("forced", "text"),
     [
-        ("triton", "GEMMASCOPE_FAST_BACKEND=triton: this version has no Triton kernels yet"),
         (
             "Native",
             "GEMMASCOPE_FAST_BACKEND='Native' is unknown: expected one of reference, triton, "
@@ -130,6 +129,41 @@ def test_a_backend_that_does_not_exist_is_refused(
     forced: str, text: str, run_python: Callable[..., str]
 ) -> None:
     assert run_python(REFUSED, GEMMASCOPE_FAST_BACKEND=forced) == f"ImportError {text}"
+
+
+NO_TRITON = """
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else found(name, *rest)
+"""
+
+
+def test_triton_is_refused_where_it_is_not_installed(run_python: Callable[..., str]) -> None:
+    text = "ImportError GEMMASCOPE_FAST_BACKEND=triton: triton is not installed"
+    assert run_python(NO_TRITON + REFUSED, GEMMASCOPE_FAST_BACKEND="triton") == text
+    code = (
+        NO_TRITON + "from gemmascope_fast import ops; print(ops.implementation('decode', 'cuda'))"
+    )
+    assert run_python(code) == "reference"
+
+
+GPU_SERVED = """
+import sys
+from gemmascope_fast import ops
+print({ops.implementation(name, 'cuda') for name in ops.TABLE}, 'triton' in sys.modules)
+print(ops.implementation('decode', 'cpu'))
+"""
+
+
+def test_triton_serves_gpus_and_is_imported_at_the_first_call(
+    run_python: Callable[..., str],
+) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    forced = run_python(GPU_SERVED, GEMMASCOPE_FAST_BACKEND="triton", TRITON_INTERPRET="")
+    assert forced == "{'triton'} False\nnone"
+    assert run_python(GPU_SERVED.replace("{ops", "{'triton'} <= {ops")).startswith("True False")
+    interpreted = run_python(GPU_SERVED, GEMMASCOPE_FAST_BACKEND="triton", TRITON_INTERPRET="1")
+    assert interpreted == "{'triton'} False\ntriton"
 
 
 @needs_native
