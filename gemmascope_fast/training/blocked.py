@@ -57,7 +57,7 @@ class Limits:
         tile_bytes: of one `[rows, d_sae]` tile of the dense path, which holds up to three.
         entry_bytes: of the entries of one sparse block, as predicted by the sample.
         crossover: density above which the dense path serves; None takes that of the device, or 0
-            where the sparse ops have no native implementation.
+            where only the reference serves the sparse ops.
     """
 
     span_rows: int = 8192
@@ -170,9 +170,9 @@ def _split(start: int, stop: int, rows: int, dense: bool) -> Iterator[tuple[slic
 def _crossover(inputs: Inputs) -> float:
     device = inputs.tensors["x"].device.type
     needed = ("jumprelu_encode", "decode", "sae_backward")
-    native = inputs.acc == torch.float32 and device in CROSSOVER
-    if native and all(ops.implementation(name, device) == "native" for name in needed):
-        return CROSSOVER[device]
+    if inputs.acc == torch.float32 and device in CROSSOVER:
+        if all(ops.implementation(name, device) in ("native", "triton") for name in needed):
+            return CROSSOVER[device]
     return 0.0  # the reference ops are dense themselves, and without tiles
 
 
