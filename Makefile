@@ -10,6 +10,7 @@ CUDAARCHS ?= 80;90a
 # One stem per op: the tests of everything that has a source file in csrc/cpu.
 SANITIZE_TESTS ?= $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp)))
 VENV := .venv
+OLDEST_TRITON := $(CURDIR)/build/triton-3.6.0
 BIN := $(VENV)/bin
 export CUDAARCHS
 
@@ -18,8 +19,12 @@ CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o 
 .PHONY: test demo build lint format sanitize bench wheel clean
 .DEFAULT_GOAL := test
 
-test: lint build
+# Three processes: Triton's interpreter must be chosen before Triton is imported, and the kernels are compiled by the
+# oldest supported Triton too. A machine without Triton (not Linux) prints that it skips them.
+test: lint build $(OLDEST_TRITON)
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 GEMMASCOPE_FAST_BACKEND=triton $(BIN)/python -m pytest -k triton
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest tests/test_triton_compiled.py
 
 demo: build
 	$(BIN)/python -m gemmascope_fast demo $(ARGS)
@@ -48,6 +53,11 @@ $(VENV)/.requirements: pyproject.toml Makefile | $(BIN)/python
 $(VENV)/.installed: $(VENV)/.requirements setup.py
 	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 	@touch $@
+
+$(OLDEST_TRITON): Makefile | $(VENV)/.requirements
+	@rm -rf $@ $@.new
+	$(BIN)/python -m pip install -q --no-deps --target $@.new triton==3.6.0
+	@mv $@.new $@; touch $@
 
 build: $(VENV)/.installed
 	@$(BIN)/python setup.py -q build_ext --inplace
