@@ -14,6 +14,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -234,9 +235,9 @@ def _triton_launcher(name: str) -> Callable[..., Any]:
 
 def _register_triton(key: str) -> None:
     """Serve from Triton every op that has no compiled implementation for dispatch key `key`."""
-    library = _libraries[-1]
+    library, folder = _libraries[-1], Path(__file__).parent / "kernels"
     for name in TABLE:
-        if not _has_kernel(name, key):
+        if not _has_kernel(name, key) and (folder / f"{name.rstrip('_')}.py").exists():
             library.impl(name, _outside_autocast(_triton_launcher(name)), key)
             _triton.add((name, key))
 
