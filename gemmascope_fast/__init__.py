@@ -1,6 +1,6 @@
 """A compute backend for sparse autoencoders: sparse encoders, decoders and their gradients."""
 
-from . import reference
+from . import reference, sources
 from .artefacts import load
 from .functional import (
     batchtopk_encode,
@@ -13,6 +13,10 @@ from .functional import (
 from .modules import SAE, BatchTopK, JumpReLU, TopK, Transcoder
 from .reference import CapacityError
 from .sparse import SparseActs
+from .training.metrics import Evaluation, evaluate
+from .training.preset import Preset
+from .training.runs import train
+from .training.trainer import NonFiniteError
 
 __version__ = "0.1.0"
 
@@ -20,16 +24,22 @@ __all__ = [
     "SAE",
     "BatchTopK",
     "CapacityError",
+    "Evaluation",
     "JumpReLU",
+    "NonFiniteError",
+    "Preset",
     "SparseActs",
     "TopK",
     "Transcoder",
     "batchtopk_encode",
     "decode",
     "decode_",
+    "evaluate",
     "jumprelu_encode",
     "load",
     "pre_at",
     "reference",
+    "sources",
     "topk_encode",
+    "train",
 ]

@@ -28,6 +28,7 @@ LAYERS = [
     ("pretrained", "training.__init__", "training.losses"),
     ("modules",),
     ("training",),
+    ("sources",),
     ("artefacts", "integrations", "distributed"),
     ("__init__",),
     ("doctor", "demo"),

@@ -1,0 +1,143 @@
+"""The start of a run: scale and mean of the activations, thresholds, and their way back.
+
+Training sees `(x - mean) * scale` with unit mean squared norm. With the pair (m_i, s_i) of the
+input and (m_o, s_o) of the target, the same function of raw activations has
+
+    b_enc / s_i - m_i @ W_enc,  threshold / s_i,  W_dec * s_i / s_o,  W_skip * s_i / s_o,
+    b_dec / s_o + m_o - m_i @ (W_skip * s_i / s_o)
+
+which for an SAE (one scale) leaves both matrices as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..modules import SAE, JumpReLU, Transcoder
+
+TILE_BYTES = 64 << 20
+ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Affine:
+    """`x -> (x - mean) * scale` of one site.
+
+    Attributes:
+        mean: `[d]` float32.
+        scale: > 0.
+    """
+
+    mean: Tensor
+    scale: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Scaled `x [n, d]` in float32 (float64 stays)."""
+        wide = x if x.dtype == torch.float64 else x.float()
+        return (wide - self.mean.to(wide.dtype)).mul_(self.scale)
+
+    def to(self, device: torch.device) -> Affine:
+        """The same map for tensors on `device`."""
+        return Affine(self.mean.to(device), self.scale)
+
+
+def measure(name: str, x: Tensor, centred: bool) -> Affine:
+    """The map that gives the rows of `x [n, d]` unit mean squared norm, about their mean or 0.
+
+    Raises:
+        ValueError: a value is not finite, or all rows are equal (or 0, when not centred).
+    """
+    total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    for rows in torch.split(x, ROWS):
+        total += rows.sum(0, dtype=torch.float64)
+    mean = total / len(x) if centred else torch.zeros_like(total)
+    square = torch.zeros((), dtype=torch.float64, device=x.device)
+    for rows in torch.split(x, ROWS):
+        square += (rows.double() - mean).square().sum()
+    norm = float(square) / len(x)
+    if not 0 < norm < float("inf"):
+        raise ValueError(
+            f"train: {name} must be finite and not constant over the tokens that scale and mean "
+            f"are estimated from; its mean squared norm is {norm}"
+        )
+    return Affine(mean.float(), norm**-0.5)
+
+
+@torch.no_grad()
+def start(
+    module: SAE, x: Tensor, target: Tensor, init_l0: float | None, init_threshold: float
+) -> None:
+    """Set biases and thresholds from scaled tokens.
+
+    b_dec = mean of the target, b_enc = -(mean of x) @ W_enc, and with `init_l0` every threshold at
+    its latent's `1 - init_l0 / d_sae` quantile.
+
+    Args:
+        module: receives them.
+        x: `[n, d_in]` scaled.
+        target: `[n, d_out]` scaled.
+        init_l0: wanted active latents per token, in (0, d_sae); None sets `init_threshold`.
+        init_threshold: of every latent then.
+    """
+    wide = module.b_dec.dtype
+    module.b_dec.copy_(target.mean(0))
+    module.b_enc.copy_(-(x.mean(0).to(wide) @ module.W_enc.to(wide)))
+    if module.threshold is None:
+        return
+    if init_l0 is None:
+        module.threshold.fill_(init_threshold)
+    else:
+        module.threshold.copy_(thresholds(x, module.W_enc, module.b_enc, init_l0))
+
+
+@torch.no_grad()
+def thresholds(x: Tensor, W_enc: Tensor, b_enc: Tensor, l0: float) -> Tensor:
+    """`[d_sae]` thresholds >= 0 with which each latent fires on the share `l0 / d_sae` of x.
+
+    Latents are taken in slices, so that `[n, d_sae]` is never held.
+
+    Args:
+        x: `[n >= 2, d_in]`.
+        W_enc: `[d_in, d_sae]`.
+        b_enc: `[d_sae]`.
+        l0: wanted mean active latents per token, in (0, d_sae).
+    """
+    n, d_sae = x.shape[0], W_enc.shape[1]
+    fires = min(max(round(n * l0 / d_sae), 1), n - 1)
+    width = max(TILE_BYTES // (x.element_size() * n), 1)
+    slices = []
+    for first in range(0, d_sae, width):
+        latents = slice(first, first + width)
+        pre = torch.addmm(b_enc[latents].to(x.dtype), x, W_enc[:, latents].to(x.dtype))
+        largest = pre.topk(fires + 1, dim=0).values
+        # Midway, not on a token's own value: there the gate would hang on the last bit.
+        slices.append((largest[-2] + largest[-1]) / 2)
+    return torch.cat(slices).clamp_(min=0).to(b_enc.dtype)
+
+
+@torch.no_grad()
+def fold_(module: SAE, source: Affine, target: Affine) -> None:
+    """Turn `module`, trained on scaled activations, into the same function of raw ones.
+
+    Args:
+        module: changed in place; its bandwidth is divided by the scale too.
+        source: the map of x.
+        target: that of the target; the same for an SAE.
+    """
+    ratio = source.scale / target.scale
+    wide = module.b_enc.dtype
+    m_in, m_out = source.mean.to(wide), target.mean.to(wide)
+    module.b_enc.div_(source.scale).sub_(m_in @ module.W_enc.to(wide))
+    module.b_dec.div_(target.scale).add_(m_out)
+    if ratio != 1:
+        module.W_dec.mul_(ratio)
+    if isinstance(module, Transcoder) and module.W_skip is not None:
+        module.W_skip.mul_(ratio)
+        module.b_dec.sub_(m_in @ module.W_skip.to(wide))
+    if module.threshold is not None and isinstance(module.activation, JumpReLU):
+        module.threshold.div_(source.scale)
+        bandwidth = module.activation.bandwidth / source.scale
+        module.activation = replace(module.activation, bandwidth=bandwidth)

@@ -1,0 +1,240 @@
+"""Activations read live from a `transformers` model by forward hooks.
+
+A hook point is the name of a module and which side of it is read, as Gemma Scope's configs write
+it: `model.layers.17.output`, `model.layers.17.self_attn.o_proj.input`. Multimodal models keep the
+same modules below a `language_model`: a hook point is matched by its tail, outside of vision and
+audio towers. Special tokens are left out before anything sees the rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..arguments import check_count
+from .sources import Block, Source, generator
+
+SIDES = ("input", "output")
+OTHER_MODALITIES = ("vision", "audio", "image", "multi_modal")
+WRAPPERS = ("model", "language_model", "transformer", "text_model")
+SPECIAL = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id"),
+    *("image_token_id", "image_token_index", "boi_token_id", "boi_token_index", "eoi_token_id"),
+    *("eoi_token_index", "audio_token_id", "video_token_id"),
+)
+"""Config entries that name tokens which stand for no text."""
+
+
+class _Reached(Exception):
+    """Raised by the last hook: what comes after it need not run."""
+
+
+def resolve(model: nn.Module, hook_point: str) -> tuple[nn.Module, str]:
+    """The module that `hook_point` names, and "input" or "output".
+
+    Raises:
+        ValueError: the model has no such module, or more than one.
+    """
+    path, _, side = hook_point.rpartition(".")
+    if side not in SIDES or not path:
+        raise ValueError(
+            f"train: hook point must be a module's name and .input or .output, got {hook_point!r}"
+        )
+    parts = path.split(".")
+    while len(parts) > 1 and parts[0] in WRAPPERS:
+        parts = parts[1:]
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if (own := name.split("."))[-len(parts) :] == parts
+        and all(part in WRAPPERS for part in own[: -len(parts)])
+        and not any(other in part for part in own for other in OTHER_MODALITIES)
+    ]
+    if len(found) != 1:
+        names = ", ".join(name for name, _ in found) or "none"
+        raise ValueError(
+            f"train: hook point {hook_point!r} must name one module of {type(model).__name__}, "
+            f"and names {len(found)} ({names})"
+        )
+    return found[0][1], side
+
+
+@torch.no_grad()
+def capture(model: nn.Module, hook_points: Sequence[str], **inputs: Tensor) -> list[Tensor]:
+    """Activations at `hook_points`, each `[sequences, length, d]`, of one forward pass.
+
+    The pass ends as soon as all of them were seen.
+
+    Raises:
+        RuntimeError: a hook was not reached.
+        ValueError: as `resolve`.
+    """
+    caught: dict[int, Tensor] = {}
+    places = [resolve(model, point) for point in hook_points]
+
+    def keep(at: int, value: Any) -> None:
+        caught[at] = value[0] if isinstance(value, (tuple, list)) else value
+        if len(caught) == len(places):
+            raise _Reached
+
+    def hook(at: int, module: nn.Module, side: str) -> Any:
+        if side == "output":
+            return module.register_forward_hook(lambda _m, _a, out: keep(at, out))
+        return module.register_forward_pre_hook(
+            lambda _m, args, kwargs: keep(at, args if args else next(iter(kwargs.values()))),
+            with_kwargs=True,
+        )
+
+    handles = [hook(at, module, side) for at, (module, side) in enumerate(places)]
+    try:
+        model(**inputs)
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(caught) < len(places):
+        missing = [point for at, point in enumerate(hook_points) if at not in caught]
+        raise RuntimeError(f"train: the forward pass did not reach {', '.join(missing)}")
+    return [caught[at] for at in range(len(places))]
+
+
+def special_token_ids(model: nn.Module, tokenizer: Any = None) -> set[int]:
+    """Ids of BOS, EOS, PAD, image and similar tokens that model and tokenizer know.
+
+    Args:
+        model: a `transformers` model.
+        tokenizer: its tokenizer; its special tokens other than UNK count too.
+    """
+    config: Any = getattr(model, "config", None)
+    configs = [config, getattr(model, "generation_config", None)]
+    if hasattr(config, "get_text_config"):
+        configs.append(config.get_text_config())
+    found: set[Any] = set()
+    for held in configs:
+        for name in SPECIAL:
+            value = getattr(held, name, None)
+            found.update(value if isinstance(value, (list, tuple)) else [value])
+    if tokenizer is not None:
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        found.update(id for id in tokenizer.all_special_ids if id != unknown)
+    return {id for id in found if id is not None}
+
+
+class ModelSource(Source):
+    """Activations made when they are needed, through a shuffle buffer of whole sequences.
+
+    Each pass shuffles the sequences; a block is the next `block_sequences` of them, run through the
+    model, without special tokens, shuffled token by token. On the model's device, in its dtype.
+
+    Args:
+        model: a `transformers` model; put into evaluation mode for each block.
+        input_ids: `[S, L]` integer token ids.
+        hook_point: where x is read, such as `model.layers.17.output`.
+        target_hook_point: where a transcoder's target is read.
+        attention_mask: `[S, L]`, 0 at padding; None where there is none.
+        tokenizer: whose special tokens are left out, beside those that the model's config names.
+        special_tokens: ids to leave out instead of those of model and tokenizer.
+        block_sequences: sequences in the buffer, >= 1.
+        batch_sequences: sequences of one forward pass, >= 1.
+
+    Raises:
+        TypeError: `input_ids` or a count is not of integers.
+        ValueError: shapes disagree, a hook point is not found, or every token is special.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        hook_point: str,
+        *,
+        target_hook_point: str | None = None,
+        attention_mask: Tensor | None = None,
+        tokenizer: Any = None,
+        special_tokens: Iterable[int] | None = None,
+        block_sequences: int = 256,
+        batch_sequences: int = 16,
+    ) -> None:
+        for name, value in (("block_", block_sequences), ("batch_", batch_sequences)):
+            if check_count("train", f"{name}sequences", value) < 1:
+                raise ValueError(f"train: {name}sequences must be >= 1, got {value}")
+        if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
+            raise TypeError("train: input_ids must be a tensor of integers")
+        if input_ids.dim() != 2 or 0 in input_ids.shape:
+            raise ValueError(
+                f"train: input_ids must have shape [S, L], got {tuple(input_ids.shape)}"
+            )
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"train: attention_mask must have the shape of input_ids, "
+                f"{tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
+            )
+        self.model, self._ids, self._mask = model, input_ids.cpu().long(), attention_mask
+        self._points = [hook_point] + ([target_hook_point] if target_hook_point else [])
+        chosen = special_token_ids(model, tokenizer) if special_tokens is None else special_tokens
+        self._special = torch.tensor(sorted(chosen), dtype=torch.int64)
+        self._keep = ~torch.isin(self._ids, self._special)
+        if attention_mask is not None:
+            self._keep &= attention_mask.cpu() != 0
+        if not bool(self._keep.any()):
+            raise ValueError("train: every token of input_ids is special or padding")
+        self._per_block, self._per_batch = block_sequences, batch_sequences
+        widths = [part.shape[-1] for part in self._forward(torch.tensor([0]))]
+        self.d_in, self.d_out = widths[0], widths[1] if target_hook_point else None
+
+    def block(self, seed: int, index: int) -> Block:
+        """Activations of the next sequences of a shuffled pass, shuffled."""
+        per_pass = -(-len(self._ids) // self._per_block)
+        passes, part = divmod(index, per_pass)
+        order = torch.randperm(len(self._ids), generator=generator(seed, "pass", passes))
+        chosen = order[part * self._per_block : (part + 1) * self._per_block]
+        parts: list[list[Tensor]] = [[] for _ in self._points]
+        for rows in torch.split(chosen, self._per_batch):
+            keep = self._keep[rows]
+            for held, found in zip(parts, self._forward(rows), strict=True):
+                held.append(found[keep.to(found.device)])
+        made = [torch.cat(held) for held in parts]
+        shuffle = torch.randperm(len(made[0]), generator=generator(seed, "block", index))
+        return Block(made[0], made[1] if len(made) > 1 else None, shuffle)
+
+    def identity(self) -> dict[str, Any]:
+        """Hook points, sizes of the buffer, and a digest of the tokens that are read."""
+        digest = hashlib.sha256(self._ids.numpy().tobytes())
+        digest.update(self._keep.numpy().tobytes())
+        name = getattr(getattr(self.model, "config", None), "name_or_path", "")
+        return {
+            "kind": "model",
+            "model": f"{type(self.model).__name__} {name}".strip(),
+            "hook_points": self._points,
+            "block": [self._per_block, self._per_batch],
+            "digest": digest.hexdigest(),
+        }
+
+    def metadata(self) -> dict[str, Any]:
+        """Name of the model and hook points, as Gemma Scope 2's configs write them."""
+        name = getattr(getattr(self.model, "config", None), "name_or_path", "")
+        places = {"hf_hook_point_in": self._points[0], "hf_hook_point_out": self._points[-1]}
+        return ({"model_name": name} if name else {}) | places
+
+    def held_bytes(self, device: torch.device) -> int:
+        """One block and the parts it is put together from."""
+        rows = min(self._per_block, len(self._ids)) * self._ids.shape[1]
+        return 2 * rows * 4 * (self.d_in + (self.d_out or 0))
+
+    def _forward(self, rows: Tensor) -> list[Tensor]:
+        """`[sequences, L, d]` at every hook point, of the sequences `rows`."""
+        place = next(self.model.parameters()).device
+        inputs = {"input_ids": self._ids[rows].to(place)}
+        if self._mask is not None:
+            inputs["attention_mask"] = self._mask[rows.to(self._mask.device)].to(place)
+        training = self.model.training
+        self.model.eval()
+        try:
+            return [part.detach() for part in capture(self.model, self._points, **inputs)]
+        finally:
+            self.model.train(training)

@@ -1,0 +1,273 @@
+"""`gsf.train`: checks, resumes, trains, saves and exports one run."""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..modules import SAE, JumpReLU
+from . import checkpoint
+from .preset import Preset, find_preset
+from .progress import Shown, bar
+from .settings import OP, Settings, prefixes
+from .shards import ShardSource
+from .sources import Source, TensorSource
+from .trainer import Trainer
+
+CHECKPOINTS = "checkpoints"
+LONGEST = 1000
+"""Steps between checkpoints unless asked otherwise; a tenth of shorter runs."""
+NOTE_SECONDS = 0.5
+
+OnMetrics = Callable[[dict[str, float]], object]
+Rows = Tensor | tuple[Tensor, Tensor] | str | os.PathLike[str] | Source
+
+
+def train(
+    source: Rows,
+    *,
+    d_sae: int,
+    activation: str = "jumprelu",
+    target_l0: float | None = None,
+    k: float | None = None,
+    steps: int,
+    batch_size: int = 4096,
+    preset: str | Preset = "gemma_scope_2",
+    rows: str = "exact",
+    moments: str = "fp32",
+    fused: bool = True,
+    init_l0: float | None = None,
+    matryoshka: Sequence[int] | None = None,
+    kind: str = "sae",
+    affine: bool = False,
+    seed: int = 0,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = True,
+    checkpoint_every: int | None = None,
+    dtype: torch.dtype | None = None,
+    autocast: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    on_metrics: OnMetrics | None = None,
+    progress: bool = True,
+    metadata: Mapping[str, Any] | None = None,
+) -> SAE:
+    """Train a sparse autoencoder or transcoder on activations.
+
+    `loss = mean_i |recon_i - target_i|^2 + sparsity terms` of the preset, on activations scaled to
+    unit mean squared norm; the scales are folded into the weights that are returned.
+
+    Args:
+        source: `[N, d_in]` tensor; a pair `([N, d_in], [N, d_out])` for a transcoder; a folder of
+            shards (`write_shards`); or a `Source`.
+        d_sae: number of latents, >= 1.
+        activation: "jumprelu", "topk" or "batchtopk".
+        target_l0: active latents per token that jumprelu is pulled to, in (0, d_sae).
+        k: active latents per token of topk (int) and batchtopk, in (0, d_sae].
+        steps: of the run, >= 1.
+        batch_size: tokens per step, >= 1.
+        preset: "gemma_scope_2" (calibrated start), "gemma_scope_2_literal", or a `Preset`.
+        rows: "exact" updates every latent that Adam would move; "live" those touched lately.
+        moments: "fp32" or "8bit" second moments.
+        fused: update inside the backward pass, without buffers of the matrices' gradients.
+        init_l0: active latents per token that thresholds are calibrated to at the start; default
+            twice the target.
+        matryoshka: ascending prefix sizes that each reconstruct, the last one d_sae.
+        kind: "sae" or "transcoder".
+        affine: whether the transcoder has an affine skip connection.
+        seed: of weights and data order.
+        out: folder for checkpoints and the result; None keeps the run in memory.
+        resume: continue from the newest checkpoint in `out`; False removes those it finds.
+        checkpoint_every: steps between checkpoints; default 1,000, or a tenth of a shorter run.
+        dtype: of the matrices; default float32.
+        autocast: dtype in which the products run; None leaves the matrices' own.
+        device: default that of a tensor source, else CUDA where there is one, else the CPU.
+        on_metrics: called after every step with a dict of floats: step, tokens, loss, its terms,
+            fvu, l0, density, fired (latents in this batch), dead, lr, seconds.
+        progress: print the memory estimate and show a progress bar on the standard error.
+        metadata: of the saved result: model_name, hf_hook_point_in, hf_hook_point_out, ...
+
+    Returns:
+        The module, for raw activations. With `out` (jumprelu) the folder is an artefact that
+        `load` reads.
+
+    Raises:
+        NonFiniteError: a loss or weight is NaN or infinite; the last checkpoint stays.
+        OSError: a file cannot be read or written; the last checkpoint stays.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of range, arguments do not fit together, or `out` holds
+            another run.
+
+    Source: Gemma Scope 2's technical paper; arXiv 2408.05147; arXiv 2407.14435.
+    """
+    rows_of = as_source(source, kind)
+    place = _device(source, device)
+    settings = Settings(
+        d_in=rows_of.d_in,
+        d_out=rows_of.d_in if rows_of.d_out is None else rows_of.d_out,
+        d_sae=d_sae,
+        steps=steps,
+        preset=find_preset(preset),
+        activation=activation,
+        target_l0=target_l0,
+        k=k,
+        batch_size=batch_size,
+        rows=rows,
+        moments=moments,
+        fused=fused,
+        init_l0=init_l0,
+        matryoshka=prefixes(OP, matryoshka),
+        kind=kind,
+        affine=affine,
+        seed=seed,
+        dtype=torch.float32 if dtype is None else dtype,
+        autocast=autocast,
+        checkpoint_every=checkpoint_every,
+    )
+    if on_metrics is not None and not callable(on_metrics):
+        raise TypeError(f"{OP}: on_metrics must be callable, got {type(on_metrics).__name__}")
+    folder = None if out is None else Path(out)
+    with nullcontext() if folder is None else _held(folder / CHECKPOINTS):
+        trainer = _start(rows_of, settings, place, folder, resume)
+        with bar(steps, progress) as shown:
+            _run(trainer, folder, on_metrics, shown)
+        return _finish(trainer, folder, dict(metadata or {}))
+
+
+def as_source(source: Any, kind: str) -> Source:
+    """`source` as a `Source`.
+
+    Raises:
+        TypeError: it is none of the kinds that `train` takes.
+        ValueError: a transcoder has no target, or an SAE has one.
+    """
+    if isinstance(source, Tensor):
+        made: Source = TensorSource(source)
+    elif isinstance(source, (tuple, list)) and len(source) == 2:
+        made = TensorSource(*source)
+    elif isinstance(source, (str, os.PathLike)):
+        made = ShardSource(source)
+    elif isinstance(source, Source):
+        made = source
+    else:
+        raise TypeError(
+            f"{OP}: source must be a tensor, a pair of tensors, a folder of shards or a Source, "
+            f"got {type(source).__name__}"
+        )
+    if (kind == "transcoder") != (made.d_out is not None):
+        have = "no target" if made.d_out is None else "a target"
+        raise ValueError(
+            f"{OP}: kind={kind!r} does not fit a source with {have}: a transcoder needs pairs "
+            "(input, output), an SAE activations alone"
+        )
+    return made
+
+
+def _device(source: Any, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    first = source[0] if isinstance(source, (tuple, list)) else source
+    if isinstance(first, Tensor):
+        return first.device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _start(
+    source: Source, settings: Settings, device: torch.device, folder: Path | None, resume: bool
+) -> Trainer:
+    """The run from its beginning, or from the newest checkpoint that can be read."""
+    saved = [] if folder is None else checkpoint.found(folder / CHECKPOINTS)
+    if not resume:
+        for _, path in saved:
+            path.unlink()
+        saved = []
+    unreadable: list[str] = []
+    for _, path in reversed(saved):
+        try:
+            checkpoint.load_record(path)
+        except ValueError as error:
+            unreadable.append(str(error))
+            continue
+        for text in unreadable:
+            warnings.warn(f"{text}; resuming from {path.name}", stacklevel=3)
+        made: Trainer = Trainer.resumed(source, settings, device, path)
+        return made
+    if unreadable:
+        raise ValueError(f"{unreadable[0]}; resume=False starts anew")
+    return Trainer(source, settings, device)
+
+
+def _run(trainer: Trainer, folder: Path | None, on_metrics: OnMetrics | None, shown: Shown) -> None:
+    """Take the steps that are left."""
+    settings, noted = trainer.settings, -math.inf
+    every = settings.checkpoint_every or min(LONGEST, -(-settings.steps // 10))
+    while trainer.taken < settings.steps:
+        began = time.perf_counter()
+        metrics = trainer.step()
+        last = trainer.taken == settings.steps
+        if folder is not None and (last or trainer.taken % every == 0):
+            trainer.save(folder / CHECKPOINTS)
+        if on_metrics is not None or last or began - noted > NOTE_SECONDS:
+            noted = began
+            plain = _plain(metrics, trainer, began)
+            shown(trainer.taken, f"loss {plain['loss']:.4g}, L0 {plain['l0']:.1f}")
+            if on_metrics is not None:
+                on_metrics(plain)
+
+
+def _plain(metrics: Mapping[str, Any], trainer: Trainer, began: float) -> dict[str, float]:
+    """Metrics as floats, brought from the device at once."""
+    tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
+    values = torch.stack([value.double() for value in tensors.values()]).tolist()
+    plain = {name: value for name, value in metrics.items() if not isinstance(value, Tensor)}
+    return {
+        "step": trainer.taken,
+        "tokens": trainer.taken * trainer.settings.batch_size,
+        **dict(zip(tensors, values, strict=True)),
+        **plain,
+        "dead": trainer.dead(),
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def _finish(trainer: Trainer, folder: Path | None, metadata: dict[str, Any]) -> SAE:
+    """The module for raw activations, saved where there is a folder and a format for it."""
+    x, _ = trainer.stream.next(trainer.settings.batch_size)
+    x, _ = trainer.scaled(x, None)
+    with torch.no_grad():
+        l0 = float(trainer.module.encode(x).l0().mean())
+    module = trainer.finish()
+    module.metadata = {"l0": l0, **trainer.source.metadata(), **metadata}
+    if folder is not None and isinstance(module.activation, JumpReLU):
+        module.save_pretrained(folder)
+    return module
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Keep other runs out of `folder`; the lock ends with the process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{OP}: another run is writing to {folder}") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def report(text: str) -> None:
+    """Print a line on the standard error."""
+    print(text, file=sys.stderr)

@@ -1,0 +1,169 @@
+"""What one run is: sizes, activation, recipe; every argument is checked here, before anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..arguments import check_count, check_number
+from ..checks import check_float_dtype
+from ..modules import SAE, Activation, BatchTopK, JumpReLU, TopK, Transcoder
+from .preset import Preset
+from .sources import generator
+
+ACTIVATIONS = ("jumprelu", "topk", "batchtopk")
+KINDS = ("sae", "transcoder")
+ROWS = ("exact", "live")
+MOMENTS = ("fp32", "8bit")
+OP = "train"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run; `gsf.train` documents the fields that are its arguments.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field is out of range, or two do not fit together.
+    """
+
+    d_in: int
+    d_out: int
+    d_sae: int
+    steps: int
+    preset: Preset
+    activation: str = "jumprelu"
+    target_l0: float | None = None
+    k: float | None = None
+    batch_size: int = 4096
+    rows: str = "exact"
+    moments: str = "fp32"
+    fused: bool = True
+    init_l0: float | None = None
+    matryoshka: tuple[int, ...] | None = None
+    kind: str = "sae"
+    affine: bool = False
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+    autocast: torch.dtype | None = None
+    checkpoint_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("d_sae", "steps", "batch_size", "d_in", "d_out"):
+            if check_count(OP, name, getattr(self, name)) < 1:
+                raise ValueError(f"{OP}: {name} must be >= 1, got {getattr(self, name)}")
+        check_count(OP, "seed", self.seed)
+        if (
+            self.checkpoint_every is not None
+            and check_count(OP, "checkpoint_every", self.checkpoint_every) < 1
+        ):
+            raise ValueError(f"{OP}: checkpoint_every must be >= 1, got {self.checkpoint_every}")
+        for name, choices in (
+            ("activation", ACTIVATIONS),
+            ("rows", ROWS),
+            ("moments", MOMENTS),
+            ("kind", KINDS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{OP}: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        for name in ("fused", "affine"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{OP}: {name} must be a bool, got {getattr(self, name)!r}")
+        self._check_dtypes()
+        self._check_sparsity()
+        self._check_matryoshka()
+        self._check_kind()
+
+    def _check_dtypes(self) -> None:
+        for name in ("dtype", "autocast"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, torch.dtype):
+                raise TypeError(f"{OP}: {name} must be a torch.dtype, got {value!r}")
+            if value is not None:
+                check_float_dtype(OP, name, value)
+
+    def _check_sparsity(self) -> None:
+        if self.activation == "jumprelu":
+            if self.target_l0 is None or self.k is not None:
+                raise ValueError(f"{OP}: jumprelu needs target_l0 (active latents per token), no k")
+            for name in ("target_l0", "init_l0"):
+                value = getattr(self, name)
+                if value is not None and check_number(OP, name, value, positive=True) >= self.d_sae:
+                    raise ValueError(f"{OP}: {name} must be below d_sae={self.d_sae}, got {value}")
+            return
+        if self.k is None or self.target_l0 is not None or self.init_l0 is not None:
+            raise ValueError(f"{OP}: {self.activation} needs k, and neither target_l0 nor init_l0")
+        if self.activation == "topk":
+            check_count(OP, "k", self.k, self.d_sae, "d_sae")
+        if not 0 < check_number(OP, "k", self.k, positive=True) <= self.d_sae:
+            raise ValueError(f"{OP}: k must be in (0, d_sae={self.d_sae}], got {self.k}")
+
+    def _check_matryoshka(self) -> None:
+        sizes = self.matryoshka
+        if sizes is None:
+            return
+        for size in sizes:
+            check_count(OP, "matryoshka", size, self.d_sae, "d_sae")
+        if not sizes or sizes[0] < 1 or any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
+            raise ValueError(f"{OP}: matryoshka must be ascending sizes >= 1, got {list(sizes)}")
+        if sizes[-1] != self.d_sae:
+            raise ValueError(f"{OP}: matryoshka must end with d_sae={self.d_sae}, got {sizes[-1]}")
+
+    def _check_kind(self) -> None:
+        if self.kind == "sae" and self.affine:
+            raise ValueError(f"{OP}: affine=True needs kind='transcoder'")
+        if self.kind == "sae" and self.d_in != self.d_out:
+            raise ValueError(
+                f"{OP}: an SAE's target must be as wide as x, {self.d_in}, got {self.d_out}"
+            )
+
+    @property
+    def start_l0(self) -> float | None:
+        """L0 that thresholds are calibrated to; None where they start at one value."""
+        if self.target_l0 is None or not (self.preset.calibrated or self.init_l0 is not None):
+            return None
+        if self.init_l0 is not None:
+            return self.init_l0
+        return min(2 * (self.preset.target_l0_start or self.target_l0), self.d_sae / 2)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON, without what may differ between two runs that are the same."""
+        read = asdict(self) | {"dtype": str(self.dtype), "autocast": str(self.autocast)}
+        del read["checkpoint_every"]
+        return read
+
+    def make(self, device: torch.device) -> SAE:
+        """The module with its initial weights, the same on every device."""
+        sizes: dict[str, Any] = {"d_out": self.d_out, "dtype": self.dtype}
+        sizes["generator"] = generator(self.seed, "weights")
+        module: SAE
+        if self.kind == "transcoder":
+            sizes["affine"] = self.affine
+            module = Transcoder(self.d_in, self.d_sae, self._function(), **sizes)
+        else:
+            module = SAE(self.d_in, self.d_sae, self._function(), **sizes)
+        return module.to(device)
+
+    def _function(self) -> Activation:
+        if self.activation == "jumprelu":
+            return JumpReLU(self.preset.bandwidth, self.preset.init_threshold)
+        assert self.k is not None
+        return TopK(int(self.k)) if self.activation == "topk" else BatchTopK(float(self.k))
+
+
+def prefixes(op: str, sizes: Any) -> tuple[int, ...] | None:
+    """`matryoshka` as a tuple.
+
+    Raises:
+        TypeError: it is no sequence.
+    """
+    if sizes is None:
+        return None
+    if isinstance(sizes, str) or not isinstance(sizes, Sequence):
+        raise TypeError(f"{op}: matryoshka must be a sequence of ints, got {type(sizes).__name__}")
+    return tuple(sizes)

@@ -1,0 +1,222 @@
+"""Where activations come from: blocks of shuffled rows, each a function of (seed, index).
+
+A source numbers its blocks 0, 1, 2, ... without end. Block `index` holds the same rows in the same
+order whenever it is asked for, so that a run which was stopped regenerates the one block it was in
+and goes on with the row after the last. Rows of special tokens are left out by the source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_device, check_float
+
+EMPTY_BLOCKS = 64
+"""Consecutive blocks without a row after which a stream gives up."""
+
+
+def generator(seed: int, *purpose: int | str) -> torch.Generator:
+    """Random numbers of one purpose, such as `generator(seed, "order", block)`."""
+    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows in the order in which they are trained on.
+
+    Attributes:
+        x: `[m, d_in]` activations, any floating-point dtype.
+        target: `[m, d_out]`, or None where x is its own target.
+        order: `[r]` int64 rows of x; rows that it leaves out are not trained on.
+    """
+
+    x: Tensor
+    target: Tensor | None
+    order: Tensor
+
+    def __len__(self) -> int:
+        return self.order.shape[0]
+
+    def take(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Rows `start:stop` of the order, as `(x, target)`."""
+        rows = self.order[start:stop].to(self.x.device)
+        return self.x[rows], None if self.target is None else self.target[rows]
+
+
+class Source(ABC):
+    """Activations as an endless sequence of blocks.
+
+    Attributes:
+        d_in: width of x.
+        d_out: width of the target, None where x is its own target.
+    """
+
+    d_in: int
+    d_out: int | None
+
+    @abstractmethod
+    def block(self, seed: int, index: int) -> Block:
+        """Block `index >= 0` of the order that `seed` chooses: the same rows every time."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What tells these activations from others, as JSON; a resumed run compares it."""
+
+    def metadata(self) -> dict[str, Any]:
+        """What the result's config can say of its origin: model_name, hf_hook_point_in, ..."""
+        return {}
+
+    def held_bytes(self, device: torch.device) -> int:
+        """Bytes on `device` that a block takes beyond what the caller holds; 0 if unknown."""
+        return 0
+
+
+class TensorSource(Source):
+    """Activations in memory; each block is one shuffled pass over all of them.
+
+    Args:
+        x: `[N, d_in]` floating point, strided, on any device.
+        target: `[N, d_out]` for transcoders, on the same device.
+        mask: `[N]` bool or integer; rows where it is 0 (special tokens, padding) are left out.
+
+    Raises:
+        TypeError: a tensor is not floating point, or the mask is.
+        ValueError: shapes or devices disagree, or no row is left.
+    """
+
+    def __init__(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None):
+        _check_rows("x", x)
+        if target is not None:
+            _check_rows("target", target)
+            if target.shape[0] != x.shape[0]:
+                raise ValueError(
+                    f"train: target must have as many rows as x, {x.shape[0]}, got "
+                    f"{target.shape[0]}"
+                )
+            check_device("train", "target", target, x)
+        self.x = x.detach()
+        self.target = None if target is None else target.detach()
+        self.d_in = x.shape[1]
+        self.d_out = None if target is None else target.shape[1]
+        self._kept = torch.arange(x.shape[0]) if mask is None else kept_rows(mask, x.shape[0])
+        if len(self._kept) == 0:
+            raise ValueError(f"train: source must have at least one row to train on, of {len(x)}")
+
+    def block(self, seed: int, index: int) -> Block:
+        """Pass `index` over the kept rows."""
+        order = torch.randperm(len(self._kept), generator=generator(seed, "pass", index))
+        return Block(self.x, self.target, self._kept[order])
+
+    def identity(self) -> dict[str, Any]:
+        """Shape, dtype and a digest of up to 64 rows spread over the tensor."""
+        rows = torch.linspace(0, len(self._kept) - 1, min(64, len(self._kept)), dtype=torch.float64)
+        rows = self._kept[rows.long()].to(self.x.device)
+        digest = hashlib.sha256(repr(self._kept.shape).encode())
+        for t in (self.x, self.target):
+            if t is not None:
+                digest.update(t[rows].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        shapes = [list(t.shape) for t in (self.x, self.target) if t is not None]
+        return {"kind": "tensor", "shapes": shapes, "digest": digest.hexdigest()}
+
+    def held_bytes(self, device: torch.device) -> int:
+        """Order of a pass and its generator's permutation, in main memory."""
+        return 16 * len(self._kept) if device.type == "cpu" else 0
+
+
+class Stream:
+    """The rows of a source, one batch after the other.
+
+    Args:
+        source: of the rows.
+        seed: chooses their order.
+        position: (block, rows of it that have been taken), from `position` of another stream.
+    """
+
+    def __init__(self, source: Source, seed: int, position: tuple[int, int] = (0, 0)) -> None:
+        self._source, self._seed = source, seed
+        self._index, self._taken = position
+        self._block = self._load()
+        if self._taken > len(self._block):
+            raise ValueError(
+                f"train: block {self._index} has {len(self._block)} rows, and the run that is "
+                f"resumed took {self._taken}: the source has changed"
+            )
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """(block, rows of it that have been taken): where the next row comes from."""
+        if self._taken == len(self._block):
+            return self._index + 1, 0
+        return self._index, self._taken
+
+    def peek(self, rows: int) -> tuple[Tensor, Tensor | None]:
+        """Up to `rows` rows that come next in the current block; the position stays."""
+        return self._block.take(self._taken, min(self._taken + rows, len(self._block)))
+
+    def next(self, rows: int) -> tuple[Tensor, Tensor | None]:
+        """Take `rows` rows: `(x [rows, d_in], target [rows, d_out] or None)`.
+
+        Raises:
+            ValueError: the source ran dry, or a block does not fit the source's widths.
+        """
+        parts, empty = [], 0
+        while rows > 0:
+            left = len(self._block) - self._taken
+            if left == 0:
+                empty = empty + 1 if len(self._block) == 0 else 0
+                if empty > EMPTY_BLOCKS:
+                    raise ValueError(f"train: {EMPTY_BLOCKS} blocks of the source have no rows")
+                del self._block  # before the next one is made
+                self._index, self._taken = self._index + 1, 0
+                self._block = self._load()
+                continue
+            count = min(rows, left)
+            parts.append(self._block.take(self._taken, self._taken + count))
+            self._taken += count
+            rows -= count
+        if len(parts) == 1:
+            return parts[0]
+        targets = [t for _, t in parts if t is not None]
+        return torch.cat([x for x, _ in parts]), torch.cat(targets) if targets else None
+
+    def _load(self) -> Block:
+        block, source = self._source.block(self._seed, self._index), self._source
+        if block.x.dim() != 2 or block.x.shape[1] != source.d_in:
+            raise ValueError(
+                f"train: block {self._index} must have x [m, {source.d_in}], got "
+                f"{tuple(block.x.shape)}"
+            )
+        width = None if block.target is None else block.target.shape[1]
+        if width != source.d_out:
+            raise ValueError(
+                f"train: block {self._index} must have a target of width {source.d_out}, got "
+                f"{width}"
+            )
+        return block
+
+
+def kept_rows(mask: Tensor, rows: int) -> Tensor:
+    """`[r]` int64 on the CPU: rows where `mask [rows]` is not 0.
+
+    Raises:
+        TypeError: the mask is not of bool or integers.
+        ValueError: its shape is wrong.
+    """
+    if not isinstance(mask, Tensor) or mask.is_floating_point():
+        raise TypeError("train: mask must be a tensor of bool or integers")
+    if tuple(mask.shape) != (rows,):
+        raise ValueError(f"train: mask must have shape [{rows}], got {tuple(mask.shape)}")
+    return mask.cpu().nonzero()[:, 0]
+
+
+def _check_rows(name: str, t: Any) -> None:
+    check_float("train", name, t)
+    if t.dim() != 2 or 0 in t.shape:
+        raise ValueError(f"train: {name} must have shape [N >= 1, d >= 1], got {tuple(t.shape)}")

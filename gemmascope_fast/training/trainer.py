@@ -1,0 +1,227 @@
+"""A training run: batches in, updates out, checkpoints on the way.
+
+    x' = (x - mean) * scale             calibration.py, from the first block
+    loss' = sum of terms(x', step)      preset.py, evaluated by SAE.loss at bounded memory
+    update, unit-norm decoder rows      updates.py
+    module on raw activations           calibration.fold_
+
+Everything random is a function of (seed, purpose, number), and the data position is (block, row):
+a resumed run continues with the same bits. On the CPU that holds for equal numbers of threads.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..modules import SAE
+from . import checkpoint
+from .calibration import Affine, fold_, measure, start
+from .losses import QuadraticL0, Reconstruction, Term
+from .settings import Settings
+from .sources import Source, Stream
+from .updates import PREFIX, Updates
+
+VERSION = 1
+DEAD_STEPS = 1000
+"""Steps without firing after which a latent counts as dead; a fifth of shorter runs."""
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or a weight is NaN or infinite; no step was taken with it.
+
+    Attributes:
+        step: steps taken before.
+        position: (block, row) at which the batch began.
+    """
+
+    def __init__(self, message: str, step: int, position: tuple[int, int]) -> None:
+        super().__init__(message)
+        self.step, self.position = step, position
+
+
+class Trainer:
+    """One run in memory: `step` it, read it, save it.
+
+    Args:
+        source: of the activations.
+        settings: of the run.
+        device: where it trains.
+
+    Attributes:
+        module: the weights, in units of scaled activations; `exported()` reads raw ones.
+        taken: steps taken.
+    """
+
+    def __init__(self, source: Source, settings: Settings, device: torch.device) -> None:
+        self.source, self.settings, self.device = source, settings, device
+        self.module = settings.make(device)
+        self.updates = Updates(self.module, settings.preset)
+        self.taken = 0
+        self.last_fired = torch.zeros(settings.d_sae, dtype=torch.int64, device=device)
+        self.stream = Stream(source, settings.seed)
+        self._calibrate()
+
+    @classmethod
+    def resumed(cls, source: Source, settings: Settings, device: torch.device, path: Path) -> Any:
+        """The run that wrote the checkpoint `path`, as it was then.
+
+        Raises:
+            ValueError: the checkpoint is of a run with other settings or another source.
+        """
+        record = checkpoint.load_record(path)
+        _check_same(path, record, source, settings)
+        made = cls.__new__(cls)
+        made.source, made.settings, made.device = source, settings, device
+        made.module = settings.make(device)
+        made.updates = Updates(made.module, settings.preset)
+        made.taken = record["step"]
+        made.last_fired = torch.zeros(settings.d_sae, dtype=torch.int64, device=device)
+        s_in, s_out = record["scales"]
+        made.maps = (
+            Affine(torch.zeros(settings.d_in, device=device), s_in),
+            Affine(torch.zeros(settings.d_out, device=device), s_out),
+        )
+        checkpoint.load_into(path, made._tensors(), PREFIX)
+        made.updates.load(checkpoint.read(path, PREFIX), record["optimizer"])
+        block, row = record["position"]
+        made.stream = Stream(source, settings.seed, (block, row))
+        return made
+
+    def step(self) -> dict[str, Tensor | float]:
+        """Take one step; returns its metrics, tensors not yet waited for.
+
+        Raises:
+            NonFiniteError: the loss is not finite; nothing was changed.
+        """
+        settings, position = self.settings, self.stream.position
+        x, target = self._batch()
+        rate = settings.preset.learning_rate(self.taken, settings.steps)
+        self.updates.zero_grad()
+        with torch.autocast(
+            self.device.type, settings.autocast, enabled=settings.autocast is not None
+        ):
+            loss, metrics = self.module.loss(x, target, self._terms())
+        if not bool(torch.isfinite(loss)):
+            self.updates.zero_grad()
+            raise NonFiniteError(
+                f"train: the loss is {float(loss.detach())} at step {self.taken}, on the "
+                f"{settings.batch_size} tokens from row {position[1]} of block {position[0]}; the "
+                "step was not taken",
+                *(self.taken, position),
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+        fired = self.updates.fired()
+        self.updates.step(rate)
+        self.taken += 1
+        self.last_fired.masked_fill_(fired, self.taken)
+        return {"loss": loss.detach(), **metrics, "fired": fired.sum(), "lr": rate}
+
+    def dead(self) -> int:
+        """Latents that have not fired for `DEAD_STEPS` steps, or a fifth of a shorter run."""
+        patience = min(DEAD_STEPS, -(-self.settings.steps // 5))
+        return int((self.taken - self.last_fired > patience).sum())
+
+    def scaled(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`(x, target)` as the module sees them; the target defaults to x."""
+        scaled = self.maps[0](x.to(self.device))
+        return scaled, scaled if target is None else self.maps[1](target.to(self.device))
+
+    def exported(self) -> SAE:
+        """A copy of the module that reads raw activations."""
+        module = copy.deepcopy(self.module).requires_grad_(False)
+        fold_(module, *self.maps)
+        return module.requires_grad_(True)
+
+    def finish(self) -> SAE:
+        """The module itself, turned into one that reads raw activations; the run is over."""
+        self.updates.zero_grad()
+        del self.updates
+        fold_(self.module, *self.maps)
+        return self.module
+
+    def save(self, folder: Path) -> Path:
+        """Write a checkpoint.
+
+        Raises:
+            NonFiniteError: a weight is not finite; nothing was written.
+            OSError: the file system refuses.
+        """
+        for name, p in self.module.named_parameters():
+            if not bool(torch.isfinite(p.detach().sum(dtype=torch.float64))):
+                raise NonFiniteError(
+                    f"train: {name} is not finite after step {self.taken}; no checkpoint was made",
+                    *(self.taken, self.stream.position),
+                )
+        record = {
+            "version": VERSION,
+            "step": self.taken,
+            "position": self.stream.position,
+            "scales": [place.scale for place in self.maps],
+            "settings": self.settings.record(),
+            "source": self.source.identity(),
+            "optimizer": self.updates.record(),
+            "time": time.time(),
+        }
+        tensors = self._tensors() | self.updates.tensors()
+        return checkpoint.save(folder, self.taken, tensors, record)
+
+    def _calibrate(self) -> None:
+        """Measure scale and mean, then set biases and thresholds."""
+        settings, preset = self.settings, self.settings.preset
+        x, target = self.stream.peek(preset.statistics_tokens)
+        place = measure("x", x, preset.centred).to(self.device)
+        self.maps = (place, place)
+        if target is not None:
+            self.maps = (place, measure("target", target, preset.centred).to(self.device))
+        count = preset.calibration_tokens
+        sample = self.scaled(x[:count], None if target is None else target[:count])
+        if settings.start_l0 is not None and len(sample[0]) < 2:
+            raise ValueError("train: the first block must have at least 2 rows to calibrate on")
+        if preset.calibrated or settings.start_l0 is not None:
+            start(self.module, *sample, settings.start_l0, preset.init_threshold)
+
+    def _batch(self) -> tuple[Tensor, Tensor | None]:
+        x, target = self.stream.next(self.settings.batch_size)
+        scaled = self.scaled(x, target)
+        if self.settings.kind == "sae" and target is None:
+            return scaled[0], None
+        return scaled
+
+    def _terms(self) -> list[Term]:
+        """The loss of the step that comes next."""
+        settings, preset = self.settings, self.settings.preset
+        terms: list[Term] = [Reconstruction()]
+        if settings.target_l0 is not None:
+            target = preset.target_l0(self.taken, settings.steps, settings.target_l0)
+            lam = preset.sparsity_weight(self.taken, settings.steps)
+            terms.append(QuadraticL0(target, lam))
+        return terms
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds beside the optimizer's state."""
+        weights = {f"module.{name}": p.detach() for name, p in self.module.named_parameters()}
+        means = {f"mean.{at}": place.mean for at, place in enumerate(self.maps)}
+        return weights | means | {"last_fired": self.last_fired}
+
+
+def _check_same(path: Path, record: dict[str, Any], source: Source, settings: Settings) -> None:
+    """Refuse a checkpoint of another run."""
+    if record.get("version") != VERSION:
+        raise ValueError(
+            f"train: {path} has version {record.get('version')}, this library reads {VERSION}"
+        )
+    for kind, now in (("settings", settings.record()), ("source", source.identity())):
+        was = record[kind]
+        now = checkpoint.as_json(now)
+        for name in sorted({*was, *now}):
+            if was.get(name) != now.get(name):
+                raise ValueError(
+                    f"train: {path} is of a run whose {kind} have {name}={was.get(name)}, and now "
+                    f"{name}={now.get(name)}: pass resume=False or another out"
+                )

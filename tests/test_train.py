@@ -1,0 +1,290 @@
+"""`gsf.train`: what it learns, the way back to raw activations, schedules, bad input, metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gemmascope_fast as gsf
+from gemmascope_fast.training.calibration import thresholds
+from gemmascope_fast.training.preset import GEMMA_SCOPE_2, GEMMA_SCOPE_2_LITERAL, find_preset
+from gemmascope_fast.training.schedules import decay, glide, warmup
+from gemmascope_fast.training.settings import Settings
+from gemmascope_fast.training.sources import TensorSource
+from gemmascope_fast.training.trainer import Trainer
+
+FAST = gsf.Preset(lr=3e-3, bandwidth=0.1, frequency=0.0)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """At these sizes threads only wait for each other."""
+    was = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(was)
+
+
+def sparse_data(n: int = 6000, d: int = 24, features: int = 48, active: int = 3) -> Tensor:
+    """Sums of `active` of `features` random directions, far from the origin, on a large scale."""
+    generator = torch.Generator().manual_seed(5)
+    directions = torch.randn(features, d, generator=generator)
+    chosen = torch.rand(n, features, generator=generator).topk(active).indices
+    strength = torch.rand(n, active, generator=generator) + 0.5
+    return 40 * (strength[:, :, None] * directions[chosen]).sum(1) + 25
+
+
+def train(x: Any, **options: Any) -> Any:
+    defaults = {"d_sae": 96, "target_l0": 4, "steps": 8, "batch_size": 128, "preset": FAST}
+    options = {"progress": False} | defaults | options
+    if options.get("activation", "jumprelu") != "jumprelu":
+        options["target_l0"] = None
+    return gsf.train(x, **options)
+
+
+# ---- learning
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_jumprelu_learns_at_the_wanted_l0(centred: bool) -> None:
+    x = sparse_data()
+    sae = train(x[:5000], steps=400, preset=replace(FAST, sparsity=0.02, centred=centred))
+    found = gsf.evaluate(sae, x[5000:])
+    assert found.fvu < 0.25 and 3 < found.l0 < 6
+    torch.testing.assert_close(sae.W_dec.detach().norm(dim=1), torch.ones(96))
+    assert sae.metadata["l0"] == pytest.approx(found.l0, rel=0.2)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_topk_learns(activation: str) -> None:
+    x = sparse_data()
+    sae = train(x[:5000], activation=activation, k=4, steps=200)
+    found = gsf.evaluate(sae, x[5000:])
+    assert found.fvu < 0.3 and found.l0 <= 4
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_transcoder_learns_a_map_between_scales(affine: bool) -> None:
+    x = sparse_data()
+    target = x.square()[:, :10] * 7 + 3 * x[:, :10]
+    both = (x[:5000], target[:5000])
+    sae = train(both, kind="transcoder", affine=affine, steps=300)
+    found = gsf.evaluate(sae, x[5000:], target[5000:])
+    assert isinstance(sae, gsf.Transcoder) and (sae.W_skip is not None) == affine
+    assert found.fvu < 0.45
+
+
+def test_another_seed_is_another_run_and_the_same_seed_is_not() -> None:
+    x = sparse_data(500)
+    first, same, other = (train(x, seed=s) for s in (1, 1, 2))
+    assert torch.equal(first.W_dec, same.W_dec) and not torch.equal(first.W_dec, other.W_dec)
+
+
+def test_autocast_computes_in_bfloat16_and_keeps_float32_weights() -> None:
+    x = sparse_data(800)
+    exact, cast = train(x, steps=30), train(x, steps=30, autocast=torch.bfloat16)
+    assert cast.W_enc.dtype == torch.float32
+    assert not torch.equal(exact.W_enc, cast.W_enc)
+    a, b = (gsf.evaluate(sae, x).fvu for sae in (exact, cast))
+    assert a == pytest.approx(b, rel=0.05)
+
+
+# ---- the start, and the way back
+
+
+def test_thresholds_start_at_the_wanted_l0() -> None:
+    x = sparse_data()
+    for options, expected in (({}, 8), ({"init_l0": 20}, 20), ({"target_l0": 3}, 6)):
+        seen: list[dict[str, float]] = []
+        train(x, **{"steps": 1, "batch_size": 4096, "on_metrics": seen.append, **options})
+        assert seen[0]["l0"] == pytest.approx(expected, rel=0.05)
+
+
+def test_the_literal_recipe_starts_dense() -> None:
+    seen: list[dict[str, float]] = []
+    literal = replace(GEMMA_SCOPE_2_LITERAL, centred=True)
+    train(sparse_data(1000), preset=literal, steps=1, on_metrics=seen.append)
+    assert 0.4 < seen[0]["density"] < 0.6
+
+
+def test_calibrated_thresholds_give_the_wanted_l0_evenly() -> None:
+    torch.manual_seed(1)
+    x, W_enc, b_enc = torch.randn(500, 12), torch.randn(12, 1100), torch.randn(1100)
+    fires = torch.addmm(b_enc, x, W_enc) > thresholds(x, W_enc, b_enc, 110.0)
+    assert float(fires.sum(1).float().mean()) == pytest.approx(110, rel=0.01)
+    assert int(fires.sum(0).max()) - int(fires.sum(0).min()) <= 2
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("kind", ["sae", "transcoder"])
+def test_exported_weights_do_to_raw_activations_what_training_did(kind: str, centred: bool) -> None:
+    x = sparse_data(600).double()
+    target = None if kind == "sae" else 0.01 * x[:, :9].square() - 4
+    settings = Settings(
+        *(24, 24 if target is None else 9, 96, 5, replace(FAST, centred=centred)),
+        **{"target_l0": 4, "batch_size": 64, "kind": kind, "affine": kind == "transcoder"},  # type: ignore[arg-type]
+        dtype=torch.float64,
+    )
+    trainer = Trainer(TensorSource(x, target), settings, CPU)
+    for _ in range(5):
+        trainer.step()
+    scaled, goal = trainer.scaled(x, target)
+    assert float(scaled.square().sum(1).mean()) == pytest.approx(1, rel=1e-5)
+    assert float(goal.square().sum(1).mean()) == pytest.approx(1, rel=1e-5)
+    inside, outside = trainer.module.encode(scaled), trainer.exported().encode(x)
+    assert torch.equal(inside.indices[inside.gate > 0], outside.indices[outside.gate > 0])
+    back = trainer.maps[1]
+    expected = trainer.module(scaled) / back.scale + back.mean
+    torch.testing.assert_close(trainer.exported()(x), expected)
+    raw = trainer.exported().activation.bandwidth * trainer.maps[0].scale  # type: ignore[union-attr]
+    assert raw == pytest.approx(FAST.bandwidth)
+    expected_copy = trainer.exported()
+    assert torch.equal(trainer.finish().b_dec, expected_copy.b_dec)
+
+
+def test_the_result_is_an_artefact(tmp_path: Path) -> None:
+    x = sparse_data(500)
+    sae = train(x, out=tmp_path / "run", metadata={"model_name": "m", "hf_hook_point_in": "h"})
+    read = gsf.load(tmp_path / "run")
+    assert torch.equal(read.encode(x).values, sae.encode(x).values[sae.encode(x).gate > 0])
+    assert read.metadata["model_name"] == "m" and read.metadata["l0"] == sae.metadata["l0"]
+
+
+# ---- schedules
+
+
+def test_warmups_and_decay() -> None:
+    assert warmup(0, 10, 0.1, "cosine") == pytest.approx(0.1)
+    assert warmup(5, 10, 0.1, "cosine") == pytest.approx(0.55)
+    assert warmup(2, 10, 0.0, "cosine") == pytest.approx((1 - math.cos(0.2 * math.pi)) / 2)
+    assert warmup(2, 10, 0.0, "linear") == pytest.approx(0.2)
+    assert warmup(10, 10, 0.1, "cosine") == warmup(99, 10, 0.1, "linear") == 1
+    assert warmup(0, 0, 0.0, "linear") == 1
+    assert decay(69, 100, 0.3) == 1 and decay(85, 100, 0.3) == pytest.approx(0.5)
+    assert decay(5, 10, 0.0) == 1
+    assert [glide(s, 4, 10.0, 2.0) for s in (0, 1, 4, 9)] == [10, 8, 2, 2]
+
+
+def test_the_presets_schedules() -> None:
+    literal, fitted = GEMMA_SCOPE_2_LITERAL, GEMMA_SCOPE_2
+    assert literal.learning_rate(0, 10**6) == pytest.approx(7e-6)
+    assert literal.learning_rate(500, 10**6) == pytest.approx(7e-5 * 0.55)
+    assert literal.learning_rate(1000, 10**6) == 7e-5
+    assert literal.sparsity_weight(25_000, 400) == literal.sparsity / 2
+    assert fitted.sparsity_weight(25_000, 10**6) == literal.sparsity / 2
+    assert (
+        fitted.sparsity_weight(80, 400) == fitted.sparsity and fitted.sparsity_weight(0, 400) == 0
+    )
+    assert fitted.learning_rate(40, 400) == 7e-5
+    gliding = replace(literal, target_l0_start=200.0)
+    assert gliding.target_l0(25_000, 1, 50.0) == 125 and literal.target_l0(0, 1, 50.0) == 50
+
+
+def test_presets_are_found_and_checked() -> None:
+    assert find_preset("gemma_scope_2") is GEMMA_SCOPE_2 and find_preset(FAST) is FAST
+    with pytest.raises(ValueError, match="preset must be one of gemma_scope_2, gemma_scope_2_lit"):
+        find_preset("gemma_scope_3")
+    for changes, text in (
+        ({"lr": 0.0}, "lr must be finite and > 0"),
+        ({"beta2": 1.0}, r"beta2 must be in \[0, 1\)"),
+        ({"bandwidth": -1.0}, "bandwidth must be finite and > 0"),
+        ({"lr_warmup_shape": "step"}, "lr_warmup_shape must be cosine or linear"),
+        ({"calibration_tokens": 1}, "calibration_tokens must be >= 2"),
+        ({"target_l0_start": math.nan}, "target_l0_start must be finite"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            replace(FAST, **changes)
+
+
+# ---- metrics
+
+
+def test_metrics_are_plain_numbers_of_every_step() -> None:
+    seen: list[dict[str, float]] = []
+    train(sparse_data(600), steps=5, on_metrics=seen.append)
+    assert [m["step"] for m in seen] == [1, 2, 3, 4, 5] and seen[2]["tokens"] == 3 * 128
+    wanted = {"loss", "reconstruction", "quadratic_l0", "fvu", "l0", "fired", "dead", "lr"}
+    assert wanted <= set(seen[0])
+    assert all(type(v) in (int, float) for m in seen for v in m.values())
+    for m in seen:
+        assert m["loss"] == pytest.approx(m["reconstruction"] + m["quadratic_l0"], rel=1e-5)
+
+
+def test_dead_latents_are_those_that_did_not_fire_lately() -> None:
+    x = sparse_data(600)
+    settings = Settings(24, 24, 96, 20, FAST, target_l0=4, batch_size=64)
+    trainer = Trainer(TensorSource(x), settings, CPU)
+    with torch.no_grad():
+        trainer.module.threshold[:30] = 1e9  # type: ignore[index]
+    dead = []
+    for _ in range(6):
+        metrics = trainer.step()
+        dead.append(trainer.dead())
+        assert int(metrics["fired"]) <= 66
+    assert dead[:4] == [0] * 4 and dead[4] >= 30  # a fifth of 20 steps
+
+
+# ---- bad input
+
+X = sparse_data(100)
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"d_sae": 0}, ValueError, "d_sae must be >= 1"),
+    ({"d_sae": 2.5}, TypeError, "d_sae must be an int"),
+    ({"steps": 0}, ValueError, "steps must be >= 1"),
+    ({"batch_size": -1}, ValueError, "batch_size must be >= 0|batch_size must be >= 1"),
+    ({"activation": "relu"}, ValueError, "activation must be one of jumprelu, topk, batchtopk"),
+    ({"target_l0": None}, ValueError, "jumprelu needs target_l0"),
+    ({"k": 3}, ValueError, "jumprelu needs target_l0 .*, no k"),
+    ({"target_l0": 96}, ValueError, "target_l0 must be below d_sae=96"),
+    ({"target_l0": "4"}, TypeError, "target_l0 must be a number"),
+    ({"init_l0": 0}, ValueError, "init_l0 must be finite and > 0"),
+    ({"activation": "topk"}, ValueError, "topk needs k"),
+    ({"activation": "topk", "k": 97}, ValueError, r"k must be in \[0, d_sae=96\]"),
+    ({"activation": "topk", "k": 2.5}, TypeError, "k must be an int"),
+    ({"activation": "batchtopk", "k": math.nan}, ValueError, "k must be finite"),
+    ({"rows": "all"}, ValueError, "rows must be one of exact, live"),
+    ({"moments": "fp8"}, ValueError, "moments must be one of fp32, 8bit"),
+    ({"fused": 1}, TypeError, "fused must be a bool"),
+    ({"matryoshka": [8, 4, 96]}, ValueError, "matryoshka must be ascending"),
+    ({"matryoshka": [8, 32]}, ValueError, "matryoshka must end with d_sae=96, got 32"),
+    ({"matryoshka": 8}, TypeError, "matryoshka must be a sequence"),
+    ({"kind": "crosscoder"}, ValueError, "kind must be one of sae, transcoder"),
+    ({"kind": "transcoder"}, ValueError, "kind='transcoder' does not fit a source with no target"),
+    ({"affine": True}, ValueError, "affine=True needs kind='transcoder'"),
+    ({"seed": -1}, ValueError, "seed must be >= 0"),
+    ({"dtype": "float32"}, TypeError, "dtype must be a torch.dtype"),
+    ({"dtype": torch.int8}, TypeError, "dtype must be float32"),
+    ({"checkpoint_every": 0}, ValueError, "checkpoint_every must be >= 1"),
+    ({"preset": 3}, TypeError, "preset must be a name or a Preset"),
+    ({"on_metrics": 3}, TypeError, "on_metrics must be callable"),
+    ({"source": [1, 2, 3]}, TypeError, "source must be a tensor, a pair"),
+    ({"source": (X, X)}, ValueError, "kind='sae' does not fit a source with a target"),
+    ({"source": "no-such-folder"}, FileNotFoundError, "no-such-folder"),
+    ({"source": X * math.nan}, ValueError, "x must be finite and not constant"),
+    ({"source": torch.zeros(50, 4)}, ValueError, "x must be finite and not constant"),
+]
+
+
+@pytest.mark.parametrize(
+    "options, error, text", BAD, ids=[str(list(b[0].items()))[:40] for b in BAD]
+)
+def test_bad_input_is_refused_before_anything_happens(
+    tmp_path: Path, options: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    options = {"d_sae": 96, "target_l0": 4, "steps": 2, "source": X, "progress": False} | options
+    if "activation" in options:
+        options["target_l0"] = None
+    seen: list[Any] = []
+    options = {"on_metrics": seen.append, "out": tmp_path / "run"} | options
+    with pytest.raises(error, match=text):
+        gsf.train(options.pop("source"), **options)
+    assert not seen
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
