@@ -1,4 +1,4 @@
-"""The command line: `doctor` tells what serves this machine, `demo` trains a small SAE."""
+"""The command line: `doctor` tells what serves this machine, `demo` and `train` train an SAE."""
 
 from __future__ import annotations
 
@@ -20,11 +20,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor = commands.add_parser("doctor", help="which code serves which op here, and a self-test")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     commands.add_parser("demo", add_help=False, help="train and compare; --help lists its options")
+    commands.add_parser("train", add_help=False, help="train an SAE; --help lists its options")
     args, rest = parser.parse_known_args(argv)
     if args.command == "demo":
         from . import demo
 
         return int(demo.main(rest) or 0)
+    if args.command == "train":
+        from .training import command
+
+        return command.main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from . import doctor as report

@@ -1,0 +1,134 @@
+"""`python -m gemmascope_fast train`: one run from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from .hooks import ModelSource
+from .preset import PRESETS, find_preset
+from .runs import train
+from .settings import ACTIVATIONS, KINDS, MOMENTS, ROWS
+from .sources import Source, TensorSource
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line; its names are those of `gsf.train`."""
+    made = argparse.ArgumentParser(prog="gemmascope_fast train", description=__doc__)
+    add = made.add_argument
+    add("source", type=Path, help="folder of shards, .safetensors with x (and target), or a text")
+    add("--out", type=Path, required=True, help="folder for checkpoints and the result")
+    add("--d-sae", type=int, required=True, help="number of latents")
+    add("--steps", type=int, required=True)
+    add("--activation", choices=ACTIVATIONS, default="jumprelu")
+    add("--target-l0", type=float, help="active latents per token (jumprelu)")
+    add("--k", type=float, help="active latents per token (topk, batchtopk)")
+    add("--batch-size", type=int, default=4096, help="tokens per step")
+    add("--preset", choices=PRESETS, default="gemma_scope_2")
+    add("--lr", type=float, help="instead of the preset's learning rate")
+    add("--bandwidth", type=float, help="instead of the preset's straight-through window")
+    add("--rows", choices=ROWS, default="exact")
+    add("--moments", choices=MOMENTS, default="fp32")
+    add("--fused", action=argparse.BooleanOptionalAction, default=True)
+    add("--init-l0", type=float, help="active latents per token at the start")
+    add("--matryoshka", type=int, nargs="+", help="ascending prefix sizes, the last one d_sae")
+    add("--kind", choices=KINDS, default="sae")
+    add("--affine", action="store_true", help="a transcoder's affine skip connection")
+    add("--seed", type=int, default=0)
+    add("--resume", action=argparse.BooleanOptionalAction, default=True)
+    add("--checkpoint-every", type=int, help="steps between checkpoints")
+    add("--dtype", choices=DTYPES, help="of the matrices; default float32")
+    add("--autocast", choices=DTYPES, help="of the products; default that of the matrices")
+    add("--device", help="such as cuda:0; default CUDA where there is one")
+    add("--metrics", type=Path, help="append every step's metrics to this file, one JSON a line")
+    live = made.add_argument_group("live activations of a transformers model; source is a text")
+    live.add_argument("--model", help="folder, or name on the Hugging Face Hub")
+    live.add_argument("--hook", help="where x is read, such as model.layers.17.output")
+    live.add_argument("--target-hook", help="where a transcoder's target is read")
+    live.add_argument("--context", type=int, default=1024, help="tokens per sequence")
+    return made
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train; 0 on success, 2 with a message on the standard error otherwise."""
+    args = vars(parser().parse_args(argv))
+    preset = find_preset(args.pop("preset"))
+    changes = {name: value for name in ("lr", "bandwidth") if (value := args.pop(name)) is not None}
+    dtypes: dict[str, Any] = {name: DTYPES.get(args.pop(name)) for name in ("dtype", "autocast")}
+    live = {name: args.pop(name) for name in ("model", "hook", "target_hook", "context")}
+    if args["activation"] == "topk" and args["k"] is not None and args["k"].is_integer():
+        args["k"] = int(args["k"])
+    try:
+        args["preset"] = replace(preset, **changes)
+        args["on_metrics"] = _writer(args.pop("metrics"))
+        device = args["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+        source = _source(args.pop("source"), device, **live)
+        module = train(source, **args, **dtypes)
+    except (FloatingPointError, ModuleNotFoundError, OSError, TypeError, ValueError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    print(f"{args['out']}: {module}, L0 {module.metadata['l0']:.1f}")
+    return 0
+
+
+def _writer(path: Path | None) -> Callable[[dict[str, float]], None] | None:
+    if path is None:
+        return None
+
+    def write(metrics: dict[str, float]) -> None:
+        with open(path, "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    return write
+
+
+def _source(
+    path: Path, device: str, model: str | None, hook: str | None, **live: Any
+) -> Path | Source:
+    if model is not None:
+        if hook is None:
+            raise ValueError("train: --model needs --hook, where its activations are read")
+        return _live(path, device, model, hook, **live)
+    if path.suffix != ".safetensors":
+        return path
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"train: {path} is not a safetensors file: {error}") from error
+    if "x" not in tensors:
+        raise ValueError(f"train: {path} must hold x [N, d_in], has {', '.join(sorted(tensors))}")
+    return TensorSource(tensors["x"], tensors.get("target"), tensors.get("mask"))
+
+
+def _live(
+    path: Path, device: str, model: str, hook: str, target_hook: str | None, context: int
+) -> ModelSource:
+    """Activations of `model` over the text in `path`, in sequences of `context` tokens."""
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "train: transformers is not installed; run `pip install 'gemmascope-fast[models]'`"
+        ) from error
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    network = transformers.AutoModel.from_pretrained(model).to(device).eval()
+    ids = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)
+    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    width = context - len(first)
+    whole = len(ids["input_ids"]) // max(width, 1) * width
+    if width < 1 or whole < 1:
+        raise ValueError(f"train: {path} must hold at least one sequence of {context} tokens")
+    rows = torch.tensor(ids["input_ids"][:whole]).view(-1, width)
+    rows = torch.cat([torch.tensor(first, dtype=rows.dtype).expand(len(rows), -1), rows], 1)
+    return ModelSource(network, rows, hook, target_hook_point=target_hook, tokenizer=tokenizer)
