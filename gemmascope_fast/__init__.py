@@ -1,6 +1,6 @@
 """A compute backend for sparse autoencoders: sparse encoders, decoders and their gradients."""
 
-from . import reference
+from . import losses, reference
 from .artefacts import load
 from .functional import (
     batchtopk_encode,
@@ -29,6 +29,7 @@ __all__ = [
     "decode_",
     "jumprelu_encode",
     "load",
+    "losses",
     "pre_at",
     "reference",
     "topk_encode",

@@ -25,6 +25,7 @@ LAYERS = [
     ("sparse",),
     ("checks",),
     ("functional",),
+    ("losses",),
     ("pretrained", "training.__init__", "training.losses"),
     ("modules",),
     ("training",),
