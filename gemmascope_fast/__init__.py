@@ -1,6 +1,7 @@
 """A compute backend for sparse autoencoders: sparse encoders, decoders and their gradients."""
 
 from . import losses, reference
+from .activations import BatchTopK, JumpReLU, TopK
 from .artefacts import load
 from .functional import (
     batchtopk_encode,
@@ -10,8 +11,9 @@ from .functional import (
     pre_at,
     topk_encode,
 )
-from .modules import SAE, BatchTopK, JumpReLU, TopK, Transcoder
+from .modules import SAE, Transcoder
 from .reference import CapacityError
+from .semantics import Semantics
 from .sparse import SparseActs
 
 __version__ = "0.1.0"
@@ -21,6 +23,7 @@ __all__ = [
     "BatchTopK",
     "CapacityError",
     "JumpReLU",
+    "Semantics",
     "SparseActs",
     "TopK",
     "Transcoder",

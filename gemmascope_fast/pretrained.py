@@ -83,7 +83,7 @@ class Pretrained:
             OSError: the file system refuses; what was there stays.
             RuntimeError: a signal handler saves to the folder that its thread is saving to.
             TypeError: an argument, `metadata`, or a value of it has the wrong type.
-            ValueError: the activation is not `JumpReLU`, an `SAE` has a `W_skip`, a weight is not
+            ValueError: the activation is not `JumpReLU` of plain semantics, an `SAE` has a `W_skip`, a weight is not
                 finite or out of the range of `dtype`, the metadata are not valid, or the path is
                 not valid UTF-8.
         """
