@@ -208,8 +208,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """The fields in which each library differs from the default.
 
-`center` is a setting in two of them: on in SAELens by default, and in dictionary_learning's TopK and
-BatchTopK but not its JumpReLU. A transcoder is never centred.
+`center` is a setting in two of them: on in SAELens by default, and in dictionary_learning's TopK
+and BatchTopK but not its JumpReLU. A transcoder is never centred.
 """
 
 BUGS: dict[str, dict[str, Any]] = {
