@@ -1,6 +1,7 @@
 """A compute backend for sparse autoencoders: sparse encoders, decoders and their gradients."""
 
-from . import reference, sources
+from . import losses, reference, sources
+from .activations import BatchTopK, JumpReLU, TopK
 from .artefacts import load
 from .functional import (
     batchtopk_encode,
@@ -10,8 +11,9 @@ from .functional import (
     pre_at,
     topk_encode,
 )
-from .modules import SAE, BatchTopK, JumpReLU, TopK, Transcoder
+from .modules import SAE, Transcoder
 from .reference import CapacityError
+from .semantics import Semantics
 from .sparse import SparseActs
 from .training.metrics import Evaluation, evaluate
 from .training.preset import Preset
@@ -28,6 +30,7 @@ __all__ = [
     "JumpReLU",
     "NonFiniteError",
     "Preset",
+    "Semantics",
     "SparseActs",
     "TopK",
     "Transcoder",
@@ -37,6 +40,7 @@ __all__ = [
     "evaluate",
     "jumprelu_encode",
     "load",
+    "losses",
     "pre_at",
     "reference",
     "sources",

@@ -25,6 +25,8 @@ LAYERS = [
     ("sparse",),
     ("checks",),
     ("functional",),
+    ("losses", "activations", "semantics"),
+    ("effective",),
     ("pretrained", "training.__init__", "training.losses"),
     ("modules",),
     ("training",),
