@@ -17,6 +17,7 @@ from torch import Tensor
 
 import gemmascope_fast as gsf
 from gemmascope_fast.training import checkpoint
+from gemmascope_fast.training.trainer import Trainer
 
 FAST = gsf.Preset(lr=3e-3, bandwidth=0.1, statistics_tokens=200)
 STEPS = 30
@@ -216,17 +217,21 @@ def test_a_nan_batch_stops_the_run_at_its_place(tmp_path: Path, options: dict[st
     assert same(bits(train(source, tmp_path, **options)), bits(train(data(), None, **options)))
 
 
-def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
-    def spoil(metrics: dict[str, float]) -> None:
-        if metrics["step"] == 7:
-            import gc
+def test_weights_that_are_not_finite_are_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.step
 
-            module = next(o for o in gc.get_objects() if type(o) is gsf.SAE and o.d_sae == 64)
+    def spoil(trainer: Trainer) -> Any:
+        metrics = step(trainer)
+        if trainer.taken == 8:
             with torch.no_grad():
-                module.b_dec[3] = float("inf")
+                trainer.module.b_dec[3] = float("inf")
+        return metrics
 
-    with pytest.raises(gsf.NonFiniteError):
-        train(data(), tmp_path, on_metrics=spoil)
+    monkeypatch.setattr(Trainer, "step", spoil)
+    with pytest.raises(gsf.NonFiniteError, match="b_dec is not finite after step 8; no checkpoint"):
+        train(data(), tmp_path)
     assert [step for step, _ in checkpoint.found(tmp_path / "checkpoints")] == [4]
 
 

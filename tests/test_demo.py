@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,19 +21,41 @@ from gemmascope_fast.demo import (
     activations,
     charts,
     evaluate,
+    frontier,
     gemma_27b,
     latents,
     recipe,
     report,
-    worker,
 )
 from gemmascope_fast.demo.dense import DenseSAE, JumpReLUGate
+from gemmascope_fast.demo.run import initial
 from gemmascope_fast.demo.settings import Job, Settings
 from gemmascope_fast.demo.turns import History, Worker, schedule, train_in_turns
+from gemmascope_fast.training.recipe import Recipe
+from gemmascope_fast.training.sources import TensorSource
+from gemmascope_fast.training.trainer import Trainer
 
 SMALL = Settings(
-    d_sae=96, batch=32, steps=6, turn=4, initial_l0=12, target_l0=6, calibration_tokens=256
+    d_sae=96,
+    batch=32,
+    steps=6,
+    turn=4,
+    lr=0.01,
+    lr_warmup_steps=2,
+    initial_l0=12,
+    target_l0=6,
+    other_targets=(3.0, 9.0),
+    calibration_tokens=256,
 )
+
+
+def sparse_trainer(x: Tensor) -> Trainer:
+    return Trainer(TensorSource(x), recipe.run(x.shape[1], SMALL), torch.device("cpu"))
+
+
+def dense_copy(trainer: Trainer, bandwidth: float) -> DenseSAE:
+    weights = {name: p.detach().clone() for name, p in trainer.module.named_parameters()}
+    return DenseSAE(weights, bandwidth)
 
 
 def corpus(n: int = 1260, d: int = 16) -> activations.Activations:
@@ -108,15 +131,6 @@ def test_extraction_drops_special_tokens_and_keeps_spans() -> None:
     assert all(text[a:b] == text[i] for i, (a, b) in enumerate(made.spans.tolist()))
 
 
-def test_scaling_gives_unit_mean_squared_norm_on_training_tokens() -> None:
-    source = corpus(126 * 40)
-    assert float(source.held_out.float().mean()) == pytest.approx(0.05)
-    mean, scale = source.scaling()
-    x = (source.x[~source.held_out] - mean) * scale
-    assert float(x.square().sum(1).mean()) == pytest.approx(1, rel=1e-4)
-    assert float(x.mean(0).abs().max()) < 1e-5
-
-
 def test_cached_activations_are_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "load_model", lambda _: (tiny_bert(), LetterTokenizer()))
     made, path = activations.collect(tmp_path, None, 1, 300)
@@ -161,65 +175,61 @@ def test_dense_gate_has_the_papers_gradients() -> None:
     assert theta.grad is not None and torch.allclose(theta.grad, expected.detach())
 
 
-def test_dense_and_sparse_models_agree_in_outputs_and_gradients() -> None:
-    source = corpus()
-    mean, scale = source.scaling()
-    x = (source.x - mean) * scale
-    start = recipe.initial_parameters(x, SMALL)
-    models = (DenseSAE(start, 0.05), worker.SparseModel(start, 0.05))
-    grads = []
-    for model in models:
-        recon, l0, counts = model(x[:64])
-        loss = (recon - x[:64]).square().sum(1).mean()
-        (loss + recipe.penalties(l0, counts, 0.01, SMALL)).backward()
-        grads.append({n.split(".")[-1]: p.grad for n, p in model.named_parameters()})
-    assert set(grads[0]) == {"W_enc", "b_enc", "threshold", "W_dec", "b_dec"}
-    for name, grad in grads[0].items():
-        assert grad is not None and bool((grad != 0).any()), name
-        torch.testing.assert_close(grads[1][name], grad, rtol=1e-3, atol=1e-5, msg=name)
+@pytest.mark.parametrize("fused", [True, False])
+def test_dense_and_sparse_losses_agree_in_every_gradient(fused: bool) -> None:
+    trainer = sparse_trainer(corpus().x)
+    x = trainer.scaled(corpus().x[:64], None)[0]
+    trainer.module.activation = gsf.JumpReLU(0.05)
+    model = dense_copy(trainer, 0.05)
+    if not fused:
+        trainer.recipe = Recipe(replace(trainer.settings, fused=False), torch.device("cpu"))
+    silent = trainer.silent()
+    loss = trainer.recipe(trainer.module, x, None, 4, trainer.density, silent).loss
+    loss.backward()
+    recon, l0, counts = model(x)
+    lam = recipe.preset(SMALL).sparsity_weight(4, SMALL.steps)
+    dense = (recon - x).square().sum(1).mean() + recipe.penalties(l0, counts, lam, SMALL)
+    dense.backward()
+    assert lam == SMALL.sparsity and loss.item() == pytest.approx(dense.item(), rel=1e-5)
+    grads = {name: p.grad for name, p in trainer.module.named_parameters()}
+    for name, p in model.named_parameters():
+        assert p.grad is not None and bool((p.grad != 0).any()), name
+        torch.testing.assert_close(grads[name], p.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
 # ---- the recipe ----------------------------------------------------------------------------------
 
 
-def test_calibrated_thresholds_give_the_wanted_l0() -> None:
-    torch.manual_seed(1)
-    x, W_enc, b_enc = torch.randn(500, 12), torch.randn(12, 1100), torch.randn(1100)
-    threshold = recipe.calibrated_thresholds(x, W_enc, b_enc, 110.0)
-    fires = torch.addmm(b_enc, x, W_enc) > threshold
-    assert float(fires.sum(1).float().mean()) == pytest.approx(110, rel=0.01)
-    assert int(fires.sum(0).max()) - int(fires.sum(0).min()) <= 2  # every latent equally often
-
-
-def test_initial_parameters_are_tied_unit_rows_and_centred() -> None:
+def test_the_run_starts_tied_centred_and_at_the_wanted_l0() -> None:
     x = corpus().x
-    start = recipe.initial_parameters(x, SMALL)
+    trainer = sparse_trainer(x)
+    start = dict(trainer.module.named_parameters())
     assert torch.equal(start["W_enc"], start["W_dec"].t())
-    assert start["W_enc"].data_ptr() != start["W_dec"].data_ptr()
     torch.testing.assert_close(start["W_dec"].norm(dim=1), torch.ones(96))
-    torch.testing.assert_close(start["b_enc"], -(start["b_dec"] @ start["W_enc"]))
+    scaled = trainer.scaled(x, None)[0]
+    assert float(scaled.mean(0).abs().max()) < 1e-5
+    l0 = trainer.module.encode(scaled).l0().mean()
+    assert l0.item() == pytest.approx(SMALL.initial_l0, rel=0.15)
+
+
+def test_held_out_blocks_are_a_twentieth() -> None:
+    assert float(corpus(126 * 40).held_out.float().mean()) == pytest.approx(0.05)
 
 
 def test_schedules() -> None:
     s = Settings()
-    rates = [recipe.learning_rate(step, s) for step in range(s.steps)]
-    assert rates[0] == pytest.approx(1e-3 / 30) and rates[29] == rates[279] == 1e-3
+    made = recipe.preset(s)
+    rates = [made.learning_rate(step, s.steps) for step in range(s.steps)]
+    assert rates[0] == pytest.approx(1e-3 / 30) and rates[30] == rates[279] == 1e-3
     assert rates[340] == pytest.approx(0.5e-3) and 0 < rates[-1] < 1e-5
-    assert recipe.sparsity_weight(0, s) == 0 and recipe.sparsity_weight(40, s) == 1.5e-3
-    assert recipe.sparsity_weight(399, s) == 3e-3
+    assert made.sparsity_weight(0, s.steps) == 0 and made.sparsity_weight(40, s.steps) == 1.5e-3
+    assert made.sparsity_weight(399, s.steps) == 3e-3
 
 
 def test_penalties() -> None:
     l0, counts = torch.tensor([4.0, 8.0]), torch.tensor([2.0, 1.0, 0.0])
     value = recipe.penalties(l0, counts, 0.1, SMALL)
     assert float(value) == pytest.approx(0.1 * (2 / 6) * 4 + 1e-3 * (1 + 0.25) / 0.01)
-
-
-def test_batches_are_shuffled_epochs_and_repeatable() -> None:
-    order = recipe.batches(96, SMALL)
-    assert len(order) == 6 and all(len(batch) == 32 for batch in order)
-    assert torch.equal(torch.cat(order[:3]).sort().values, torch.arange(96))
-    assert all(torch.equal(a, b) for a, b in zip(order, recipe.batches(96, SMALL), strict=True))
 
 
 def test_decoder_gradient_loses_its_parallel_part() -> None:
@@ -231,24 +241,6 @@ def test_decoder_gradient_loses_its_parallel_part() -> None:
     torch.testing.assert_close(
         before - W_dec.grad, (before * W_dec).sum(1, keepdim=True) * W_dec.detach()
     )
-
-
-def test_folded_parameters_take_raw_hidden_states() -> None:
-    x = corpus().x.double()
-    mean, scale = x.mean(0), 0.07
-    start = {k: v.double() for k, v in recipe.initial_parameters(x.float() * 0.1, SMALL).items()}
-    raw = worker.folded(start, mean, scale)
-
-    def run(p: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-        pre = x @ p["W_enc"] + p["b_enc"]
-        acts = pre * (pre > p["threshold"])
-        return acts, acts @ p["W_dec"] + p["b_dec"]
-
-    acts, recon = run(start, (x - mean) * scale)
-    raw_acts, raw_recon = run(raw, x)
-    assert bool((acts > 0).any())
-    torch.testing.assert_close(raw_acts * scale, acts)
-    torch.testing.assert_close((raw_recon - mean) * scale, recon)
 
 
 # ---- turns ---------------------------------------------------------------------------------------
@@ -266,10 +258,8 @@ def work(tmp_path: Path) -> Path:
     folder.mkdir()
     data = {"x": source.x, "tokens": source.tokens, "spans": source.spans}
     save_file({**data, "block": torch.tensor(126)}, folder / "x.safetensors")
-    mean, scale = source.scaling()
-    start = recipe.initial_parameters((source.x[~source.held_out] - mean) * scale, SMALL)
-    start["W_enc_t"] = start.pop("W_enc").t().contiguous()
-    save_file({k: v.clone() for k, v in start.items()}, folder / "initial.safetensors")
+    start = initial(sparse_trainer(source.x[~source.held_out]))
+    save_file(start, folder / "initial.safetensors")
     Job(SMALL, str(folder / "x.safetensors"), "a model", "model.layers.1.output").save(folder)
     return folder
 
@@ -281,7 +271,7 @@ def test_two_processes_train_in_turns_and_agree(work: Path) -> None:
     for history in runs.values():
         assert [mark["step"] for mark in history.held_out] == [4, 6]
         assert len(history.steps) == len(history.elapsed) == 6
-        assert history.steps[-1]["fvu"] < history.steps[0]["fvu"]
+        assert history.held_out[1]["fvu"] < history.held_out[0]["fvu"]
     dense, sparse = runs["dense"].final, runs["sparse"].final
     assert sparse["fvu"] == pytest.approx(dense["fvu"], rel=1e-3)
     assert sparse["l0"] == pytest.approx(dense["l0"], rel=2e-2)
@@ -317,7 +307,7 @@ def test_token_mean_baseline() -> None:
 
 
 def small_sae(source: activations.Activations) -> gsf.SAE:
-    return worker.make_sae(recipe.initial_parameters(source.x, SMALL), 0.02)
+    return sparse_trainer(source.x).exported()
 
 
 def test_firings_are_the_active_entries_by_latent() -> None:
@@ -380,18 +370,39 @@ def results(quick: bool) -> report.Results:
         histories={"sparse": sparse, "dense": dense},
         baselines={"PCA of rank 40": 0.5},
         checks=evaluate.checks(dense, sparse, True),
+        frontier=[frontier.Point(3, 3.2, 1, 0.4, 0.8, 12), frontier.Point(6, 6.1, 2, 0.3, 0.9, 9)],
         latents=[latents.describe(found, source, j) for j in (3, 5)],
     )
 
 
 def test_page_is_self_contained_and_complete() -> None:
     html = report.render(results(quick=True))
-    for heading in ("Results", "Training", "How often latents fire", "What latents stand for"):
+    for heading in (
+        "Results",
+        "Training",
+        "Reconstruction against sparsity",
+        "How often latents fire",
+        "What latents stand for",
+    ):
         assert f"<h2>{heading}</h2>" in html
-    assert html.count("<svg") == 7 and html.count('<div class="latent">') == 2
+    assert html.count("<svg") == 8 and html.count('<div class="latent">') == 2
     assert "a &lt;model&gt;" in html and "Quick run" in html and "0.2015" in html
     assert not any(mark in html for mark in ("http://", "https://", "<script", "<link", "nan"))
     assert "Quick run" not in report.render(results(quick=False))
+
+
+def test_targets_are_trained_and_measured() -> None:
+    source, seen = corpus(126 * 21), []
+    own = sparse_trainer(source.x[~source.held_out]).exported()
+    points = frontier.frontier(
+        source, SMALL, own, lambda done, total, note="": seen.append((done, total))
+    )
+    assert [point.target for point in points] == [3, 6, 9] and seen[-1] == (12, 12)
+    assert points[0].l0 < points[2].l0
+    assert points[1].fvu == gsf.evaluate(own, source.x[source.held_out]).fvu
+    table = frontier.rows(points)
+    assert [row[0] for row in table] == ["target 3", "target 6", "target 9"]
+    assert all(len(row) == 1 + len(frontier.COLUMNS) for row in table)
 
 
 def test_table_rows_match_the_columns() -> None:

@@ -61,7 +61,8 @@ def test_a_stream_continues_anywhere_with_the_same_rows() -> None:
     assert torch.equal(torch.cat(seen)[:10, 0].sort().values, torch.arange(10.0))
     for place, expected in zip(places, seen, strict=True):
         assert torch.equal(Stream(source, 1, place).next(7)[0], expected)
-    assert torch.equal(Stream(source, 1).peek(4)[0], seen[0][:4])
+    assert torch.equal(Stream(source, 1).peek(2, 6)[0], seen[0][2:6])
+    assert len(Stream(source, 1, (0, 8)).peek(1, 9)[0]) == 1
 
 
 def test_identity_tells_contents_apart() -> None:

@@ -62,12 +62,6 @@ class Activations:
         blocks = torch.arange(self.x.shape[0]) // self.block
         return blocks % HOLD_OUT == HOLD_OUT // 2
 
-    def scaling(self) -> tuple[Tensor, float]:
-        """`(mean [d], scale)` with `mean |(x - mean) * scale|^2 = 1` over the training tokens."""
-        train = self.x[~self.held_out]
-        mean = train.mean(0)
-        return mean, float((train - mean).pow(2).sum(1).mean().rsqrt())
-
 
 def standard_text() -> str:
     """Return the text of Python's language reference, without the topics it repeats."""

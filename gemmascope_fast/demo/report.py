@@ -9,6 +9,8 @@ from html import escape
 
 from .charts import Series, line_chart, rate_histogram
 from .evaluate import Check
+from .frontier import COLUMNS as POINT_COLUMNS
+from .frontier import Point, rows
 from .latents import RATES, LatentCard, Piece
 from .settings import Settings
 from .style import CSS
@@ -38,6 +40,7 @@ class Results:
         histories: by kind, `sparse` and `dense`.
         baselines: held-out FVU by name.
         checks: the claims.
+        frontier: the dictionaries trained to several targets.
         latents: cards of the sampled latents.
     """
 
@@ -49,6 +52,7 @@ class Results:
     histories: dict[str, History]
     baselines: dict[str, float]
     checks: list[Check]
+    frontier: list[Point]
     latents: list[LatentCard]
 
 
@@ -81,6 +85,7 @@ def render(results: Results) -> str:
         f"<h1>{title}</h1>{_summary(results)}{_tiles(results)}",
         f"<h2>Results</h2>{table_section(table(results), COLUMNS)}{_checks(results)}",
         f"<h2>Training</h2>{_curves(results)}",
+        f"<h2>Reconstruction against sparsity</h2>{_frontier(results)}",
         f"<h2>How often latents fire</h2>{_histogram(results)}",
         f"<h2>What latents stand for</h2>{latents_section(results.latents)}",
         f"<h2>How this was measured</h2>{_method(results)}",
@@ -177,6 +182,18 @@ def _curves(results: Results) -> str:
     )
 
 
+def _frontier(results: Results) -> str:
+    points = results.frontier
+    top = max(1.2 * max(point.fvu for point in points), 0.05)
+    l0 = [point.l0 for point in points]
+    curve = Series(NAMES["sparse"], STYLES["sparse"], l0, [point.fvu for point in points])
+    chart = line_chart("Held-out FVU against L0", "active latents per token", [curve], (0.0, top))
+    return (
+        "<p>The same run with other targets for L0; FVU around the mean of the held-out tokens."
+        f'</p><div class="charts">{chart}</div>{table_section(rows(points), POINT_COLUMNS)}'
+    )
+
+
 def _histogram(results: Results) -> str:
     series = [
         (NAMES[kind], STYLES[kind], results.histories[kind].final["counts"])
@@ -238,10 +255,10 @@ def _method(results: Results) -> str:
         "<p>Each run has a process of its own and "
         f"{threads} threads; they take turns of {s.turn} steps, so that the machine's mood hits "
         "both alike. A step (the median is shown) is everything from gathering the batch to "
-        "renormalising the decoder; "
-        "the optimizer is <code>torch.optim.Adam(fused=True)</code> in both. Memory is the peak "
+        "renormalising the decoder. Ours is the trainer of <code>gemmascope_fast.train</code>; "
+        "the dense run uses <code>torch.optim.Adam(fused=True)</code>. Memory is the peak "
         "resident set during training minus the resident set before the parameters exist, so it "
-        "holds parameters, gradients, both Adam moments and activations, not the data. glibc is "
+        "holds parameters, gradients, Adam moments and activations, not the data. glibc is "
         "told to keep freed memory, which spares the dense run its page faults.</p>"
         "<p>FVU is the squared error over the squared distance to the training mean, on every "
         "20th 128-token block; none of these blocks was trained on. <em>PCA</em> keeps as many "

@@ -14,14 +14,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from . import evaluate, gemma_27b
+from ..training.sources import TensorSource
+from ..training.trainer import Trainer
+from . import evaluate, frontier, gemma_27b
 from .activations import MINILM_LAYER, MINILM_NAME, Activations, collect
 from .latents import choose, describe
-from .recipe import initial_parameters
+from .recipe import run
 from .report import COLUMNS, Results, render, table
 from .settings import FULL, QUICK, Job
 from .terminal import LATENTS_SHOWN, print_table, track
 from .turns import History, train_in_turns
+
+CPU = torch.device("cpu")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,6 +76,7 @@ def train(args: argparse.Namespace, console: Any) -> int:
     page.write_text(render(results), encoding="utf-8")
     _save_numbers(results, args.out / "results.json")
     print_table(console, table(results), COLUMNS)
+    print_table(console, frontier.rows(results.frontier), frontier.COLUMNS)
     console.print(sae_note)
     for check in results.checks:
         console.print(("[green]holds[/]  " if check.holds else "[red]FAILS[/]  ") + check.text)
@@ -97,14 +102,19 @@ def shapes_of_27b(device: torch.device, console: Any) -> None:
         console.print(f"left out, this device is too small: {error}")
 
 
+def initial(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The weights a run starts from and its scaling, for the dense one."""
+    start = {name: p.detach().clone() for name, p in trainer.module.named_parameters()}
+    start["W_enc_t"] = start.pop("W_enc").t().contiguous()
+    place = trainer.maps[0]
+    return start | {"mean": place.mean, "scale": torch.tensor(place.scale, dtype=torch.float64)}
+
+
 def _train_runs(source: Activations, job: Job, work: Path, console: Any) -> dict[str, History]:
     """Write what the workers read, and train them in turns."""
     settings = job.settings
-    mean, scale = source.scaling()
-    x = (source.x[~source.held_out] - mean) * scale
-    start = initial_parameters(x, settings)
-    start["W_enc_t"] = start.pop("W_enc").t().contiguous()
-    save_file({name: value.clone() for name, value in start.items()}, work / "initial.safetensors")
+    x = TensorSource(source.x[~source.held_out])
+    save_file(initial(Trainer(x, run(x.d_in, settings), CPU)), work / "initial.safetensors")
     job.save(work)
     kinds = ("dense", "sparse")
     done = dict.fromkeys(kinds, 0)
@@ -143,6 +153,8 @@ def _evaluate(
     with track(console, "Firings of all latents") as update:
         found = evaluate.firings(sae, source.x, update)
     chosen = choose(found, LATENTS_SHOWN, job.settings.seed)
+    with track(console, "FVU against L0") as update:
+        points = frontier.frontier(source, job.settings, sae, update)
     results = Results(
         settings=job.settings,
         quick=args.quick,
@@ -152,6 +164,7 @@ def _evaluate(
         histories=histories,
         baselines=baselines(source, round(histories["sparse"].final["l0"])),
         checks=evaluate.checks(histories["dense"], histories["sparse"], identical),
+        frontier=points,
         latents=[describe(found, source, latent) for latent in chosen],
     )
     return results, note

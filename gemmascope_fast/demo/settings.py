@@ -27,6 +27,7 @@ class Settings:
     bandwidth: float = 0.02
     initial_l0: float = 80.0
     target_l0: float = 40.0
+    other_targets: tuple[float, ...] = (20.0, 80.0)
     sparsity: float = 3e-3
     sparsity_warmup_fraction: float = 0.2
     frequency: float = 1e-3
@@ -59,7 +60,9 @@ class Job:
     def load(folder: Path) -> Job:
         """Read what `save` wrote."""
         read = json.loads((folder / "job.json").read_text())
-        return Job(**read | {"settings": Settings(**read["settings"])})
+        settings = read["settings"]
+        settings["other_targets"] = tuple(settings["other_targets"])
+        return Job(**read | {"settings": Settings(**settings)})
 
 
 FULL = Settings()

@@ -12,18 +12,22 @@ import ctypes
 import json
 import re
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..training.calibration import Affine
+from ..training.sources import Stream, TensorSource
+from ..training.trainer import Trainer
 from .activations import read
 from .dense import DenseSAE
-from .recipe import Trainer
-from .settings import Job
+from .recipe import DenseTrainer, Step, run
+from .settings import Job, Settings
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -61,79 +65,68 @@ def reset_peak() -> None:
         pass
 
 
-class SparseModel(nn.Module):
-    """This library's SAE with the outputs the trainer wants; everything runs on stored entries."""
+class Sparse:
+    """The run of this library: the trainer that `gsf.train` uses."""
 
-    def __init__(self, parameters: dict[str, Tensor], bandwidth: float) -> None:
-        super().__init__()
-        self.sae = make_sae(parameters, bandwidth)
+    def __init__(self, source: TensorSource, folder: Path, settings: Settings) -> None:
+        self.trainer = Trainer(source, run(source.d_in, settings), torch.device("cpu"))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`x [n, d_in] -> (recon [n, d_in], l0 [n], counts [d_sae])`."""
-        acts = self.sae.encode(x)
-        return self.sae.decode(acts), acts.l0(), acts.counts()
+    def step(self) -> Step:
+        """One step, its time everything from gathering the batch to the renormalised decoder."""
+        started = time.perf_counter()
+        found = self.trainer.step()
+        loss, fvu, l0 = (float(found[name]) for name in ("loss", "fvu", "l0"))
+        return Step(loss, fvu, l0, time.perf_counter() - started)
 
+    def scaled(self, x: Tensor) -> Tensor:
+        """Raw activations in the units of the run."""
+        return self.trainer.maps[0](x)
 
-def make_sae(parameters: dict[str, Tensor], bandwidth: float) -> Any:
-    """Return a `gemmascope_fast.SAE` with copies of `parameters`."""
-    import gemmascope_fast as gsf
-
-    d_in, d_sae = parameters["W_enc"].shape
-    sae = gsf.SAE(d_in, d_sae, activation=gsf.JumpReLU(bandwidth=bandwidth))
-    with torch.no_grad():
-        for name, value in parameters.items():
-            getattr(sae, name).copy_(value)
-    return sae
+    def outputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`(recon [n, d], l0 [n], counts [d_sae])` of scaled x."""
+        acts = self.trainer.module.encode(x)
+        return self.trainer.module.decode(acts), acts.l0(), acts.counts()
 
 
-def folded(parameters: dict[str, Tensor], mean: Tensor, scale: float) -> dict[str, Tensor]:
-    """Parameters that do to raw `x` what `parameters` do to `(x - mean) * scale`.
+class Dense:
+    """The comparison in plain PyTorch, from the same weights on the same batches."""
 
-    pre / scale = x @ W_enc + (b_enc / scale - mean @ W_enc), hence threshold / scale, and
-    recon / scale + mean = acts / scale @ W_dec + (b_dec / scale + mean).
-    """
-    W_enc = parameters["W_enc"]
-    return {
-        "W_enc": W_enc,
-        "b_enc": parameters["b_enc"] / scale - mean @ W_enc,
-        "threshold": parameters["threshold"] / scale,
-        "W_dec": parameters["W_dec"],
-        "b_dec": parameters["b_dec"] / scale + mean,
-    }
+    def __init__(self, source: TensorSource, folder: Path, settings: Settings) -> None:
+        start = load_file(folder / "initial.safetensors")
+        scale = float(start.pop("scale"))
+        self.scaled = Affine(start.pop("mean"), scale)
+        start["W_enc"] = start.pop("W_enc_t").t()
+        self.outputs = model = DenseSAE(start, settings.bandwidth)
+        stream = Stream(source, settings.seed)
+        self.step = DenseTrainer(model, model.W_dec, stream, self.scaled, settings).step
 
 
-class Run:
-    """The state of one worker: data, trainer, and the memory it started from."""
+class Worker:
+    """The state of one process: data, run, and the memory it started from."""
 
     def __init__(self, kind: str, folder: Path) -> None:
         self.kind, self.folder = kind, folder
         self.job = Job.load(folder)
         self.settings = self.job.settings
-        self.activations = read(Path(self.job.activations))
-        self.mean, self.scale = self.activations.scaling()
-        held_out = self.activations.held_out
-        x = (self.activations.x - self.mean) * self.scale
-        train, self.held_out = x[~held_out], x[held_out]
-        del x
-        torch.mm(train[:64], train[:64].t())  # threads and their stacks, before the baseline
+        held = read(Path(self.job.activations))
+        self.train_x, self.held_out = held.x[~held.held_out], held.x[held.held_out]
+        del held
+        self.taken = 0
+        torch.mm(self.train_x[:64], self.train_x[:64].t())  # threads and their stacks
         self.keeps_memory = keep_freed_memory()
-        reset_peak()
         self.baseline = resident("VmRSS")
-        parameters = load_file(folder / "initial.safetensors")
-        parameters["W_enc"] = parameters.pop("W_enc_t").t()
-        make = DenseSAE if kind == "dense" else SparseModel
-        self.model = make(parameters, self.settings.bandwidth)
-        del parameters
-        self.parameters = {n.split(".")[-1]: p for n, p in self.model.named_parameters()}
-        self.trainer = Trainer(self.model, self.parameters["W_dec"], train, self.settings)
+        made = Sparse if kind == "sparse" else Dense
+        self.run: Sparse | Dense = made(TensorSource(self.train_x), folder, self.settings)
+        reset_peak()  # calibration is over; what it left counts
 
     @torch.no_grad()
     def measure(self, x: Tensor) -> dict[str, Any]:
-        """FVU (around the training mean, which is 0 here), L0 and firing counts on `x [n, d]`."""
+        """FVU (around the training mean), L0 and firing counts on raw `x [n, d]`."""
         error, fired, total = 0.0, 0.0, 0.0
         counts = torch.zeros(self.settings.d_sae)
-        for part in torch.split(x, self.settings.batch):
-            recon, l0, part_counts = self.model(part)
+        for rows in torch.split(x, self.settings.batch):
+            part = self.run.scaled(rows)
+            recon, l0, part_counts = self.run.outputs(part)
             error += float((recon - part).square().sum(dtype=torch.float64))
             total += float(part.square().sum(dtype=torch.float64))
             fired += float(l0.sum(dtype=torch.float64))
@@ -142,24 +135,25 @@ class Run:
 
     def train(self, steps: int) -> dict[str, Any]:
         """One turn: steps, the memory they took, and the held-out error after them."""
-        done = [asdict(step) for step in self.trainer.train(steps)]
+        steps = min(steps, self.settings.steps - self.taken)
+        done = [asdict(self.run.step()) for _ in range(steps)]
+        self.taken += steps
         peak = resident("VmHWM")
         known = peak is not None and self.baseline is not None
         held = self.measure(self.held_out)
         return {
             "steps": done,
-            "held_out": {"step": self.trainer.step, "fvu": held["fvu"], "l0": held["l0"]},
+            "held_out": {"step": self.taken, "fvu": held["fvu"], "l0": held["l0"]},
             "peak_bytes": peak - self.baseline if known else None,  # type: ignore[operator]
         }
 
     @torch.no_grad()
     def finish(self) -> dict[str, Any]:
         """Final numbers; the sparse run also saves its SAE and what it makes of held-out tokens."""
-        held, train = self.measure(self.held_out), self.measure(self.trainer.x)
+        held, train = self.measure(self.held_out), self.measure(self.train_x)
         counts = [a + b for a, b in zip(held["counts"], train["counts"], strict=True)]
-        if self.kind == "sparse":
-            values = {name: p.detach() for name, p in self.parameters.items()}
-            sae = make_sae(folded(values, self.mean, self.scale), self.settings.bandwidth)
+        if isinstance(self.run, Sparse):
+            sae = self.run.trainer.exported()
             sae.save_pretrained(
                 self.folder.parent / "sae",
                 l0=held["l0"],
@@ -167,7 +161,7 @@ class Run:
                 hf_hook_point_in=self.job.hook,
                 hf_hook_point_out=self.job.hook,
             )
-            acts = sae.encode(self.activations.x[self.activations.held_out])
+            acts = sae.encode(self.held_out)
             names = ("offsets", "indices", "values", "gate")
             save_file({n: getattr(acts, n) for n in names}, self.folder / "encoded.safetensors")
         return {"fvu": held["fvu"], "l0": held["l0"], "counts": counts}
@@ -176,12 +170,12 @@ class Run:
 def main(argv: list[str]) -> None:
     """Answer requests until the standard input ends."""
     answers, sys.stdout = sys.stdout, sys.stderr  # a library's print must not break the protocol
-    run = Run(argv[0], Path(argv[1]))
-    ready = {"threads": torch.get_num_threads(), "keeps_memory": run.keeps_memory}
+    worker = Worker(argv[0], Path(argv[1]))
+    ready = {"threads": torch.get_num_threads(), "keeps_memory": worker.keeps_memory}
     print(json.dumps(ready), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        answer = run.finish() if request["do"] == "finish" else run.train(request["steps"])
+        answer = worker.finish() if request["do"] == "finish" else worker.train(request["steps"])
         print(json.dumps(answer), file=answers, flush=True)
 
 

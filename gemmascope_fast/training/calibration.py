@@ -11,6 +11,7 @@ which for an SAE (one scale) leaves both matrices as they are.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from ..modules import SAE, JumpReLU, Transcoder
 
-TILE_BYTES = 64 << 20
-ROWS = 8192
+TILE_BYTES = 16 << 20
+ROWS = 1024
+"""Tokens measured at a time."""
 
 
 @dataclass(frozen=True)
@@ -39,25 +41,30 @@ class Affine:
         wide = x if x.dtype == torch.float64 else x.float()
         return (wide - self.mean.to(wide.dtype)).mul_(self.scale)
 
-    def to(self, device: torch.device) -> Affine:
-        """The same map for tensors on `device`."""
-        return Affine(self.mean.to(device), self.scale)
 
+def measure(
+    name: str, parts: Callable[[], Iterator[Tensor]], centred: bool, device: torch.device
+) -> Affine:
+    """The map that gives rows unit mean squared norm, about their mean or 0.
 
-def measure(name: str, x: Tensor, centred: bool) -> Affine:
-    """The map that gives the rows of `x [n, d]` unit mean squared norm, about their mean or 0.
+    Args:
+        name: of the rows, for messages.
+        parts: yields the rows, `[m, d]` at a time; called twice, for the same rows.
+        centred: whether their mean is subtracted.
+        device: of the result.
 
     Raises:
         ValueError: a value is not finite, or all rows are equal (or 0, when not centred).
     """
-    total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-    for rows in torch.split(x, ROWS):
-        total += rows.sum(0, dtype=torch.float64)
-    mean = total / len(x) if centred else torch.zeros_like(total)
-    square = torch.zeros((), dtype=torch.float64, device=x.device)
-    for rows in torch.split(x, ROWS):
-        square += (rows.double() - mean).square().sum()
-    norm = float(square) / len(x)
+    total, rows = torch.zeros((), dtype=torch.float64, device=device), 0
+    for part in parts():
+        total = total + part.to(device).sum(0, dtype=torch.float64)
+        rows += len(part)
+    mean = total / max(rows, 1) if centred else torch.zeros_like(total)
+    square = torch.zeros((), dtype=torch.float64, device=device)
+    for part in parts():
+        square += (part.to(device).double() - mean).square_().sum()
+    norm = float(square) / max(rows, 1)
     if not 0 < norm < float("inf"):
         raise ValueError(
             f"train: {name} must be finite and not constant over the tokens that scale and mean "
@@ -137,6 +144,8 @@ def fold_(module: SAE, source: Affine, target: Affine) -> None:
     if isinstance(module, Transcoder) and module.W_skip is not None:
         module.W_skip.mul_(ratio)
         module.b_dec.sub_(m_in @ module.W_skip.to(wide))
+    if module.ema_threshold is not None:
+        module.ema_threshold.div_(source.scale)
     if module.threshold is not None and isinstance(module.activation, JumpReLU):
         module.threshold.div_(source.scale)
         bandwidth = module.activation.bandwidth / source.scale

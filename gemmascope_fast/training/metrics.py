@@ -83,8 +83,8 @@ def evaluate(
     """Measure `module` on activations, a batch at a time.
 
     Args:
-        module: reads raw activations, as `train` and `load` return it. BatchTopK selects over each
-            batch of `batch_size` tokens.
+        module: reads raw activations, as `train` and `load` return it; evaluated in evaluation
+            mode. A BatchTopK without a running threshold selects over each batch.
         activations: `[*batch, d_in]` floating point, on the module's device or another.
         target: `[*batch, d_out]`; default the activations, needed by a `Transcoder`.
         batch_size: tokens at a time, >= 1.
@@ -97,6 +97,15 @@ def evaluate(
         ValueError: shapes disagree, there is no token, or the target is missing.
     """
     x, wanted = _check(module, activations, target, batch_size)
+    training = module.training
+    module.eval()
+    try:
+        return _measure(module, x, wanted, batch_size)
+    finally:
+        module.train(training)
+
+
+def _measure(module: SAE, x: Tensor, wanted: Tensor, batch_size: int) -> Evaluation:
     device = module.W_enc.device
     mean = torch.zeros(module.d_out, dtype=torch.float64, device=device)
     for goal in torch.split(wanted, batch_size):

@@ -48,6 +48,7 @@ class Preset:
         target_l0_steps: length of that glide.
         frequency: lam_f.
         frequency_scale: w0.
+        threshold_decay: of BatchTopK's running threshold, which the result encodes with, in [0, 1).
         shorten: whether warm-ups and the glide take at most a tenth (lr) and a fifth (the others)
             of the run.
 
@@ -77,6 +78,7 @@ class Preset:
     target_l0_steps: int = 50_000
     frequency: float = 1e-3
     frequency_scale: float = 0.01
+    threshold_decay: float = 0.99
     shorten: bool = True
 
     def __post_init__(self) -> None:
@@ -89,8 +91,9 @@ class Preset:
         for name in ("lr_start", "lr_decay_fraction"):
             if getattr(self, name) > 1:
                 raise ValueError(f"Preset: {name} must be in [0, 1], got {getattr(self, name)}")
-        if self.beta2 >= 1:
-            raise ValueError(f"Preset: beta2 must be in [0, 1), got {self.beta2}")
+        for name in ("beta2", "threshold_decay"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"Preset: {name} must be in [0, 1), got {getattr(self, name)}")
         if self.lr_warmup_shape not in SHAPES:
             raise ValueError(
                 f"Preset: lr_warmup_shape must be cosine or linear, got {self.lr_warmup_shape!r}"

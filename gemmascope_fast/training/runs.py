@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..modules import SAE, JumpReLU
+from ..modules import SAE, JumpReLU, TopK
 from . import checkpoint
 from .preset import Preset, find_preset
 from .progress import Shown, bar
@@ -29,6 +29,7 @@ CHECKPOINTS = "checkpoints"
 LONGEST = 1000
 """Steps between checkpoints unless asked otherwise; a tenth of shorter runs."""
 NOTE_SECONDS = 0.5
+NAMED = ("l0", "model_name", "hf_hook_point_in", "hf_hook_point_out")
 
 OnMetrics = Callable[[dict[str, float]], object]
 Rows = Tensor | tuple[Tensor, Tensor] | str | os.PathLike[str] | Source
@@ -98,8 +99,9 @@ def train(
         metadata: of the saved result: model_name, hf_hook_point_in, hf_hook_point_out, ...
 
     Returns:
-        The module, for raw activations. With `out` (jumprelu) the folder is an artefact that
-        `load` reads.
+        The module, for raw activations, in evaluation mode: batchtopk encodes with its running
+        threshold. With `out`, the folder is an artefact that `load` reads (batchtopk as the
+        JumpReLU of that threshold); of topk it holds the checkpoints only.
 
     Raises:
         NonFiniteError: a loss or weight is NaN or infinite; the last checkpoint stays.
@@ -235,7 +237,7 @@ def _plain(metrics: Mapping[str, Any], trainer: Trainer, began: float) -> dict[s
         "tokens": trainer.taken * trainer.settings.batch_size,
         **dict(zip(tensors, values, strict=True)),
         **plain,
-        "dead": trainer.dead(),
+        "dead": int(trainer.silent().sum()),
         "seconds": time.perf_counter() - began,
     }
 
@@ -243,13 +245,17 @@ def _plain(metrics: Mapping[str, Any], trainer: Trainer, began: float) -> dict[s
 def _finish(trainer: Trainer, folder: Path | None, metadata: dict[str, Any]) -> SAE:
     """The module for raw activations, saved where there is a folder and a format for it."""
     x, _ = trainer.stream.next(trainer.settings.batch_size)
-    x, _ = trainer.scaled(x, None)
+    x = x.to(trainer.device)
+    scale, bandwidth = trainer.maps[0].scale, trainer.settings.preset.bandwidth
+    module = trainer.finish().eval()
     with torch.no_grad():
-        l0 = float(trainer.module.encode(x).l0().mean())
-    module = trainer.finish()
+        l0 = float(module.encode(x).l0().mean())
     module.metadata = {"l0": l0, **trainer.source.metadata(), **metadata}
-    if folder is not None and isinstance(module.activation, JumpReLU):
-        module.save_pretrained(folder)
+    if folder is not None and not isinstance(module.activation, TopK):
+        same = isinstance(module.activation, JumpReLU)
+        (module if same else module.to_jumprelu(bandwidth=bandwidth / scale)).save_pretrained(
+            folder, **{name: module.metadata.get(name) for name in NAMED}
+        )
     return module
 
 

@@ -11,6 +11,7 @@ import torch
 from ..arguments import check_count, check_number
 from ..checks import check_float_dtype
 from ..modules import SAE, Activation, BatchTopK, JumpReLU, TopK, Transcoder
+from ..semantics import Semantics
 from .preset import Preset
 from .sources import generator
 
@@ -140,6 +141,8 @@ class Settings:
     def make(self, device: torch.device) -> SAE:
         """The module with its initial weights, the same on every device."""
         sizes: dict[str, Any] = {"d_out": self.d_out, "dtype": self.dtype}
+        if self.activation == "batchtopk":
+            sizes["semantics"] = Semantics(ema_decay=self.preset.threshold_decay)
         sizes["generator"] = generator(self.seed, "weights")
         module: SAE
         if self.kind == "transcoder":
@@ -154,6 +157,14 @@ class Settings:
             return JumpReLU(self.preset.bandwidth, self.preset.init_threshold)
         assert self.k is not None
         return TopK(int(self.k)) if self.activation == "topk" else BatchTopK(float(self.k))
+
+
+def first_density(s: Settings) -> float:
+    """Share of latents that are active on a token at the start."""
+    if s.activation != "jumprelu":
+        assert s.k is not None
+        return s.k / s.d_sae
+    return 0.5 if s.start_l0 is None else s.start_l0 / s.d_sae
 
 
 def prefixes(op: str, sizes: Any) -> tuple[int, ...] | None:

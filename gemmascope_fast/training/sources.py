@@ -156,9 +156,11 @@ class Stream:
             return self._index + 1, 0
         return self._index, self._taken
 
-    def peek(self, rows: int) -> tuple[Tensor, Tensor | None]:
-        """Up to `rows` rows that come next in the current block; the position stays."""
-        return self._block.take(self._taken, min(self._taken + rows, len(self._block)))
+    def peek(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Rows `start:stop` of those that come next in the current block; the position stays."""
+        left = len(self._block) - self._taken
+        start, stop = min(start, left), min(stop, left)
+        return self._block.take(self._taken + start, self._taken + stop)
 
     def next(self, rows: int) -> tuple[Tensor, Tensor | None]:
         """Take `rows` rows: `(x [rows, d_in], target [rows, d_out] or None)`.

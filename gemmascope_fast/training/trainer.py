@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from torch import Tensor
 
 from ..modules import SAE
 from . import checkpoint
-from .calibration import Affine, fold_, measure, start
-from .losses import QuadraticL0, Reconstruction, Term
-from .settings import Settings
+from .calibration import ROWS, Affine, fold_, measure, start
+from .recipe import Recipe
+from .settings import Settings, first_density
 from .sources import Source, Stream
 from .updates import PREFIX, Updates
 
@@ -65,6 +66,8 @@ class Trainer:
         self.taken = 0
         self.last_fired = torch.zeros(settings.d_sae, dtype=torch.int64, device=device)
         self.stream = Stream(source, settings.seed)
+        self.recipe = Recipe(settings, device)
+        self.density = first_density(settings)
         self._calibrate()
 
     @classmethod
@@ -80,7 +83,8 @@ class Trainer:
         made.source, made.settings, made.device = source, settings, device
         made.module = settings.make(device)
         made.updates = Updates(made.module, settings.preset)
-        made.taken = record["step"]
+        made.recipe = Recipe(settings, device)
+        made.taken, made.density = record["step"], record["density"]
         made.last_fired = torch.zeros(settings.d_sae, dtype=torch.int64, device=device)
         s_in, s_out = record["scales"]
         made.maps = (
@@ -106,7 +110,8 @@ class Trainer:
         with torch.autocast(
             self.device.type, settings.autocast, enabled=settings.autocast is not None
         ):
-            loss, metrics = self.module.loss(x, target, self._terms())
+            made = self.recipe(self.module, x, target, self.taken, self.density, self.silent())
+        loss = made.loss
         if not bool(torch.isfinite(loss)):
             self.updates.zero_grad()
             raise NonFiniteError(
@@ -116,16 +121,17 @@ class Trainer:
                 *(self.taken, position),
             )
         loss.backward()  # type: ignore[no-untyped-call]
-        fired = self.updates.fired()
+        fired = self.updates.fired() if made.fired is None else made.fired
         self.updates.step(rate)
         self.taken += 1
         self.last_fired.masked_fill_(fired, self.taken)
-        return {"loss": loss.detach(), **metrics, "fired": fired.sum(), "lr": rate}
+        self.density = float(made.metrics["density"])
+        return {"loss": loss.detach(), **made.metrics, "fired": fired.sum(), "lr": rate}
 
-    def dead(self) -> int:
-        """Latents that have not fired for `DEAD_STEPS` steps, or a fifth of a shorter run."""
+    def silent(self) -> Tensor:
+        """`[d_sae]` bool: latents that did not fire for `DEAD_STEPS`, or a fifth of the run."""
         patience = min(DEAD_STEPS, -(-self.settings.steps // 5))
-        return int((self.taken - self.last_fired > patience).sum())
+        return self.taken - self.last_fired > patience
 
     def scaled(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
         """`(x, target)` as the module sees them; the target defaults to x."""
@@ -161,6 +167,7 @@ class Trainer:
         record = {
             "version": VERSION,
             "step": self.taken,
+            "density": self.density,
             "position": self.stream.position,
             "scales": [place.scale for place in self.maps],
             "settings": self.settings.record(),
@@ -174,17 +181,28 @@ class Trainer:
     def _calibrate(self) -> None:
         """Measure scale and mean, then set biases and thresholds."""
         settings, preset = self.settings, self.settings.preset
-        x, target = self.stream.peek(preset.statistics_tokens)
-        place = measure("x", x, preset.centred).to(self.device)
+        place = measure("x", self._parts(0), preset.centred, self.device)
         self.maps = (place, place)
-        if target is not None:
-            self.maps = (place, measure("target", target, preset.centred).to(self.device))
-        count = preset.calibration_tokens
-        sample = self.scaled(x[:count], None if target is None else target[:count])
+        if self.source.d_out is not None:
+            goal = measure("target", self._parts(1), preset.centred, self.device)
+            self.maps = (place, goal)
+        sample = self.scaled(*self.stream.peek(0, preset.calibration_tokens))
         if settings.start_l0 is not None and len(sample[0]) < 2:
             raise ValueError("train: the first block must have at least 2 rows to calibrate on")
         if preset.calibrated or settings.start_l0 is not None:
             start(self.module, *sample, settings.start_l0, preset.init_threshold)
+
+    def _parts(self, side: int) -> Callable[[], Iterator[Tensor]]:
+        """The tokens that scale and mean are estimated from: of x (0) or of the target (1)."""
+
+        def parts() -> Iterator[Tensor]:
+            for begin in range(0, self.settings.preset.statistics_tokens, ROWS):
+                part = self.stream.peek(begin, begin + ROWS)[side]
+                if part is None or len(part) == 0:
+                    return
+                yield part
+
+        return parts
 
     def _batch(self) -> tuple[Tensor, Tensor | None]:
         x, target = self.stream.next(self.settings.batch_size)
@@ -193,21 +211,12 @@ class Trainer:
             return scaled[0], None
         return scaled
 
-    def _terms(self) -> list[Term]:
-        """The loss of the step that comes next."""
-        settings, preset = self.settings, self.settings.preset
-        terms: list[Term] = [Reconstruction()]
-        if settings.target_l0 is not None:
-            target = preset.target_l0(self.taken, settings.steps, settings.target_l0)
-            lam = preset.sparsity_weight(self.taken, settings.steps)
-            terms.append(QuadraticL0(target, lam))
-        return terms
-
     def _tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds beside the optimizer's state."""
         weights = {f"module.{name}": p.detach() for name, p in self.module.named_parameters()}
+        buffers = {f"module.{name}": t for name, t in self.module.named_buffers()}
         means = {f"mean.{at}": place.mean for at, place in enumerate(self.maps)}
-        return weights | means | {"last_fired": self.last_fired}
+        return weights | buffers | means | {"last_fired": self.last_fired}
 
 
 def _check_same(path: Path, record: dict[str, Any], source: Source, settings: Settings) -> None:

@@ -1,0 +1,195 @@
+"""`gsf.estimate_memory`: the most memory that a training run takes, from its sizes alone.
+
+    peak = weights + optimizer + max over phases of what the phase holds besides
+
+with the phases start (calibration), step, and resume. Bytes of a step: the gradients' buffers, a
+few `[n, d]` matrices, and either the stored entries of a block or, while the support is dense, the
+tiles of the dense path. Data that the caller holds, and Python with its libraries, are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .blocked import CROSSOVER, DEFAULT_LIMITS, ENTRY_BYTES
+from .calibration import ROWS, TILE_BYTES
+from .preset import find_preset
+from .settings import Settings, prefixes
+
+GIB = 1 << 30
+OPTIONS = {
+    *("preset", "rows", "moments", "fused", "init_l0", "matryoshka", "kind", "affine", "dtype"),
+    "autocast",
+}
+ROW_COPIES = 5
+"""Matrices of a batch that exist at once: raw, scaled, reconstruction, its error and gradient."""
+
+EARLY_SURPLUS = 1.3
+"""Largest L0 of early training over that of the calibrated start, measured."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of a training run at its peak.
+
+    Attributes:
+        weights: parameters.
+        optimizer: moments and counters.
+        source: what the source holds beside the caller's tensors.
+        phases: by name, what is held besides, part by part.
+    """
+
+    weights: int
+    optimizer: int
+    source: int
+    phases: dict[str, dict[str, int]]
+
+    @property
+    def lasting_bytes(self) -> int:
+        """Held from the beginning to the end."""
+        return self.weights + self.optimizer + self.source
+
+    @property
+    def worst(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+    @property
+    def peak_bytes(self) -> int:
+        """Upper bound of the bytes held at any time."""
+        return self.lasting_bytes + sum(self.phases[self.worst].values())
+
+    def __str__(self) -> str:
+        held = {"weights": self.weights, "optimizer": self.optimizer, "source": self.source}
+        held |= self.phases[self.worst]
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in held.items() if size)
+        return f"{self.peak_bytes / GIB:.2f} GiB at its peak ({self.worst}): {parts}"
+
+
+def estimate_memory(
+    *,
+    d_in: int,
+    d_sae: int,
+    batch_size: int = 4096,
+    d_out: int | None = None,
+    steps: int = 1_000_000,
+    activation: str = "jumprelu",
+    target_l0: float | None = None,
+    k: float | None = None,
+    device: torch.device | str = "cpu",
+    source_bytes: int = 0,
+    resume: bool = False,
+    **options: Any,
+) -> MemoryEstimate:
+    """Upper bound of the memory that `train` takes with the same arguments.
+
+    `peak_bytes` is the sum of weights, optimizer state and the largest phase: calibration at the
+    start, a training step (the densest, in early training), or reading a checkpoint.
+
+    Args:
+        d_in: width of x.
+        d_sae: number of latents.
+        batch_size: tokens per step.
+        d_out: width of a transcoder's target; default `d_in`.
+        steps: of the run.
+        activation: as for `train`.
+        target_l0: as for `train`; default 100 for jumprelu.
+        k: as for `train`; default 100 for topk and batchtopk.
+        device: where it trains.
+        source_bytes: that the source holds on that device, beside tensors of the caller.
+        resume: whether a checkpoint may be read on the way.
+        options: other arguments of `train`: preset, rows, moments, fused, init_l0, matryoshka,
+            kind, affine, dtype, autocast.
+
+    Returns:
+        The estimate; printing it names the parts.
+
+    Raises:
+        TypeError: an argument has the wrong type, or is none of `train`'s.
+        ValueError: an argument is out of range.
+    """
+    if activation == "jumprelu":
+        target_l0 = min(100.0, d_sae / 2) if target_l0 is None else target_l0
+    elif k is None:
+        k = min(100, d_sae)
+    unknown = set(options) - OPTIONS
+    if unknown:
+        raise TypeError(f"estimate_memory: unknown arguments {', '.join(sorted(unknown))}")
+    given = {name: value for name, value in options.items() if value is not None}
+    given["preset"] = find_preset(given.get("preset", "gemma_scope_2"))
+    if "matryoshka" in given:
+        given["matryoshka"] = prefixes("estimate_memory", given["matryoshka"])
+    settings = Settings(
+        *(d_in, d_in if d_out is None else d_out, d_sae, steps),
+        activation=activation,
+        target_l0=target_l0,
+        k=k,
+        batch_size=batch_size,
+        **given,
+    )
+    return estimate(settings, torch.device(device), source_bytes, resume)
+
+
+def estimate(
+    settings: Settings, device: torch.device, source_bytes: int, resume: bool
+) -> MemoryEstimate:
+    """`estimate_memory` of a run's settings."""
+    s = settings
+    wide = max(s.dtype.itemsize, 4)
+    matrix = s.d_sae * (s.d_in + s.d_out)
+    vectors = wide * (2 * s.d_sae + s.d_out) + 8 * s.d_sae
+    skip = s.d_in * s.d_out if s.affine else 0
+    weights = (matrix + skip) * s.dtype.itemsize + vectors
+    moments = optimizer_bytes(s)
+    start = {
+        "sample": 3 * wide * s.preset.calibration_tokens * max(s.d_in, s.d_out),
+        "quantiles": 4 * TILE_BYTES if s.start_l0 is not None else 0,
+        "statistics": 4 * 8 * ROWS * max(s.d_in, s.d_out),
+    }
+    phases = {"start": start, "step": _step(s, device, matrix + skip, vectors)}
+    if resume:
+        phases["resume"] = {"checkpoint": 2 * moments + weights}
+    return MemoryEstimate(weights, moments, source_bytes, phases)
+
+
+def _step(s: Settings, device: torch.device, matrix: int, vectors: int) -> dict[str, int]:
+    """What a training step holds at its densest."""
+    wide = max(s.dtype.itemsize, 4)
+    rows = s.batch_size * (s.d_in + s.d_out)
+    held = {"batch": ROW_COPIES * wide * rows, "vectors": 4 * vectors}
+    density = _density(s)
+    if density > CROSSOVER.get(device.type, 0.0) and s.activation == "jumprelu":
+        tile = min(DEFAULT_LIMITS.tile_bytes, s.batch_size * s.d_sae * wide)
+        held["dense tiles"] = 11 * tile // 4  # two of numbers, three of booleans
+        held["gradients"] = matrix * wide
+        return held
+    entries = int(s.batch_size * density * s.d_sae * ENTRY_BYTES)
+    blocks = 1
+    if s.activation != "batchtopk":
+        blocks = -(-entries // DEFAULT_LIMITS.entry_bytes)
+        entries = min(entries, DEFAULT_LIMITS.entry_bytes)
+    held["entries"] = entries
+    held["gradients"] = matrix * s.dtype.itemsize * (1 if blocks == 1 else 2)
+    return held
+
+
+def _density(s: Settings) -> float:
+    """Share of latents that are active on a token, where there are most."""
+    if s.activation != "jumprelu":
+        assert s.k is not None
+        return s.k / s.d_sae
+    if s.start_l0 is None:
+        return 0.5
+    return min(EARLY_SURPLUS * max(s.start_l0, s.target_l0 or 0.0) / s.d_sae, 1.0)
+
+
+def optimizer_bytes(s: Settings) -> int:
+    """State of Adam with betas (0, beta2): second moments, and when each row was touched."""
+    wide = max(s.dtype.itemsize, 4)
+    matrices = [s.d_sae * s.d_in, s.d_sae * s.d_out, s.d_in * s.d_out if s.affine else 0]
+    vectors = wide * (2 * s.d_sae + s.d_out)
+    counters = 8 * (2 * s.d_sae + (s.d_in if s.affine else 0))
+    return sum(matrices) * 2 * wide + vectors + counters
