@@ -209,7 +209,10 @@ def machine(results: Results) -> str:
     words += [f"commit {', '.join(commits)}"] if commits else []
     sizes = {(r["shape"]["n"], r["shape"]["d"]) for p in COMPARED for r in rows(results, p)}
     words += [f"n = {n}, d = {d}" for n, d in sorted(sizes)]
-    return f"GPU: {', '.join(words)}. Medians; bf16 weights; the floor is measured in the same run."
+    kind = "GPU" if device.get("type") == "cuda" else "Rehearsal, not on a GPU"
+    return (
+        f"{kind}: {', '.join(words)}. Medians; bf16 weights; the floor is measured in the same run."
+    )
 
 
 def rows(results: Results, part: str, every: bool = False) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -43,9 +44,11 @@ def bag(p: Problem, e: Entries) -> Callable[[], Tensor]:
 def csr(p: Problem, e: Entries, shape: Shape) -> Callable[[], Tensor]:
     """`torch.sparse` CSR times dense: cuSPARSE on a GPU."""
     values, bias = e.values.to(p.W_dec.dtype), p.b_dec.to(p.W_dec.dtype)
-    acts = torch.sparse_csr_tensor(
-        e.offsets, e.indices.long(), values, (shape.n, shape.d_sae), check_invariants=False
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # CSR is called beta
+        acts = torch.sparse_csr_tensor(
+            e.offsets, e.indices.long(), values, (shape.n, shape.d_sae), check_invariants=False
+        )
     return lambda: bias + acts @ p.W_dec
 
 

@@ -15,6 +15,7 @@ from .context import Context, Shape
 from .encoders import copy_bytes, device_of, estimate
 from .problem import (
     BANDWIDTH,
+    ENTRY_BANDWIDTH,
     Entries,
     Problem,
     dense_acts,
@@ -96,7 +97,7 @@ def _backward(ctx: Context, shape: Shape, rate: float, compiled: Any) -> dict[st
     e = entries(shape, p.threshold)
     d_recon = _random_gradient(p)
     ours = sparse_backward(p, e, d_recon)
-    error = checks.differentiated(p, e, d_recon, ours())
+    error = checks.differentiated(p, e, d_recon, ours(), ENTRY_BANDWIDTH)
     reason = dense.fits(shape, device, 4, 4)
     pre = _or_reason(reason, lambda: dense_pre(e, shape, p.threshold, p.x.dtype))
     missing = pre if isinstance(pre, str) else None
@@ -104,8 +105,8 @@ def _backward(ctx: Context, shape: Shape, rate: float, compiled: Any) -> dict[st
         {
             OURS: ours,
             "ours, composed ops": composed_backward(p, e, d_recon),
-            "dense eager": missing or (lambda: dense.backward(p, pre, d_recon)),
-            "torch.compile": missing or (lambda: compiled(p, pre, d_recon)),
+            "dense eager": missing or (lambda: dense.backward(p, pre, d_recon, ENTRY_BANDWIDTH)),
+            "torch.compile": missing or (lambda: compiled(p, pre, d_recon, ENTRY_BANDWIDTH)),
         },
         device,
         ctx.settings.row_seconds,
@@ -124,7 +125,8 @@ def _backward(ctx: Context, shape: Shape, rate: float, compiled: Any) -> dict[st
 def sparse_backward(p: Problem, e: Entries, d_recon: Tensor) -> Call:
     """`sae_backward` without d_x; returns the five gradients of the parameters."""
     op = ops.overload("sae_backward", p.x, p.W_enc)
-    args = (p.x, p.W_enc, p.threshold, BANDWIDTH, p.W_dec, d_recon[None], [p.W_dec.shape[0]])
+    args = (p.x, p.W_enc, p.threshold, ENTRY_BANDWIDTH, p.W_dec, d_recon[None])
+    args += ([p.W_dec.shape[0]],)
     return lambda: op(*args, *e.csr, e.gate, None, None, *e.view, False)[1:]
 
 
@@ -134,7 +136,7 @@ def composed_backward(p: Problem, e: Entries, d_recon: Tensor) -> Call:
 
     def call() -> tuple[Tensor, ...]:
         d_values, d_W_dec, d_b_dec = first(d_recon, *e.csr, p.W_dec, *e.view, True, True, True)
-        inputs = (d_values, None, p.x, p.W_enc, p.threshold, BANDWIDTH)
+        inputs = (d_values, None, p.x, p.W_enc, p.threshold, ENTRY_BANDWIDTH)
         _, *encoder = second(*inputs, *e.csr, e.gate, *e.view, False, True, True, True)
         return (*encoder, d_W_dec, d_b_dec)
 

@@ -19,6 +19,10 @@ LARGEST_RATE = 0.25
 """No latent fires on more tokens than this: thresholds stay positive."""
 BANDWIDTH = 0.02
 """Width of the straight-through window: a few per cent more entries."""
+ENTRY_BANDWIDTH = 0.5
+"""The same for drawn entries: bfloat16 has steps of 1/64 where thresholds lie."""
+OFF = 0.03
+"""Share of drawn entries that lie in the window below their threshold."""
 CHUNK = 1 << 16
 """Latents per block of what is computed in float32: 1.4 GB at d = 5376."""
 
@@ -124,8 +128,8 @@ def entries(shape: Shape, threshold: Tensor, seed: int = 0) -> Entries:
     """Entries as an encoder would find them: every pair fires with the probability of its latent.
 
     Hits per latent are Poisson(-n log(1 - rate)) on random tokens, doubles dropped: exactly
-    independent Bernoulli(rate) pairs. Values lie 0.1 to 1.1 above their threshold: rounded to
-    bfloat16 they still pass it.
+    independent Bernoulli(rate) pairs. Values lie 0.1 to 1.1 above their threshold, or are off, 0.1
+    below it: rounded to bfloat16 they stay on their side.
     """
     device, n, d_sae = threshold.device, shape.n, shape.d_sae
     g = torch.Generator(device).manual_seed(seed + 1)
@@ -136,11 +140,12 @@ def entries(shape: Shape, threshold: Tensor, seed: int = 0) -> Entries:
     pairs = torch.unique(tokens * d_sae + latents)
     rows, latents = pairs // d_sae, pairs % d_sae
     above = torch.rand(pairs.shape, generator=g, device=device) + 0.1
+    gate = (torch.rand(pairs.shape, generator=g, device=device) >= OFF).float()
     return Entries(
         offsets=_starts(rows, n),
         indices=latents.to(torch.int32),
-        values=threshold[latents] + above,
-        gate=torch.ones_like(above),
+        values=torch.where(gate > 0, threshold[latents] + above, 0),
+        gate=gate,
         feature_offsets=_starts(latents, d_sae),
         permutation=latents.argsort(stable=True),
         rows=rows,
@@ -148,9 +153,11 @@ def entries(shape: Shape, threshold: Tensor, seed: int = 0) -> Entries:
 
 
 def dense_pre(found: Entries, shape: Shape, threshold: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[n, d_sae]` pre-activations of which exactly the entries pass the threshold."""
+    """`[n, d_sae]` pre-activations of which exactly the entries are active or in the window."""
+    latents = found.indices.long()
     pre = (threshold - 1).to(dtype).expand(shape.n, -1).contiguous()
-    pre[found.rows, found.indices.long()] = found.values.to(dtype)
+    values = torch.where(found.gate > 0, found.values, threshold[latents] - 0.1)
+    pre[found.rows, latents] = values.to(dtype)
     return pre
 
 
