@@ -23,6 +23,9 @@ from .radix_scatter import radix_scatter
 RADIX_BITS = 8
 """Digits of at most 8 bits: a table of 256 rows per block, and a short histogram."""
 
+NARROW_POSITIONS = 2**31
+"""Positions are 32 bits wide below this many entries."""
+
 
 def by_feature(offsets: Tensor, indices: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
     """Return `feature_offsets [d_sae + 1]` and `permutation [capacity]`, both int64.
@@ -47,7 +50,7 @@ def _sort(keys: Tensor, count: Tensor, permutation: Tensor, d_sae: int) -> tuple
     config = choose("by_feature", keys.device, n=capacity)
     blocks = triton.cdiv(capacity, config["BLOCK"])
     shifts, digits = _digits(d_sae)
-    wide = torch.int32 if capacity < 2**31 else torch.int64
+    wide = torch.int32 if capacity < NARROW_POSITIONS else torch.int64
     table = permutation.new_empty(1 + digits * blocks, dtype=wide)
     starts = keys.new_empty(blocks, digits)
     positions = None
