@@ -64,7 +64,7 @@ def _log2(bit):
 
 @triton.jit
 def _tile_of(program, n, F, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, GROUP_N: tl.constexpr):
-    """`(row_block, column_block)`: GROUP_N row blocks sweep the columns together, to share W_enc."""
+    """Row block, column block: GROUP_N row blocks sweep the columns together and share W_enc."""
     row_blocks = tl.cdiv(n, BLOCK_N)
     group_size = tl.full((), GROUP_N, tl.int64) * tl.cdiv(F, BLOCK_F)
     first = program // group_size * GROUP_N

@@ -3,7 +3,7 @@
     indices[p], values[p], gate[p] = first_invalid[row], NaN, 1
     with p = offsets[row] + number of the row's entries below first_invalid[row]
 
-Algorithm: a program returns at once when its BLOCK_N rows are sound, else counts the smaller latents
+Algorithm: a program returns at once if its BLOCK_N rows are sound, else counts the smaller latents
 of each row that is not. The gap holds latent 0 and counts as one of them, unless the invalid latent
 is itself 0.
 Bound by launch latency: almost no row has an invalid pair.
