@@ -89,8 +89,9 @@ def integer_problem(**sizes) -> Problem:
 @pytest.mark.parametrize("d", [16, 23, 64, 257])
 def test_equals_the_composition_bit_for_bit(backend, with_extras, bandwidth, d):
     if d != 23 or (with_extras and bandwidth == 0):
-        skip_where_interpreted(backend, "one width of 301 latents")
-    p = problem(n=70, d_in=d, d_sae=301, d_out=d + 3)
+        skip_where_interpreted(backend, "one width, with and without the options")
+    n, d_sae = (20, 31) if backend.interpreted else (70, 301)
+    p = problem(n=n, d_in=d, d_sae=d_sae, d_out=d + 3)
     args = sae_backward_args(p, bandwidth)
     if not with_extras:
         args[11:13] = [None, None]
