@@ -24,21 +24,21 @@ from .select_count import select_count
 from .select_cut import select_cut
 from .select_histogram import BINS, LEVELS, select_histogram
 from .select_place import select_place
-from .select_prefixes import first_prefix, scan_prefixes
+from .select_prefixes import capturing, first_prefix, scan_prefixes
 
 MARGIN = 0.9
 """A guess of the threshold is lowered by this factor: thresholds drift by a few % per step."""
 
 
 class BatchBest:
-    """The `count` best entries of a batch, as CSR."""
+    """The `count` best entries of a batch of n rows, as CSR of `capacity` elements."""
 
-    def __init__(self, n: int, count: int, k: int, device: torch.device) -> None:
+    def __init__(self, n: int, count: int, capacity: int, device: torch.device) -> None:
         self.count = count
-        self.k = k
+        self.k = -(-capacity // max(n, 1))
         self.offsets = torch.zeros(n + 1, dtype=torch.int64, device=device)
-        self.latents = torch.zeros(count, dtype=torch.int32, device=device)
-        self.values = torch.zeros(count, dtype=torch.float32, device=device)
+        self.latents = torch.zeros(capacity, dtype=torch.int32, device=device)
+        self.values = torch.zeros(capacity, dtype=torch.float32, device=device)
         self.bound = torch.zeros(n, dtype=torch.float32, device=device)
         self.threshold = torch.zeros((), dtype=torch.float32, device=device)
 
@@ -54,7 +54,7 @@ class BatchBest:
         cut = select_cut(histograms, self.count)
         before = select_count(*values, cut, self.k).cumsum(1)
         self.threshold = cut[0].to(torch.int32).view(torch.float32)
-        placed = select_place(kept, new, cut, before, self.count, self.k)
+        placed = select_place(kept, new, cut, before, self.k)
         self.offsets, self.latents, self.values, self.bound = placed
 
 
@@ -72,13 +72,13 @@ def batchtopk_encode(
     Reads from the device: whether the guess held, or one flag after the scan where `d_sae` is more
     than twice the first prefix; the number of entries without `max_nnz`. With `max_nnz` a CUDA
     graph can capture it: then the guess is not used, and lost candidates make all values NaN.
-    With `max_nnz` too small, offsets are clamped, all values are NaN and `needed` is the true count.
+    Too small a `max_nnz` clamps the offsets and makes all values NaN; `needed` is the true count.
     """
     n, d_sae = x.shape[0], W_enc.shape[1]
-    count = min(int(k * n), n * d_sae)
-    best = BatchBest(n, count, -(-count // max(n, 1)), x.device)
+    count = int(k * n)
+    best = BatchBest(n, count, min(count, n * d_sae), x.device)
     lost = None
-    if count > 0 and not _follow(guess, x, W_enc, b_enc, best):
+    if best.k > 0 and not _follow(guess, x, W_enc, b_enc, best):
         lost = scan_prefixes(x, W_enc, b_enc, best, best.k)
     needed = best.offsets[-1].clone()
     offsets, indices, values = _resize(best, int(needed) if max_nnz is None else max_nnz)
@@ -93,9 +93,7 @@ def batchtopk_encode(
 
 def _follow(guess: float | None, x: Tensor, W_enc: Tensor, b_enc: Tensor, best: BatchBest) -> bool:
     """Select among what reaches the guessed threshold; False, and `best` empty, if that fails."""
-    if guess is None or not 0 < guess < math.inf:
-        return False
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+    if guess is None or not 0 < guess < math.inf or capturing(x):
         return False
     n, d_sae = x.shape[0], W_enc.shape[1]
     capacity = n * min(first_prefix(x, d_sae, best.k), d_sae)
@@ -109,9 +107,10 @@ def _follow(guess: float | None, x: Tensor, W_enc: Tensor, b_enc: Tensor, best: 
 
 def _resize(best: BatchBest, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
     """Offsets, latents and values of the best entries in arrays of `capacity` elements."""
-    if capacity <= best.count:
+    held = best.values.shape[0]
+    if capacity <= held:
         return best.offsets.clamp(max=capacity), best.latents[:capacity], best.values[:capacity]
     latents, values = best.latents.new_zeros(capacity), best.values.new_zeros(capacity)
-    latents[: best.count] = best.latents
-    values[: best.count] = best.values
+    latents[:held] = best.latents
+    values[:held] = best.values
     return best.offsets, latents, values

@@ -14,7 +14,8 @@ import triton.language as tl
 ABSENT: tl.constexpr = tl.constexpr(-1)
 """Key of a position past the end of a row: below every cut."""
 INFINITY: tl.constexpr = tl.constexpr(0x7F800000)
-NAN: tl.constexpr = tl.constexpr(0x7FFFFFFF)
+NAN: tl.constexpr = tl.constexpr(0x7FC00000)
+"""Above Inf, a quiet NaN as bits, and not the last integer: one more is still a key."""
 
 
 @triton.jit
@@ -47,7 +48,7 @@ def next_key(cut):
 
 @triton.jit
 def ranks(keys, cut):
-    """Which keys of a tile lie above the cut, which equal it, and how many of each precede in the row.
+    """Which keys lie above the cut, which equal it, and how many of each precede in the row.
 
     One scan serves both: tiles are at most 16,384 long, so two counts fit an integer.
     """

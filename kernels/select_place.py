@@ -91,28 +91,26 @@ def select_place(
     found: tuple[Tensor, Tensor, Tensor],
     cut: Tensor,
     before: Tensor,
-    count: int,
     k: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compact the selected entries.
 
     Args:
-        kept: offsets `[n + 1]` int64, latents int32, values float32, positive or NaN.
+        kept: offsets `[n + 1]` int64, latents int32, values float32, positive or NaN; the arrays
+            have room for all entries that can be selected.
         found: the same of the new candidates, at larger latents.
         cut: `[2]` int64 of `select_cut`.
         before: `[2, n + 1]` int64, running sums of `select_count`.
-        count: capacity: how many entries are selected at most.
         k: selected entries per row on average, for the choice of the tile.
 
     Returns:
-        offsets, latents `[count]`, values `[count]`, zero past the last offset, and
-        `bound [n]` float32.
+        offsets, latents and values like `kept`, zero past the last offset, and `bound [n]`
+        float32: a later latent of row i enters only with a value >= `bound[i]` or NaN.
     """
     n = before.shape[1] - 1
     device = cut.device
     offsets = torch.zeros(n + 1, dtype=torch.int64, device=device)
-    latents = torch.zeros(count, dtype=torch.int32, device=device)
-    values = torch.zeros(count, dtype=torch.float32, device=device)
+    latents, values = torch.zeros_like(kept[1]), torch.zeros_like(kept[2])
     bound = torch.empty(n, dtype=torch.float32, device=device)
     out = offsets, latents, values, bound
     config = choose("select_batch", device, k=k)

@@ -61,7 +61,7 @@ def scan_prefixes(x: Tensor, W_enc: Tensor, b_enc: Tensor, best: Best, k: int) -
             found.offsets.masked_fill_(lost, 0)  # what follows a loss would be out of order
             flags.append((start, lost))
         best.merge(found)
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+    if capturing(x):
         return lost
     if flags:
         failed = torch.stack([flag for _, flag in flags]).tolist()
@@ -72,6 +72,11 @@ def scan_prefixes(x: Tensor, W_enc: Tensor, b_enc: Tensor, best: Best, k: int) -
     return None
 
 
+def capturing(x: Tensor) -> bool:
+    """A CUDA graph is being captured where x is: nothing can be read from the device."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def first_prefix(x: Tensor, d_sae: int, k: int) -> int:
     """Width of the first prefix: at least 4 k, so that it has k positive entries as a rule."""
     config = choose("select_prefixes", x.device, d_sae=d_sae)
@@ -80,7 +85,7 @@ def first_prefix(x: Tensor, d_sae: int, k: int) -> int:
 
 def prefixes(d_sae: int, first: int) -> list[tuple[int, int]]:
     """`[0, first), [first, 2 first), [2 first, 4 first), ...` up to `d_sae`."""
-    ends = [0, first]
+    ends = [0]
     while ends[-1] < d_sae:
-        ends.append(2 * ends[-1])
+        ends.append(max(first, 2 * ends[-1]))
     return [(a, min(b, d_sae)) for a, b in zip(ends, ends[1:], strict=False)]
