@@ -67,6 +67,9 @@ def run(args: argparse.Namespace, settings: Settings, path: Path) -> list[str]:
         print(f"== {part}: {status}\n", flush=True)
         if status == "failed":
             failed.append(part)
+        if not Results(path).data["device"]:
+            print("without a device there is nothing more to do")
+            break
     return failed
 
 

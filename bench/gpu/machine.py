@@ -30,7 +30,9 @@ def slug(device: str) -> str:
     if device == "cpu":
         return "cpu"
     code = "import torch; print(torch.cuda.get_device_name())"
-    name = smi("name").get("name") or output([sys.executable, "-c", code], 120) or "unknown"
+    name = smi("name").get("name") or output([sys.executable, "-c", code], 120)
+    if not name:
+        raise SystemExit("no CUDA device here; `--device cpu --quick` rehearses on toy sizes")
     return re.sub(r"[^a-z0-9]+", "_", name.lower().removeprefix("nvidia")).strip("_")
 
 
@@ -81,7 +83,7 @@ def _device(ctx: Context) -> dict[str, Any]:
         about["threads"] = torch.get_num_threads()
     else:
         if not torch.cuda.is_available():
-            raise Skip("torch finds no CUDA device")
+            raise RuntimeError(f"torch {torch.__version__} finds no CUDA device")
         p = torch.cuda.get_device_properties(0)
         about = {
             **{"name": p.name, "type": "cuda", "capability": f"{p.major}.{p.minor}"},
