@@ -32,7 +32,7 @@ def decode_backward(
     need_b_dec: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`d_values [capacity]`, `d_W_dec` like W_dec, `d_b_dec [d_out]`; never waits."""
-    d_values = d_W_dec = d_b_dec = values.new_empty(0)
+    d_values, d_W_dec, d_b_dec = (values.new_empty(0) for _ in range(3))
     if need_values:
         d_values = gathered_dot(offsets, indices, W_dec, d_recon)
     if need_W_dec:

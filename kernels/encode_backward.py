@@ -39,8 +39,8 @@ def encode_backward(
     need_threshold: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`d_x`, `d_W_enc` like W_enc, `d_b_enc [d_sae]`, `d_threshold [d_sae]`; never waits."""
-    d_x = d_W_enc = x.new_empty(0)
-    d_b_enc = d_threshold = values.new_empty(0)
+    d_x, d_W_enc = x.new_empty(0), x.new_empty(0)
+    d_b_enc, d_threshold = values.new_empty(0), values.new_empty(0)
     if need_x:
         d_pre = torch.zeros_like(gate) if d_values is None else d_values * gate
         d_x = x.new_empty(x.shape)
