@@ -74,28 +74,30 @@ def _tile_of(program, n, F, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, GROUP_
 
 
 @triton.jit
-def _dealt(BLOCK_F: tl.constexpr, BITS: tl.constexpr, DEAL: tl.constexpr):
+def _dealt(BLOCK_F: tl.constexpr, BITS: tl.constexpr, LANES: tl.constexpr):
     """Latent of each column of the product, relative to the tile.
 
-    Tensor cores leave columns 8 i + 2 q + {0, 1} of a row in thread q of four. Dealt columns make
-    these the latents [q BITS, (q + 1) BITS): a word is in the registers of one thread.
+    Tensor cores leave the columns 2 (i LANES + q) + {0, 1} of a row in thread q. Dealt columns
+    make these the latents [q BITS, (q + 1) BITS): the registers of one thread hold a whole word.
     """
     column = tl.arange(0, BLOCK_F).to(tl.int64)
-    if DEAL:
-        inside = column % (4 * BITS)
-        column += inside // 2 % 4 * BITS + inside // 8 * 2 + inside % 2 - inside
-    return column
+    inside = column % (LANES * BITS)
+    lane = inside // 2 % LANES
+    latent = lane * BITS + inside // (2 * LANES) * 2 + inside % 2
+    return tl.max_contiguous(tl.multiple_of(column - inside + latent, 2), 2)
 
 
 @triton.jit
 def _in_words(
-    tile, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BITS: tl.constexpr, DEAL: tl.constexpr
+    tile,
+    BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BITS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """`[BLOCK_N, BLOCK_F]` as `[BLOCK_N, words, BITS]`, latents ascending."""
-    if DEAL:
-        tile = tl.reshape(tile, (BLOCK_N, BLOCK_F // (4 * BITS), BITS // 2, 4, 2))
-        tile = tl.permute(tile, (0, 1, 3, 2, 4))
-    return tl.reshape(tile, (BLOCK_N, BLOCK_F // BITS, BITS))
+    dealt = tl.reshape(tile, (BLOCK_N, BLOCK_F // (LANES * BITS), BITS // 2, LANES, 2))
+    return tl.reshape(tl.permute(dealt, (0, 1, 3, 2, 4)), (BLOCK_N, BLOCK_F // BITS, BITS))
 
 
 @triton.jit
@@ -136,7 +138,6 @@ def _encode_tiles_kernel(
     BY_THRESHOLD: tl.constexpr,
     WINDOW: tl.constexpr,
     AGAIN: tl.constexpr,
-    DEAL: tl.constexpr,
     EVEN_D: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -144,6 +145,7 @@ def _encode_tiles_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BITS: tl.constexpr,
+    LANES: tl.constexpr,
     GROUP_N: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
@@ -156,7 +158,7 @@ def _encode_tiles_kernel(
 
     WORDS: tl.constexpr = BLOCK_F // BITS
     local_rows = tl.arange(0, BLOCK_N)
-    local_columns = _dealt(BLOCK_F, BITS, DEAL)
+    local_columns = _dealt(BLOCK_F, BITS, LANES)
     rows = row_block * BLOCK_N + local_rows
     columns = column_block * BLOCK_F + local_columns
     row_ok = rows < n
@@ -185,7 +187,6 @@ def _encode_tiles_kernel(
     bias = tl.load(b_enc + columns, mask=column_ok, other=0.0)  # [BLOCK_F]
     pre = acc + bias[None, :]
 
-    value = pre
     if BY_THRESHOLD:
         theta = tl.load(limit + columns * stride_limit, mask=column_ok, other=float("inf"))
         # One addition per element finds tiles with a NaN; a false alarm (Inf - Inf) is harmless.
@@ -197,16 +198,13 @@ def _encode_tiles_kernel(
             first = tl.min(column, 1)
             tl.atomic_min(first_invalid + rows, first, mask=row_ok & (first < F), sem="relaxed")
         hit = pre > (theta - half_window)[None, :]
-        if WINDOW:  # a gated value is never NaN, so NaN marks what only the window stores
-            value = tl.where(pre > theta[None, :], pre, float("nan"))
     else:
         bound = tl.load(limit + rows * stride_limit, mask=row_ok, other=0.0)
         lowest = tl.where(bound > 0, bound, 1.401298464324817e-45)  # the least positive float32
         hit = (pre < lowest[:, None]) ^ True  # NaN included
 
     # Bits of a word are distinct: their sum is their union, the sign bit included.
-    hit = _in_words(hit, BLOCK_N, BLOCK_F, BITS, DEAL)
-    value = _in_words(value, BLOCK_N, BLOCK_F, BITS, DEAL)
+    hit = _in_words(hit, BLOCK_N, BLOCK_F, BITS, LANES)
     bit = (tl.full((BITS,), 1, tl.int32) << tl.arange(0, BITS))[None, None, :]
     word = tl.sum(tl.where(hit, bit, 0), 2)  # [BLOCK_N, WORDS]
     word = tl.where(row_ok[:, None], word, 0)
@@ -214,6 +212,10 @@ def _encode_tiles_kernel(
         inside = F - column_block * BLOCK_F - BITS * tl.arange(0, WORDS)
         kept = (1 << tl.minimum(tl.maximum(inside, 0), BITS).to(tl.int64)) - 1
         word = word & kept.to(tl.int32)[None, :]
+    value = pre
+    if WINDOW:  # a gated value is never NaN, so NaN marks what only the window stores
+        value = tl.where(pre > theta[None, :], pre, float("nan"))
+    value = _in_words(value, BLOCK_N, BLOCK_F, BITS, LANES)
     in_word = _popcount(word)
     in_row = tl.sum(in_word, 1)
     in_tile = tl.sum(in_row, 0)
@@ -332,7 +334,6 @@ def _launch(
         BY_THRESHOLD=threshold is not None,
         WINDOW=bandwidth > 0,
         AGAIN=arena_start > 0,
-        DEAL=W_enc.stride(0) == 1,
         EVEN_D=d % tiles.config["BLOCK_D"] == 0,
         WIDE=INTERPRETED or x.dtype != W_enc.dtype,
         PRECISION=dot_precision(x, W_enc),

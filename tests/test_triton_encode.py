@@ -103,7 +103,7 @@ def test_capacity_overflow_is_nan_and_the_true_count(capacity):
 @interpreted
 @pytest.mark.parametrize("bits", [2, 16, 32])
 def test_every_bit_of_a_word(monkeypatch, bits):
-    config = {"BLOCK_N": 16, "BLOCK_F": 128, "BLOCK_D": 16, "BITS": bits, "GROUP_N": 1}
+    config = {"BLOCK_N": 16, "BLOCK_F": 128, "BLOCK_D": 16, "BITS": bits, "LANES": 4, "GROUP_N": 1}
     monkeypatch.setattr(tiles_module, "choose", lambda *_, **__: dict(config))
     p = problem(5, 3, 200, integer=True)
     x = torch.zeros(5, 3)
