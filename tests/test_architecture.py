@@ -33,7 +33,7 @@ LAYERS = [
     ("sources",),
     ("artefacts", "integrations", "distributed"),
     ("__init__",),
-    ("doctor", "demo"),
+    ("doctor", "demo", "report"),
     ("cli",),
     ("__main__",),
 ]
