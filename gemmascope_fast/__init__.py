@@ -19,6 +19,7 @@ from .training.metrics import Evaluation, evaluate
 from .training.preset import Preset
 from .training.runs import train
 from .training.trainer import NonFiniteError
+from .training.blocked import count_latents
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "TopK",
     "Transcoder",
     "batchtopk_encode",
+    "count_latents",
     "decode",
     "decode_",
     "evaluate",

@@ -14,7 +14,7 @@ from .functional import decode
 from .pretrained import Pretrained
 from .semantics import Semantics, as_semantics
 from .sparse import SparseActs
-from .training.losses import DEFAULT_TERMS, Term
+from .training.losses import DEFAULT_TERMS, LossTerm
 
 __all__ = ["SAE", "Activation", "BatchTopK", "JumpReLU", "TopK", "Transcoder"]
 
@@ -184,7 +184,7 @@ class SAE(Pretrained, nn.Module):
         return self.decode(self.encode(x), dtype=x.dtype)
 
     def loss(
-        self, x: Tensor, target: Tensor | None = None, terms: Sequence[Term] = DEFAULT_TERMS
+        self, x: Tensor, target: Tensor | None = None, terms: Sequence[LossTerm] = DEFAULT_TERMS
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch, differentiable, in blocks of rows: memory is bounded at any density.
 

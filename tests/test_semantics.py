@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 from oracle import assert_same, batchtopk_support, topk_support
+from test_loss import PATHS
 from torch import Tensor
 
 import gemmascope_fast as gsf
 from gemmascope_fast import Semantics
+from gemmascope_fast.training import L0, QuadraticL0, Reconstruction
+from gemmascope_fast.training.blocked import sae_loss
 
 OPS = (
     *("jumprelu_encode", "topk_encode", "batchtopk_encode", "decode", "pre_at"),
@@ -128,7 +131,42 @@ def batch() -> Tensor:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_formula(name: str) -> None:
     made, x = module(*VARIANTS[name]), batch()
-    loss, true = composed(made, x), truth(made, x)
+    check(composed(made, x), made, x)
+
+
+@pytest.mark.parametrize("path", ["dense tiles", "sparse blocks"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_formula_in_blocks(name: str, path: str) -> None:
+    made, x = module(*VARIANTS[name]), batch()
+    terms = (Reconstruction(), L0(0.3), QuadraticL0(9, 0.02 * 9 / 2))
+    loss, metrics = sae_loss(made, x, None, terms, PATHS[path])
+    if isinstance(made.activation, gsf.JumpReLU):
+        assert int(metrics["dense_blocks"]) == (int(metrics["blocks"]) if "dense" in path else 0)
+        assert int(metrics["blocks"]) > 3
+    check(loss, made, x)
+
+
+def test_frozen_weights_keep_the_others_gradients() -> None:
+    for frozen in ("W_dec", "threshold", "W_enc"):
+        for path in ("dense tiles", "sparse blocks"):
+            made, x = module(*VARIANTS["gradient_to_x"]), batch()
+            getattr(made, frozen).requires_grad_(False)
+            loss, _ = sae_loss(made, x, None, (Reconstruction(), L0(0.3)), PATHS[path])
+            loss.backward()
+            mine = {n: p.grad for n, p in made.named_parameters()} | {"x": x.grad}
+            assert mine.pop(frozen) is None
+            made, x = module(*VARIANTS["gradient_to_x"]), batch()
+            recon, l0 = made(x), made.encode(x).l0()
+            ((recon - x).square().sum(-1) + 0.3 * l0).mean().backward()
+            if frozen == "threshold":  # whose window the L0 then does not see in blocks
+                continue
+            for name, found in mine.items():
+                other = x.grad if name == "x" else made.get_parameter(name).grad
+                torch.testing.assert_close(found, other, msg=f"{frozen} {path} {name}")
+
+
+def check(loss: Tensor, made: gsf.SAE, x: Tensor) -> None:
+    true = truth(made, x)
     torch.testing.assert_close(loss, true, rtol=1e-12, atol=1e-12)
     expected = grads(true, made, x)
     for field, found in grads(loss, made, x).items():

@@ -71,7 +71,7 @@ def pre_act(
             theta = None if threshold is None else threshold[tile].to(wide)
             rows = None if W_dec is None else W_dec[tile].to(wide)
             part = (x.to(wide), W_enc.t()[tile].t().to(wide), b_enc[tile].to(wide), theta, rows)
-            total = total + checkpoint(_shortfall, *part, use_reentrant=False)
+            total = total + checkpoint(shortfall, *part, use_reentrant=False)
     return total / max(x.shape[0], 1)
 
 
@@ -133,7 +133,10 @@ def auxk(
     wide = torch.promote_types(torch.promote_types(recon.dtype, target.dtype), torch.float32)
     residual = (target.to(wide) - recon.to(wide)).detach()
     n = max(residual.numel() // max(residual.shape[-1], 1), 1)
-    error = aux_error(x, residual, W_enc, b_enc, W_dec, ids, k_aux, encoder_gradient) / n
+    if ids.shape[0] == 0 or residual.numel() == 0:
+        return residual.new_zeros(())
+    dead_weights = (W_enc.t()[ids].t(), b_enc[ids], W_dec[ids])
+    error = aux_error(x, residual, *dead_weights, k_aux, encoder_gradient) / n
     error = error / aux_denominator(normalisation, residual, target.detach().to(wide))
     return error * aux_scale(ids.shape[0], k_aux, scaled)
 
@@ -144,19 +147,14 @@ def aux_error(
     W_enc: Tensor,
     b_enc: Tensor,
     W_dec: Tensor,
-    ids: Tensor,
     k_aux: int,
     encoder_gradient: bool = True,
 ) -> Tensor:
-    """Summed squared error of the reconstruction of `residual` by the latents `ids`."""
-    if ids.shape[0] == 0 or residual.numel() == 0:
-        return residual.new_zeros(())
-    compact = (W_enc.t()[ids].t(), b_enc[ids])
-    acts = topk_encode(x, *compact, min(k_aux, ids.shape[0]))
+    """Summed squared error of the reconstruction of `residual` by a dictionary of dead latents."""
+    acts = topk_encode(x, W_enc, b_enc, min(k_aux, W_enc.shape[1]))
     if not encoder_gradient:
         acts = acts.detach()
-    recon = decode(acts, W_dec[ids], dtype=residual.dtype)
-    return (recon - residual).square().sum()
+    return (decode(acts, W_dec, dtype=residual.dtype) - residual).square().sum()
 
 
 def aux_denominator(normalisation: str, residual: Tensor, target: Tensor) -> Tensor:
@@ -186,7 +184,7 @@ def check_auxk(op: str, k_aux: Any, normalisation: Any) -> None:
         )
 
 
-def _shortfall(
+def shortfall(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor | None, W_dec: Tensor | None
 ) -> Tensor:
     """`sum relu(threshold - pre) |W_dec|` over one tile of latents."""
