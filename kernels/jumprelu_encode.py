@@ -64,9 +64,7 @@ def jumprelu_encode(
     return offsets, indices, values, gate, needed, *_view(offsets, indices, W_enc, by_feature)
 
 
-def _view(
-    offsets: Tensor, indices: Tensor, W_enc: Tensor, wanted: bool
-) -> tuple[Tensor, Tensor]:
+def _view(offsets: Tensor, indices: Tensor, W_enc: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
     if not wanted:
         return offsets.new_empty(0), offsets.new_empty(0)
     from .by_feature import by_feature

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "gemmascope_fast"
 NAME = PACKAGE.name
 
 LAYERS = [
-    ("reference", "autograd", "arguments"),
+    ("reference", "autograd", "arguments", "costs"),
     ("fakes",),
     ("ops",),
     ("entries",),
@@ -27,6 +27,7 @@ LAYERS = [
     ("functional",),
     ("pretrained", "training.__init__", "training.losses"),
     ("modules",),
+    ("optim",),
     ("training",),
     ("artefacts", "integrations", "distributed"),
     ("__init__",),
