@@ -1,6 +1,6 @@
 """A compute backend for sparse autoencoders: sparse encoders, decoders and their gradients."""
 
-from . import reference
+from . import optim, reference
 from .artefacts import load
 from .functional import (
     batchtopk_encode,
@@ -11,6 +11,7 @@ from .functional import (
     topk_encode,
 )
 from .modules import SAE, BatchTopK, JumpReLU, TopK, Transcoder
+from .optim import clip_grad_norm_
 from .reference import CapacityError
 from .sparse import SparseActs
 
@@ -25,10 +26,12 @@ __all__ = [
     "TopK",
     "Transcoder",
     "batchtopk_encode",
+    "clip_grad_norm_",
     "decode",
     "decode_",
     "jumprelu_encode",
     "load",
+    "optim",
     "pre_at",
     "reference",
     "topk_encode",

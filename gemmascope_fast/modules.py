@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from .checks import check_decoder
 from .functional import batchtopk_encode, decode, jumprelu_encode, topk_encode
 from .pretrained import Pretrained
 from .sparse import SparseActs
@@ -72,6 +73,7 @@ class SAE(Pretrained, nn.Module):
     W_dec: nn.Parameter
     b_dec: nn.Parameter
     threshold: nn.Parameter | None
+    deferred: Any = None  # a fused optimizer's: backward leaves its work to step
 
     def __init__(
         self,
@@ -153,6 +155,11 @@ class SAE(Pretrained, nn.Module):
             ValueError: x has the wrong width, or `max_nnz` is given for TopK.
             CapacityError: more than `max_nnz` entries.
         """
+        acts = self._encode(x, max_nnz)
+        deferred = self.deferred if torch.is_grad_enabled() else None
+        return acts if deferred is None else deferred.encode(x, acts)
+
+    def _encode(self, x: Tensor, max_nnz: int | None) -> SparseActs:
         activation = self.activation
         if isinstance(activation, TopK):
             if max_nnz is not None:
@@ -172,6 +179,12 @@ class SAE(Pretrained, nn.Module):
 
     def decode(self, acts: SparseActs, *, dtype: torch.dtype | None = None) -> Tensor:
         """Reconstruction `[*batch, d_out]`; `dtype` defaults to that of `W_dec`."""
+        return self._decode(acts, dtype)
+
+    def _decode(self, acts: SparseActs, dtype: torch.dtype | None) -> Tensor:
+        if self.deferred is not None and torch.is_grad_enabled():
+            check_decoder("decode", acts, self.W_dec, dtype)
+            return self.deferred.decode(acts, self.b_dec, dtype or self.W_dec.dtype)  # type: ignore[no-any-return]
         return decode(acts, self.W_dec, self.b_dec, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -267,7 +280,7 @@ class Transcoder(SAE):
         Raises:
             ValueError: there is a skip connection and x is missing.
         """
-        recon = decode(acts, self.W_dec, self.b_dec, dtype=dtype)
+        recon = self._decode(acts, dtype)
         if self.W_skip is None:
             return recon
         if x is None:

@@ -365,15 +365,15 @@ def fused_sparse_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`sae_backward`, then `adam_step_` on the rows of `W_enc.t()` and of `W_dec`.
 
-    The gradients stay in float32 (float64), also where the weights are bfloat16. Returns `d_b_enc`, `d_threshold` (of size 0 when bandwidth is 0) and `d_b_dec`.
+    The gradients stay in float32 (float64), also where the weights are bfloat16. Returns
+    `d_b_enc`, `d_threshold` (of size 0 when bandwidth is 0) and `d_b_dec`.
     """
     nnz = _nnz("fused_sparse_step", offsets, indices.shape[0])
     _check_range("fused_sparse_step", "indices", indices[:nnz], W_dec.shape[0], "d_sae")
-    _, d_W_enc, d_b_enc, d_threshold, d_W_dec, d_b_dec = sae_backward(
-        *(x, W_enc.to(values.dtype), threshold, bandwidth, W_dec.to(values.dtype), d_recon),
-        *(group_ends, offsets, indices, values, gate, d_values, d_gate),
-        *(feature_offsets, permutation, False),
-    )
+    entries = (offsets, indices, values, gate, d_values, d_gate, feature_offsets, permutation)
+    wide_enc, wide_dec = W_enc.to(values.dtype), W_dec.to(values.dtype)
+    inputs = (x, wide_enc, threshold, bandwidth, wide_dec, d_recon, group_ends, *entries)
+    _, d_W_enc, d_b_enc, d_threshold, d_W_dec, d_b_dec = sae_backward(*inputs, False)
     adam_step_(W_enc.t(), encoder_state, d_W_enc.t(), encoder_rates, encoder_rule)
     adam_step_(W_dec, decoder_state, d_W_dec, decoder_rates, decoder_rule)
     return d_b_enc, d_threshold, d_b_dec
@@ -401,7 +401,7 @@ def encode_moment(v: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
     """
     bits = v.view(torch.int32).long() & 0x7FFFFFFF  # a NaN may be negative
     padding = -v.shape[1] % MOMENT_BLOCK
-    blocks = torch.nn.functional.pad(bits, (0, padding)).unflatten(1, (-1, MOMENT_BLOCK))
+    blocks = torch.nn.functional.pad(bits, (0, padding)).reshape(v.shape[0], -1, MOMENT_BLOCK)
     exponents = (blocks.amax(2) + (1 << 20) >> 23).clamp(max=255)
     base = exponents.repeat_interleave(MOMENT_BLOCK, 1)[:, : v.shape[1]] - 31 << 23
     codes = (bits - base + (random & 0xFFFFF) >> 20).clamp(0, 255)
