@@ -43,14 +43,6 @@ class Tiles(NamedTuple):
     """`[n]` int32: first column of each row whose pair is invalid, `NO_COLUMN` without one."""
     config: dict[str, int]
 
-    @property
-    def block_n(self) -> int:
-        return self.config["BLOCK_N"]
-
-    @property
-    def block_f(self) -> int:
-        return self.config["BLOCK_F"]
-
 
 @triton.jit
 def _popcount(word):
@@ -72,13 +64,52 @@ def _log2(bit):
 
 @triton.jit
 def _tile_of(program, n, F, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, GROUP_N: tl.constexpr):
-    """`(row_block, column_block)`: GROUP_N row blocks sweep the columns together, to share W_enc."""
-    row_blocks = tl.cdiv(n, BLOCK_N).to(tl.int64)
-    group_size = GROUP_N * tl.cdiv(F, BLOCK_F).to(tl.int64)
+    """Row block, column block: GROUP_N row blocks sweep the columns together and share W_enc."""
+    row_blocks = tl.cdiv(n, BLOCK_N)
+    group_size = tl.full((), GROUP_N, tl.int64) * tl.cdiv(F, BLOCK_F)
     first = program // group_size * GROUP_N
     height = tl.minimum(row_blocks - first, GROUP_N)
     inside = program % group_size
     return first + inside % height, inside // height
+
+
+@triton.jit
+def _dealt(BLOCK_F: tl.constexpr, BITS: tl.constexpr, LANES: tl.constexpr):
+    """Latent of each column of the product, relative to the tile.
+
+    Tensor cores leave the columns 2 (i LANES + q) + {0, 1} of a row in thread q. Dealt columns
+    make these the latents [q BITS, (q + 1) BITS): the registers of one thread hold a whole word.
+    """
+    column = tl.arange(0, BLOCK_F).to(tl.int64)
+    inside = column % (LANES * BITS)
+    lane = inside // 2 % LANES
+    latent = lane * BITS + inside // (2 * LANES) * 2 + inside % 2
+    return tl.max_contiguous(tl.multiple_of(column - inside + latent, 2), 2)
+
+
+@triton.jit
+def _in_words(
+    tile,
+    BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BITS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """`[BLOCK_N, BLOCK_F]` as `[BLOCK_N, words, BITS]`, latents ascending."""
+    dealt = tl.reshape(tile, (BLOCK_N, BLOCK_F // (LANES * BITS), BITS // 2, LANES, 2))
+    return tl.reshape(tl.permute(dealt, (0, 1, 3, 2, 4)), (BLOCK_N, BLOCK_F // BITS, BITS))
+
+
+@triton.jit
+def _pick(value, index, BLOCK_N: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr):
+    """`value[i, w, index[i, w]]` by a tree of BITS - 1 selections, without memory."""
+    HALVINGS: tl.constexpr = (BITS // 2).bit_length()
+    for level in tl.static_range(HALVINGS):
+        odd_bit = ((index >> level) & 1)[:, :, None] == 1
+        value = tl.reshape(value, (BLOCK_N, WORDS, BITS >> (level + 1), 2))
+        even, odd = tl.split(value)
+        value = tl.where(odd_bit, odd, even)
+    return tl.reshape(value, (BLOCK_N, WORDS))
 
 
 @triton.jit
@@ -113,6 +144,8 @@ def _encode_tiles_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BITS: tl.constexpr,
+    LANES: tl.constexpr,
     GROUP_N: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
@@ -123,9 +156,9 @@ def _encode_tiles_kernel(
         if start + tl.load(chunk_count + tile) <= arena_start:
             return
 
-    WORDS: tl.constexpr = BLOCK_F // 32
+    WORDS: tl.constexpr = BLOCK_F // BITS
     local_rows = tl.arange(0, BLOCK_N)
-    local_columns = tl.arange(0, BLOCK_F)
+    local_columns = _dealt(BLOCK_F, BITS, LANES)
     rows = row_block * BLOCK_N + local_rows
     columns = column_block * BLOCK_F + local_columns
     row_ok = rows < n
@@ -154,30 +187,35 @@ def _encode_tiles_kernel(
     bias = tl.load(b_enc + columns, mask=column_ok, other=0.0)  # [BLOCK_F]
     pre = acc + bias[None, :]
 
-    value = pre
     if BY_THRESHOLD:
         theta = tl.load(limit + columns * stride_limit, mask=column_ok, other=float("inf"))
-        hit = (pre > (theta - half_window)[None, :]) & row_ok[:, None]
-        if WINDOW:  # a gated value is never NaN, so NaN marks what only the window stores
-            value = tl.where(pre > theta[None, :], pre, float("nan"))
         # One addition per element finds tiles with a NaN; a false alarm (Inf - Inf) is harmless.
-        alarm = tl.sum(tl.sum(pre, 1), 0) + tl.sum(theta * 0.0, 0)
-        if (alarm != alarm) & (not AGAIN):
+        sums = tl.sum(tl.sum(pre, 1), 0)
+        limits = tl.sum(theta, 0)
+        if ((sums != sums) | (limits != limits)) & (not AGAIN):
             invalid = ((pre != pre) | (theta != theta)[None, :]) & column_ok[None, :]
             column = tl.where(invalid, columns[None, :].to(tl.int32), 2147483647)
             first = tl.min(column, 1)
             tl.atomic_min(first_invalid + rows, first, mask=row_ok & (first < F), sem="relaxed")
+        hit = pre > (theta - half_window)[None, :]
     else:
         bound = tl.load(limit + rows * stride_limit, mask=row_ok, other=0.0)
         lowest = tl.where(bound > 0, bound, 1.401298464324817e-45)  # the least positive float32
         hit = (pre < lowest[:, None]) ^ True  # NaN included
-        hit = hit & row_ok[:, None] & column_ok[None, :]
 
     # Bits of a word are distinct: their sum is their union, the sign bit included.
-    bit = (tl.full((32,), 1, tl.int32) << tl.arange(0, 32))[None, None, :]
-    hit = tl.reshape(hit, (BLOCK_N, WORDS, 32))
-    value = tl.reshape(value, (BLOCK_N, WORDS, 32))
+    hit = _in_words(hit, BLOCK_N, BLOCK_F, BITS, LANES)
+    bit = (tl.full((BITS,), 1, tl.int32) << tl.arange(0, BITS))[None, None, :]
     word = tl.sum(tl.where(hit, bit, 0), 2)  # [BLOCK_N, WORDS]
+    word = tl.where(row_ok[:, None], word, 0)
+    if not BY_THRESHOLD:  # no limit of +Inf keeps columns past F out
+        inside = F - column_block * BLOCK_F - BITS * tl.arange(0, WORDS)
+        kept = (1 << tl.minimum(tl.maximum(inside, 0), BITS).to(tl.int64)) - 1
+        word = word & kept.to(tl.int32)[None, :]
+    value = pre
+    if WINDOW:  # a gated value is never NaN, so NaN marks what only the window stores
+        value = tl.where(pre > theta[None, :], pre, float("nan"))
+    value = _in_words(value, BLOCK_N, BLOCK_F, BITS, LANES)
     in_word = _popcount(word)
     in_row = tl.sum(in_word, 1)
     in_tile = tl.sum(in_row, 0)
@@ -190,12 +228,11 @@ def _encode_tiles_kernel(
             tl.store(chunk_start + tile, start)
         rank = tl.cumsum(in_word, 1) - in_word  # of the next hit of each word in its row
         at = (start - arena_start) + (tl.cumsum(in_row, 0) - in_row)[:, None] + rank
-        code = local_rows[:, None] * BLOCK_F + 32 * tl.arange(0, WORDS)[None, :]
+        code = local_rows[:, None] * BLOCK_F + BITS * tl.arange(0, WORDS)[None, :]
         for _ in range(tl.max(tl.max(in_word, 1), 0)):  # one hit of each word at a time
-            lowest = word & -word
-            found = tl.sum(tl.where(bit == lowest[:, :, None], value, 0.0), 2)
-            column = _log2(lowest)
-            upper = (rank * (BLOCK_N * BLOCK_F) + code + column).to(tl.int64) << 32
+            index = _log2(word & -word)
+            found = _pick(value, index, BLOCK_N, WORDS, BITS)
+            upper = (rank * (BLOCK_N * BLOCK_F) + code + index).to(tl.int64) << 32
             record = upper | found.to(tl.uint32, bitcast=True).to(tl.int64)
             tl.store(arena + at, record, mask=(word != 0) & (at >= 0) & (at < capacity))
             word = word & (word - 1)
@@ -259,9 +296,19 @@ def encode_missing(
 
 
 def _config(x: Tensor, W_enc: Tensor) -> dict[str, int]:
-    tensor_cores = x.dtype == W_enc.dtype != torch.float32
-    name = "encode_tiles" if tensor_cores else "encode_tiles_float32"
-    return choose(name, x.device, n=x.shape[0], d=x.shape[1], F=W_enc.shape[1])
+    name = "encode_tiles"
+    if x.dtype != W_enc.dtype or x.dtype == torch.float32:
+        name = "encode_tiles_float32"
+    elif not (_wide_loads(x) and _wide_loads(W_enc)):
+        name = "encode_tiles_strided"
+    return choose(name, x.device, n=x.shape[0], F=W_enc.shape[1])
+
+
+def _wide_loads(matrix: Tensor) -> bool:
+    """Whether 16-byte loads reach the whole matrix; else its loads take many registers."""
+    line = 16 // matrix.element_size()
+    small, large = sorted(matrix.stride())
+    return small == 1 and large % line == 0 and matrix.data_ptr() % 16 == 0
 
 
 def _launch(

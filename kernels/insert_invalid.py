@@ -3,8 +3,9 @@
     indices[p], values[p], gate[p] = first_invalid[row], NaN, 1
     with p = offsets[row] + number of the row's entries below first_invalid[row]
 
-Algorithm: a program per row returns at once when the row is sound, else counts the smaller latents.
-The gap holds latent 0 and counts as one of them, unless the invalid latent is itself 0.
+Algorithm: a program returns at once if its BLOCK_N rows are sound, else counts the smaller latents
+of each row that is not. The gap holds latent 0 and counts as one of them, unless the invalid latent
+is itself 0.
 Bound by launch latency: almost no row has an invalid pair.
 """
 
@@ -25,24 +26,31 @@ def _insert_invalid_kernel(
     indices,
     values,
     gate,
+    n,
     capacity,
+    BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    first = tl.load(first_invalid + row)
-    if (first == 2147483647) | (tl.load(needed) > capacity):
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_N
+    rows = first_row + tl.arange(0, BLOCK_N)
+    firsts = tl.load(first_invalid + rows, mask=rows < n, other=2147483647)  # [BLOCK_N]
+    if (tl.min(firsts, 0) == 2147483647) | (tl.load(needed) > capacity):
         return
-    start = tl.load(offsets + row)
-    end = tl.load(offsets + row + 1)
-    below = tl.zeros((BLOCK,), tl.int64)
-    for done in range(start, end, BLOCK):
-        entry = done + tl.arange(0, BLOCK)
-        latent = tl.load(indices + entry, mask=entry < end, other=2147483647)  # [BLOCK]
-        below += (latent < first).to(tl.int64)
-    position = start + tl.sum(below, 0) - (first > 0).to(tl.int64)
-    tl.store(indices + position, first)
-    tl.store(values + position, float("nan"))
-    tl.store(gate + position, 1.0)
+    for i in range(BLOCK_N):
+        row = first_row + i
+        first = tl.load(first_invalid + row, mask=row < n, other=2147483647)
+        if first != 2147483647:
+            start = tl.load(offsets + row)
+            end = tl.load(offsets + row + 1)
+            below = tl.zeros((BLOCK,), tl.int64)
+            for done in range(start, end, BLOCK):
+                entry = done + tl.arange(0, BLOCK)
+                latent = tl.load(indices + entry, mask=entry < end, other=2147483647)  # [BLOCK]
+                below += (latent < first).to(tl.int64)
+            position = start + tl.sum(below, 0) - (first > 0).to(tl.int64)
+            tl.store(indices + position, first)
+            tl.store(values + position, float("nan"))
+            tl.store(gate + position, 1.0)
 
 
 def insert_invalid(
@@ -54,9 +62,11 @@ def insert_invalid(
     gate: Tensor,
 ) -> None:
     """Fill the gaps of rows with an invalid pair; `indices` must hold 0 there."""
+    n = first_invalid.shape[0]
+    config = choose("insert_invalid", indices.device)
     launch(
         _insert_invalid_kernel,
-        first_invalid.shape[0],
-        *(first_invalid, offsets, needed, indices, values, gate, indices.shape[0]),
-        **choose("insert_invalid", indices.device),
+        triton.cdiv(n, config["BLOCK_N"]),
+        *(first_invalid, offsets, needed, indices, values, gate, n, indices.shape[0]),
+        **config,
     )

@@ -88,7 +88,7 @@ def place_entries(
         *(offsets.shape[0] - 1, indices.shape[0], first_latent),
         INVALID=tiles.first_invalid is not None,
         GATE=gate is not None,
-        BLOCK_N=tiles.block_n,
-        BLOCK_F=tiles.block_f,
+        BLOCK_N=tiles.config["BLOCK_N"],
+        BLOCK_F=tiles.config["BLOCK_F"],
         **choose("place_entries", indices.device, n=offsets.shape[0] - 1),
     )
