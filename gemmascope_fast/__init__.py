@@ -1,6 +1,6 @@
 """A compute backend for sparse autoencoders: sparse encoders, decoders and their gradients."""
 
-from . import losses, reference, sources
+from . import losses, optim, reference, sources
 from .activations import BatchTopK, JumpReLU, TopK
 from .artefacts import load
 from .functional import (
@@ -12,14 +12,15 @@ from .functional import (
     topk_encode,
 )
 from .modules import SAE, Transcoder
+from .optim import clip_grad_norm_
 from .reference import CapacityError
 from .semantics import Semantics
 from .sparse import SparseActs
+from .training.blocked import count_latents
 from .training.metrics import Evaluation, evaluate
 from .training.preset import Preset
 from .training.runs import train
 from .training.trainer import NonFiniteError
-from .training.blocked import count_latents
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "TopK",
     "Transcoder",
     "batchtopk_encode",
+    "clip_grad_norm_",
     "count_latents",
     "decode",
     "decode_",
@@ -43,6 +45,7 @@ __all__ = [
     "jumprelu_encode",
     "load",
     "losses",
+    "optim",
     "pre_at",
     "reference",
     "sources",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from .activations import Activation, BatchTopK, JumpReLU, TopK
+from .checks import check_decoder
 from .effective import encode, folded, unscaled
 from .functional import decode
 from .pretrained import Pretrained
@@ -51,6 +52,7 @@ class SAE(Pretrained, nn.Module):
     threshold: nn.Parameter | None
     ema_threshold: Tensor | None
     centred = True
+    deferred: Any = None  # a fused optimizer's: backward leaves its work to step
 
     def __init__(
         self,
@@ -173,10 +175,15 @@ class SAE(Pretrained, nn.Module):
         """
         if isinstance(self.activation, TopK) and max_nnz is not None:
             raise ValueError("encode: TopK always stores k entries per token; drop max_nnz")
-        return encode(self, x, max_nnz)
+        acts = encode(self, x, max_nnz)
+        deferred = self.deferred if torch.is_grad_enabled() else None
+        return acts if deferred is None else deferred.encode(x, acts)
 
     def decode(self, acts: SparseActs, *, dtype: torch.dtype | None = None) -> Tensor:
         """Reconstruction `[*batch, d_out]`; `dtype` defaults to that of `W_dec`."""
+        if self.deferred is not None and torch.is_grad_enabled():
+            check_decoder("decode", acts, self.W_dec, dtype)
+            return self.deferred.decode(acts, self.b_dec, dtype or self.W_dec.dtype)  # type: ignore[no-any-return]
         return decode(unscaled(self, acts), self.W_dec, self.b_dec, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:

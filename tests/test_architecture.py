@@ -18,7 +18,7 @@ PACKAGE = ROOT / "gemmascope_fast"
 NAME = PACKAGE.name
 
 LAYERS = [
-    ("reference", "autograd", "arguments"),
+    ("reference", "autograd", "arguments", "costs"),
     ("fakes",),
     ("ops",),
     ("entries",),
@@ -29,6 +29,7 @@ LAYERS = [
     ("effective",),
     ("pretrained", "training.__init__", "training.losses"),
     ("modules",),
+    ("optim",),
     ("training",),
     ("sources",),
     ("artefacts", "integrations", "distributed"),

@@ -83,6 +83,53 @@ def test_a_transcoder_learns_a_map_between_scales(affine: bool) -> None:
     assert found.fvu < 0.45
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"fused": False}, {"rows": "live"}, {"moments": "8bit"}, {"dtype": torch.bfloat16}],
+    ids=["unfused", "live", "8bit", "bfloat16"],
+)
+def test_ways_to_save_memory_learn_as_much(options: dict[str, Any]) -> None:
+    x = sparse_data(3000)
+    exact, other = train(x, steps=120), train(x, steps=120, **options)
+    assert other.W_enc.dtype == options.get("dtype", torch.float32)
+    a, b = gsf.evaluate(exact, x), gsf.evaluate(other, x.to(other.W_enc.dtype))
+    close = 1e-3 if "fused" in options or "rows" in options else 0.05
+    assert b.fvu == pytest.approx(a.fvu, rel=close) and b.l0 == pytest.approx(a.l0, rel=close)
+
+
+@pytest.mark.parametrize("activation", ["jumprelu", "batchtopk"])
+def test_prefixes_of_a_matryoshka_run_are_dictionaries(activation: str) -> None:
+    x = sparse_data(3000)
+    options = {"steps": 150, "activation": activation}
+    options |= {"k": 4} if activation == "batchtopk" else {}
+    nested, plain = train(x, matryoshka=[24, 96], **options), train(x, **options)
+
+    def error(sae: Any) -> float:
+        acts = sae.encode(x).to_dense()[:, :24]
+        recon = acts @ sae.W_dec[:24] + sae.b_dec
+        return float(((recon - x).square().sum() / (x - x.mean(0)).square().sum()).detach())
+
+    assert error(nested) < 0.9 * error(plain)
+
+
+def test_dead_latents_of_topk_have_a_loss_of_their_own() -> None:
+    x = sparse_data(1000)
+    seen: list[dict[str, float]] = []
+    train(x, activation="topk", k=2, steps=40, d_sae=384, on_metrics=seen.append)
+    revived = ["auxk" in m for m in seen]
+    assert not any(revived[:8]) and revived[8:] == [m["dead"] > 0 for m in seen[7:-1]]
+    assert any(revived)
+
+
+def test_both_forms_of_the_pull() -> None:
+    x = sparse_data(1000)
+    for fused in (True, False):
+        seen: list[dict[str, float]] = []
+        preset = replace(FAST, per_token=False, frequency=0.01)
+        train(x, preset=preset, fused=fused, on_metrics=seen.append)
+        assert {"quadratic_mean_l0", "frequency"} <= set(seen[0]) and seen[0]["frequency"] > 0
+
+
 def test_another_seed_is_another_run_and_the_same_seed_is_not() -> None:
     x = sparse_data(500)
     first, same, other = (train(x, seed=s) for s in (1, 1, 2))

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from .blocked import CROSSOVER, DEFAULT_LIMITS, ENTRY_BYTES
 from .calibration import ROWS, TILE_BYTES
 from .preset import find_preset
 from .settings import Settings, prefixes
@@ -157,6 +156,8 @@ def estimate(
 
 def _step(s: Settings, device: torch.device, matrix: int, vectors: int) -> dict[str, int]:
     """What a training step holds at its densest."""
+    from .blocked import CROSSOVER, DEFAULT_LIMITS, ENTRY_BYTES  # it imports sympy
+
     wide = max(s.dtype.itemsize, 4)
     rows = s.batch_size * (s.d_in + s.d_out)
     held = {"batch": ROW_COPIES * wide * rows, "vectors": 4 * vectors}

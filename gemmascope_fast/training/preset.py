@@ -48,6 +48,7 @@ class Preset:
         target_l0_steps: length of that glide.
         frequency: lam_f.
         frequency_scale: w0.
+        auxk: coefficient of the dead latents' reconstruction of the residual; topk and batchtopk.
         threshold_decay: of BatchTopK's running threshold, which the result encodes with, in [0, 1).
         shorten: whether warm-ups and the glide take at most a tenth (lr) and a fifth (the others)
             of the run.
@@ -78,6 +79,7 @@ class Preset:
     target_l0_steps: int = 50_000
     frequency: float = 1e-3
     frequency_scale: float = 0.01
+    auxk: float = 1 / 32
     threshold_decay: float = 0.99
     shorten: bool = True
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .. import losses
 from ..modules import SAE, JumpReLU, Transcoder
-from .blocked import CROSSOVER, DEFAULT_LIMITS, ENTRY_BYTES
-from .losses import QuadraticL0, Reconstruction, Term
+from .losses import LossTerm, Matryoshka, QuadraticL0, Reconstruction
+from .losses_batch import Frequency, QuadraticMeanL0
+from .losses_weights import AuxK
 from .settings import Settings
 
 SURPLUS = 2.0
@@ -62,13 +63,15 @@ class Recipe:
             density: share of active latents in the batch before.
             dead: `[d_sae]` bool.
         """
-        if self.fusable(density):
+        if self.fusable(density) and not self._revives(dead):
             return self._fused(module, x, x if target is None else target, step)
         loss, metrics = module.loss(x, target, self.terms(step, dead))
         return Found(loss, metrics, None)
 
     def fusable(self, density: float) -> bool:
         """Whether a batch of about this density goes the fused way."""
+        from .blocked import CROSSOVER, DEFAULT_LIMITS, ENTRY_BYTES  # it imports sympy
+
         s = self._settings
         if not s.fused or s.matryoshka is not None:
             return False
@@ -76,13 +79,26 @@ class Recipe:
         sparse = density <= CROSSOVER.get(self._device.type, 0.0) or s.activation != "jumprelu"
         return sparse and expected <= DEFAULT_LIMITS.entry_bytes
 
-    def terms(self, step: int, dead: Tensor) -> list[Term]:
+    def terms(self, step: int, dead: Tensor) -> list[LossTerm]:
         """Terms of `SAE.loss` for step `step`."""
-        terms: list[Term] = [Reconstruction()]
-        if self._settings.target_l0 is not None:
+        s, preset = self._settings, self._settings.preset
+        terms: list[LossTerm] = [Reconstruction()]
+        if s.matryoshka is not None:
+            terms = [Matryoshka(s.matryoshka)]
+        if s.target_l0 is not None:
             target, lam = self._pull(step)
-            terms.append(QuadraticL0(target, lam))
+            pull = QuadraticL0(target, lam)
+            terms.append(pull if preset.per_token else QuadraticMeanL0(lam, target=target))
+            if preset.frequency:
+                terms.append(Frequency(preset.frequency, w0=preset.frequency_scale))
+        elif self._revives(dead):
+            terms.append(AuxK(dead, max(s.d_in // 2, 1), preset.auxk))
         return terms
+
+    def _revives(self, dead: Tensor) -> bool:
+        """Whether the dead latents have a loss of their own."""
+        s = self._settings
+        return s.target_l0 is None and s.preset.auxk > 0 and bool(dead.any())
 
     def _pull(self, step: int) -> tuple[float, float]:
         """Target L0 and its weight."""

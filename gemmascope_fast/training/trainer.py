@@ -62,7 +62,7 @@ class Trainer:
     def __init__(self, source: Source, settings: Settings, device: torch.device) -> None:
         self.source, self.settings, self.device = source, settings, device
         self.module = settings.make(device)
-        self.updates = Updates(self.module, settings.preset)
+        self.updates = Updates(self.module, settings)
         self.taken = 0
         self.last_fired = torch.zeros(settings.d_sae, dtype=torch.int64, device=device)
         self.stream = Stream(source, settings.seed)
@@ -82,7 +82,7 @@ class Trainer:
         made = cls.__new__(cls)
         made.source, made.settings, made.device = source, settings, device
         made.module = settings.make(device)
-        made.updates = Updates(made.module, settings.preset)
+        made.updates = Updates(made.module, settings)
         made.recipe = Recipe(settings, device)
         made.taken, made.density = record["step"], record["density"]
         made.last_fired = torch.zeros(settings.d_sae, dtype=torch.int64, device=device)
@@ -146,7 +146,7 @@ class Trainer:
 
     def finish(self) -> SAE:
         """The module itself, turned into one that reads raw activations; the run is over."""
-        self.updates.zero_grad()
+        self.updates.release()
         del self.updates
         fold_(self.module, *self.maps)
         return self.module

@@ -1,4 +1,4 @@
-"""The optimizer of a run, with unit-norm decoder rows around it, and its state for checkpoints."""
+"""The optimizer of a run, and its state for checkpoints."""
 
 from __future__ import annotations
 
@@ -8,27 +8,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..modules import SAE
-from .preset import Preset
+from ..optim import Adam
+from .settings import Settings
 
 PREFIX = "optimizer."
 
 
 class Updates:
-    """Adam with betas (0, beta2) over a module's parameters.
-
-    Each decoder row stays on the unit sphere: the component of its gradient along the row is
-    removed before the update, and its norm restored after it.
+    """Adam with betas (0, beta2) over a module, its decoder rows kept at unit norm.
 
     Args:
-        module: its parameters are updated.
-        preset: beta2 and eps.
+        module: an SAE or a transcoder; its parameters are updated.
+        settings: of the run.
     """
 
-    def __init__(self, module: SAE, preset: Preset) -> None:
+    def __init__(self, module: Any, settings: Settings) -> None:
         self._module = module
-        self.optimizer = torch.optim.Adam(
-            module.parameters(), lr=preset.lr, betas=(0.0, preset.beta2), eps=preset.eps, fused=True
+        self.optimizer = Adam(
+            module,
+            settings.preset.lr,
+            (0.0, settings.preset.beta2),
+            settings.preset.eps,
+            rows=settings.rows,
+            moments=settings.moments,
+            remove_parallel=True,
+            unit_norm=True,
+            fused=settings.fused,
+            seed=settings.seed,
         )
 
     def zero_grad(self) -> None:
@@ -38,21 +44,19 @@ class Updates:
     @torch.no_grad()
     def fired(self) -> Tensor:
         """`[d_sae]` bool: latents that were active in the batch whose gradients are held."""
-        grad = self._module.b_enc.grad
-        assert grad is not None
+        grad: Tensor = self._module.b_enc.grad
         return grad != 0
 
-    @torch.no_grad()
     def step(self, lr: float) -> None:
         """Update every parameter from its gradient."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        W_dec = self._module.W_dec
-        if W_dec.grad is not None:
-            along = torch.linalg.vecdot(W_dec.grad, W_dec)
-            W_dec.grad.addcmul_(W_dec, along[:, None], value=-1)
         self.optimizer.step()
-        W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True))
+
+    def release(self) -> None:
+        """Let go of the module: it is an ordinary one again."""
+        self.zero_grad()
+        self._module.deferred = None
 
     def tensors(self) -> dict[str, Tensor]:
         """State tensors under names of their own."""

@@ -1,0 +1,6 @@
+"""Optimizers for dictionaries: Adam on touched rows, alone or fused into the backward pass."""
+
+from .adam import Adam
+from .clipping import clip_grad_norm_
+
+__all__ = ["Adam", "clip_grad_norm_"]

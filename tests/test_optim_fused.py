@@ -1,0 +1,251 @@
+"""gsf.optim.Adam(fused=True): the bits of the unfused one, and what backward and step promise."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import weakref
+
+import pytest
+import torch
+from oracle import assert_same
+from test_optim import batch, loss_of, sae, train
+
+import gemmascope_fast as gsf
+
+ACTIVATIONS = [gsf.JumpReLU(0.2, 0.4), gsf.TopK(5), gsf.BatchTopK(4.5)]
+RULES = [
+    {},
+    {"betas": (0.9, 0.99)},
+    {"betas": (0.9, 0.99), "rows": "live"},
+    {"moments": "8bit"},
+    {"remove_parallel": True, "unit_norm": True},
+]
+
+
+def pair(activation=None, dtype=torch.float32, **rule):
+    """A fused and an unfused module with their optimizers."""
+    modules = [sae(activation, dtype) for _ in range(2)]
+    return [
+        (m, gsf.optim.Adam(m, 1e-2, **rule, fused=f)) for m, f in zip(modules, (1, 0), strict=True)
+    ]
+
+
+def assert_equal_runs(first, second) -> None:
+    for (name, p), q in zip(first[0].named_parameters(), second[0].parameters(), strict=True):
+        assert_same(p.detach(), q.detach(), name)
+        mine, other = first[1].state[p], second[1].state[q]
+        assert mine.keys() == other.keys()
+        for key, value in mine.items():
+            if isinstance(value, torch.Tensor):
+                assert_same(value, other[key], f"{name}.{key}")
+            else:
+                assert value == other[key]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_the_same_bits_as_unfused(activation, rule):
+    runs = pair(activation, **rule)
+    for module, optimizer in runs:
+        train(module, optimizer, 12)
+    assert_equal_runs(*runs)
+    assert not torch.equal(runs[0][0].W_dec, sae(activation).W_dec)
+
+
+def test_float64_runs_on_the_reference():
+    fused, unfused = pair(dtype=torch.float64)
+    for module, optimizer in (fused, unfused):
+        train(module, optimizer, 12, dtype=torch.float64)
+    for p, q in zip(fused[0].parameters(), unfused[0].parameters(), strict=True):
+        assert (p - q).abs().max() < 1e-12
+
+
+def test_transcoder_with_skip():
+    runs = []
+    for fused in (True, False):
+        g = torch.Generator().manual_seed(1)
+        module = gsf.Transcoder(12, 40, gsf.JumpReLU(0.2, 0.4), d_out=7, affine=True, generator=g)
+        optimizer = gsf.optim.Adam(module, 1e-2, fused=fused)
+        for step in range(6):
+            optimizer.zero_grad()
+            x = batch(step)
+            (module(x) - x[:, :7]).square().sum().backward()
+            optimizer.step()
+        runs.append((module, optimizer))
+    assert_equal_runs(*runs)
+    assert runs[0][0].W_skip.any()
+
+
+def test_no_gradient_of_the_matrices_exists():
+    module = sae()
+    optimizer = gsf.optim.Adam(module, 1e-2, fused=True)
+    loss_of(module, batch(0)).backward()
+    assert module.W_enc.grad is None and module.W_dec.grad is None
+    assert module.b_dec.grad is not None
+    optimizer.step()
+    assert module.W_enc.grad is None and optimizer.state[module.W_enc]["step"] == 1
+
+
+def test_a_second_backward_raises_and_changes_nothing():
+    module = sae()
+    optimizer = gsf.optim.Adam(module, 1e-2, fused=True)
+    value = loss_of(module, batch(0))
+    value.backward(retain_graph=True)
+    text = "a second backward\\(\\) before step\\(\\)"
+    with pytest.raises(RuntimeError, match=text):
+        value.backward()
+    with pytest.raises(RuntimeError, match=text):
+        loss_of(module, batch(1)).backward()
+    with pytest.raises(RuntimeError, match=text):
+        module.encode(batch(1)).l0().sum().backward()
+    module.b_dec.grad = None  # of the refused passes
+    other, twin = sae(), None
+    twin = gsf.optim.Adam(other, 1e-2, fused=True)
+    loss_of(other, batch(0)).backward()
+    other.b_dec.grad = None
+    optimizer.step()
+    twin.step()
+    assert_equal_runs((module, optimizer), (other, twin))
+
+
+def test_zero_grad_clears_and_step_consumes():
+    module = sae()
+    optimizer = gsf.optim.Adam(module, 1e-2, fused=True)
+    before = module.W_dec.detach().clone()
+    loss_of(module, batch(0)).backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert_same(module.W_dec.detach(), before)
+    loss_of(module, batch(0)).backward()
+    optimizer.step()
+    once = module.W_dec.detach().clone()
+    assert not torch.equal(once, before)
+    optimizer.step()
+    assert_same(module.W_dec.detach(), once)
+
+
+def test_penalties_alone_reach_the_threshold():
+    runs = pair()
+    for module, optimizer in runs:
+        module.encode(batch(0)).l0().mean().backward()
+        if module.W_dec.grad is None and not optimizer._deferred:
+            module.W_dec.grad = torch.zeros_like(module.W_dec)
+        optimizer.step()
+    assert_same(runs[0][0].threshold.detach(), runs[1][0].threshold.detach())
+    assert not torch.equal(runs[0][0].threshold, sae().threshold)
+
+
+def test_gradients_of_biases_from_elsewhere_are_added():
+    runs = pair()
+    for module, optimizer in runs:
+        (loss_of(module, batch(0)) + module.b_enc.sin().sum() + module.b_dec.sum()).backward()
+        optimizer.step()
+    torch.testing.assert_close(runs[0][0].b_enc, runs[1][0].b_enc)
+
+
+def test_dense_gradients_alone_are_applied_as_unfused():
+    """What `module.loss` leaves when it needs several blocks."""
+    runs = pair()
+    for module, optimizer in runs:
+        optimizer.zero_grad()
+        module.W_dec.square().sum().backward()
+        optimizer.step()
+    assert_same(runs[0][0].W_dec.detach(), runs[1][0].W_dec.detach())
+    assert not torch.equal(runs[0][0].W_dec, sae().W_dec)
+
+
+def test_a_dense_gradient_beside_the_fused_one_is_refused():
+    module = sae()
+    optimizer = gsf.optim.Adam(module, 1e-2, fused=True)
+    before = [p.detach().clone() for p in module.parameters()]
+    (loss_of(module, batch(0)) + module.W_dec.square().sum()).backward()
+    with pytest.raises(RuntimeError, match="W_dec has a dense gradient beside the fused one"):
+        optimizer.step()
+    for p, q in zip(module.parameters(), before, strict=True):
+        assert_same(p.detach(), q)
+    assert not optimizer.state
+
+
+def test_weights_changed_since_the_forward_pass_are_refused():
+    module = sae()
+    optimizer = gsf.optim.Adam(module, 1e-2, fused=True)
+    loss_of(module, batch(0)).backward()
+    with torch.no_grad():
+        module.W_enc.mul_(2)
+    with pytest.raises(RuntimeError, match="W_enc was changed between encode and step"):
+        optimizer.step()
+
+
+def test_edited_activations_are_refused_with_gradients_and_served_without():
+    module = sae()
+    gsf.optim.Adam(module, 1e-2, fused=True)
+    acts = module.encode(batch(0))
+    with pytest.raises(ValueError, match="decode needs the activations that .* unedited"):
+        module.decode(acts.scale([1], 2.0))
+    with torch.no_grad():
+        assert_same(module.decode(acts.detach()), sae().decode(acts.detach()).detach())
+    with pytest.raises(ValueError, match="x must not require grad"):
+        module.encode(batch(0).requires_grad_())
+
+
+def test_construction_is_checked():
+    module = sae()
+    gsf.optim.Adam(module, 1e-2, fused=True)
+    with pytest.raises(ValueError, match="has a fused optimizer already"):
+        gsf.optim.Adam(module, 1e-2, fused=True)
+    frozen = sae()
+    frozen.W_dec.requires_grad_(False)
+    with pytest.raises(ValueError, match="W_dec must require grad"):
+        gsf.optim.Adam(frozen, 1e-2, fused=True)
+    turned = sae()
+    turned.W_enc.data = turned.W_enc.data.contiguous()
+    with pytest.raises(ValueError, match="W_enc must have one contiguous row of memory"):
+        gsf.optim.Adam(turned, 1e-2, fused=True)
+
+
+def test_copies_and_files_of_the_module_have_no_optimizer():
+    module = sae()
+    gsf.optim.Adam(module, 1e-2, fused=True)
+    twin = copy.deepcopy(module)
+    assert twin.deferred is None and module.deferred is not None
+    loss_of(twin, batch(0)).backward()
+    assert twin.W_dec.grad is not None
+    stream = io.BytesIO()
+    torch.save(module, stream)
+    stream.seek(0)
+    assert torch.load(stream, weights_only=False).deferred is None
+
+
+def test_activations_are_freed_with_the_step():
+    module = sae()
+    optimizer = gsf.optim.Adam(module, 1e-2, fused=True)
+    acts = module.encode(batch(0))
+    kept = weakref.ref(acts.indices.untyped_storage())
+    storage = weakref.ref(acts.values)
+    module.decode(acts).square().sum().backward()
+    optimizer.step()
+    gc.disable()
+    try:
+        del acts
+        assert storage() is None and kept() is None, "a reference cycle holds a batch"
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_no_bit(threads):
+    before = torch.get_num_threads()
+    runs = []
+    try:
+        for used in (2, threads):
+            torch.set_num_threads(used)
+            module = sae(dtype=torch.bfloat16, d_sae=300)
+            rule = {"moments": "8bit", "unit_norm": True, "seed": 5}
+            optimizer = gsf.optim.Adam(module, 1e-2, (0.5, 0.9), fused=True, **rule)
+            train(module, optimizer, 4)
+            runs.append((module, optimizer))
+    finally:
+        torch.set_num_threads(before)
+    assert_equal_runs(*runs)
