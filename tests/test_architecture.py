@@ -18,7 +18,7 @@ PACKAGE = ROOT / "gemmascope_fast"
 NAME = PACKAGE.name
 
 LAYERS = [
-    ("reference", "autograd", "arguments", "costs"),
+    ("reference", "autograd", "arguments", "costs", "triton_launchers"),
     ("fakes",),
     ("ops",),
     ("entries",),
