@@ -16,7 +16,7 @@ export CUDAARCHS
 
 CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test demo build lint format sanitize bench wheel clean
+.PHONY: test demo build lint format sanitize bench gpu-check wheel clean
 .DEFAULT_GOAL := test
 
 # Three processes: Triton's interpreter must be chosen before Triton is imported, and the kernels are compiled by the
@@ -31,6 +31,10 @@ demo: build
 
 bench: build
 	$(BIN)/python -m pytest bench --benchmark-only
+
+# Builds, tests and measures on this machine's GPU; needs no network. Resumes; see bench/gpu_check.py --help.
+gpu-check:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) bench/gpu_check.py $(ARGS)
 
 # ---- Environment: each stamp is redone only when what it depends on changes.
 

@@ -1,4 +1,4 @@
-"""The command line: `doctor` tells what serves this machine, `demo` trains a small SAE."""
+"""The command line: `doctor` tells what serves here, `demo` trains, `bench` shows measurements."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor = commands.add_parser("doctor", help="which code serves which op here, and a self-test")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     commands.add_parser("demo", add_help=False, help="train and compare; --help lists its options")
+    commands.add_parser("bench", add_help=False, help="tables of measurements; --help for more")
     args, rest = parser.parse_known_args(argv)
+    if args.command == "bench":
+        from . import report as measurements
+
+        return measurements.main(rest)
     if args.command == "demo":
         from . import demo
 

@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 from gemmascope_fast.kernels import launching
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",

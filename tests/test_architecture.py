@@ -32,7 +32,7 @@ LAYERS = [
     ("training",),
     ("artefacts", "integrations", "distributed"),
     ("__init__",),
-    ("doctor", "demo"),
+    ("doctor", "demo", "report"),
     ("cli",),
     ("__main__",),
 ]

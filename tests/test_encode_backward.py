@@ -55,9 +55,17 @@ def assert_exact(results, args) -> None:
     assert_all_same(results, wanted, NAMES)
 
 
+def skip_where_interpreted(backend, reason: str) -> None:
+    """The interpreter takes 10 ms per program: what other cases cover is left to real machines."""
+    if backend.interpreted:
+        pytest.skip(f"interpreted: {reason}")
+
+
 @pytest.mark.parametrize("dtypes", MIXED, ids=str)
 @pytest.mark.parametrize("with_view", [True, False])
 def test_matches_the_definition(backend, dtypes, with_view):
+    if not with_view and dtypes != MIXED[1]:
+        skip_where_interpreted(backend, "one pair of dtypes is sorted on the way")
     x_dtype, w_dtype = dtypes
     p = problem(n=33, d_in=53, d_sae=61, x_dtype=x_dtype, w_dtype=w_dtype)
     args = encode_backward_args(p)
@@ -82,7 +90,9 @@ def test_matches_the_definition(backend, dtypes, with_view):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_layout(backend, layout, dtype):
-    for n in (2, 40):
+    if dtype != torch.bfloat16 and layout not in ("sliced", "stepped transposed"):
+        skip_where_interpreted(backend, "one dtype takes every layout")
+    for n in (2,) if backend.interpreted and layout.startswith("offset") else (2, 40):
         args = integer_args(n=n, d_in=37, d_sae=41, x_dtype=dtype, w_dtype=dtype)
         args[2], args[3] = LAYOUTS[layout](args[2]), LAYOUTS[layout](args[3])
         results = backend.op("encode_backward")(*args)
@@ -103,6 +113,8 @@ def test_stride_zero_arguments(backend):
 @pytest.mark.parametrize("d_in", [1, 2, 7, 15, 16, 17, 31, 33, 255, 257, 640])
 @pytest.mark.parametrize("n", [1, 3, 50])
 def test_every_width(backend, d_in, n):
+    if n == 50 and d_in not in (17, 257):
+        skip_where_interpreted(backend, "1 and 3 tokens take every width")
     args = integer_args(n=n, d_in=d_in, d_sae=61)
     assert_exact(backend.op("encode_backward")(*args), args)
 
@@ -111,6 +123,7 @@ def test_every_width(backend, d_in, n):
 @pytest.mark.parametrize(("d_in", "d_sae"), [(1152, 10_080), (5376, 1009)])
 def test_sizes_of_gemma_scope(backend, d_in, d_sae, layout):
     # 46 MB of gradient: large gradients have a path of their own.
+    skip_where_interpreted(backend, "10,080 programs take a minute")
     W_enc = LAYOUTS[layout](torch.randint(-2, 3, (d_in, d_sae)).float())
     x = torch.randint(-2, 3, (3, d_in)).float()
     indices = torch.cat([torch.randperm(d_sae)[:50].sort().values for _ in range(3)])
@@ -124,6 +137,8 @@ def test_sizes_of_gemma_scope(backend, d_in, d_sae, layout):
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)), ids=str)
 def test_only_wanted_gradients(backend, needs):
+    if sum(needs) == 2:
+        skip_where_interpreted(backend, "each gradient is left out alone, and alone wanted")
     args = encode_backward_args(problem())
     every = backend.op("encode_backward")(*args)
     some = backend.op("encode_backward")(*args[:12], *needs)
@@ -148,7 +163,8 @@ def test_without_a_threshold(backend):
 
 
 def test_the_feature_view_changes_no_bit(backend):
-    args = encode_backward_args(problem(n=100, d_sae=201))
+    n, d_sae = (20, 31) if backend.interpreted else (100, 201)
+    args = encode_backward_args(problem(n=n, d_sae=d_sae))
     without = backend.op("encode_backward")(*args[:10], None, None, *args[12:])
     assert_all_same(without, backend.op("encode_backward")(*args), NAMES)
 

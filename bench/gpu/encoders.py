@@ -1,0 +1,205 @@
+"""Parts `ceilings`, `encode` and `topk`: rates of this machine, and what stands on its matmul."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gemmascope_fast import ops
+
+from . import checks, dense
+from .context import Context, Shape, Skip
+from .problem import Problem, problem
+from .rows import OURS, compose, encode_flops
+from .timing import compare, copy_rate, free
+
+
+def device_of(ctx: Context) -> torch.device:
+    return torch.device(ctx.settings.device)
+
+
+def copy_bytes(ctx: Context) -> int:
+    return (1 << 20) if ctx.settings.quick else (2 << 30)
+
+
+def estimate(ctx: Context, shape: Shape, products: float) -> float:
+    """Seconds of a row: its dense products at a pessimistic rate, set-up, compilation."""
+    if ctx.settings.quick:
+        return 0.5
+    rate = 300e12 if ctx.settings.device == "cuda" else 50e9
+    once = products * encode_flops(shape) / rate
+    return 6 * once + 2 * ctx.settings.row_seconds + 8
+
+
+# ---- ceilings
+
+
+def ceilings(ctx: Context) -> None:
+    """Rates in this process: copies, gathers of random rows, bfloat16 products of each shape."""
+    device = device_of(ctx)
+    ctx.row("copy", lambda: _copy(ctx))
+    ctx.row("random rows", lambda: _gather(ctx))
+    for d_sae in ctx.settings.latents:
+        shape = Shape(ctx.settings.n, ctx.settings.d, d_sae, 0)
+        ctx.row(f"matmul F={d_sae}", lambda shape=shape: _matmul(ctx, shape))
+        free(device)
+
+
+def _copy(ctx: Context) -> dict[str, Any]:
+    rate = copy_rate(device_of(ctx), copy_bytes(ctx))
+    return {"gb_per_s": rate / 1e9, "line": f"{rate / 1e9:.0f} GB/s read plus written"}
+
+
+def _gather(ctx: Context) -> dict[str, Any]:
+    """`index_select` of random rows out of a matrix far larger than the cache."""
+    s, device = ctx.settings, device_of(ctx)
+    table = torch.empty(s.latents[-1], s.d, dtype=torch.bfloat16, device=device).normal_()
+    rows = torch.randint(s.latents[-1], (8 * s.n,), device=device)
+    out = torch.empty(8 * s.n, s.d, dtype=torch.bfloat16, device=device)
+    times = compare(
+        {"index_select": lambda: torch.index_select(table, 0, rows, out=out)}, device, s.row_seconds
+    )
+    seconds = times["index_select"]["median_s"]
+    rate = 2 * out.numel() * out.element_size() / seconds / 1e9
+    return {"gb_per_s": rate, "times": times, "line": f"{rate:.0f} GB/s read plus written"}
+
+
+def _matmul(ctx: Context, shape: Shape) -> dict[str, Any]:
+    device = device_of(ctx)
+    p = problem(_at_least_one(shape), device, decoder=False)
+    out = torch.empty(shape.n, shape.d_sae, dtype=p.x.dtype, device=device)
+    times = compare(
+        {"matmul": lambda: torch.mm(p.x, p.W_enc, out=out)}, device, ctx.settings.row_seconds
+    )
+    if "unavailable" in times["matmul"]:
+        raise Skip(times["matmul"]["unavailable"])
+    rate = encode_flops(shape) / times["matmul"]["median_s"] / 1e12
+    told = f"{1e3 * times['matmul']['median_s']:.3f} ms, {rate:.1f} TFLOP/s"
+    return {"shape": shape.json(), "tflops": rate, "times": times, "line": told}
+
+
+def _at_least_one(shape: Shape) -> Shape:
+    return Shape(shape.n, shape.d, shape.d_sae, 1)
+
+
+# ---- JumpReLU encode
+
+
+def encode(ctx: Context) -> None:
+    """`jumprelu_encode` against the plain product, dense JumpReLU, eager and compiled."""
+    compiled = dense.compiled(ctx.settings, dense.encode)
+    for shape in ctx.settings.shapes():
+        seconds = estimate(ctx, shape, 4) + (0 if ctx.settings.quick else 20)
+        ctx.row(
+            shape.name, lambda shape=shape: _encode(ctx, shape, compiled), seconds,
+            shape=shape.json(),
+        )  # fmt: skip
+        free(device_of(ctx))
+
+
+def _encode(ctx: Context, shape: Shape, compiled: Any) -> dict[str, Any]:
+    device = device_of(ctx)
+    p = problem(shape, device, decoder=False)
+    args = (p.x, p.W_enc, p.b_enc, p.threshold)
+    op = ops.overload("jumprelu_encode", *args)
+    offsets, indices, values, *_ = op(*args, 0.0, None, False)
+    error = checks.encoded(p, offsets, indices, values)
+    nnz = indices.shape[0]
+    del offsets, indices, values
+    capacity = nnz + nnz // 8 + 64
+    too_large = dense.fits(shape, device, 2, 1)
+    times = compare(
+        {
+            OURS: lambda: op(*args, 0.0, None, False),
+            "ours, fixed capacity": lambda: op(*args, 0.0, capacity, False),
+            "matmul": lambda: p.x @ p.W_enc,
+            "dense eager": too_large or (lambda: dense.encode(p)),
+            "torch.compile": too_large or (lambda: compiled(p)),
+        },
+        device,
+        ctx.settings.row_seconds,
+    )
+    return _on_matmul("encode", shape, times, nnz, error)
+
+
+def _on_matmul(
+    part: str, shape: Shape, times: dict[str, dict[str, Any]], nnz: int, error: float
+) -> dict[str, Any]:
+    return compose(
+        *(part, shape, times),
+        floor_s=times["matmul"].get("median_s"),
+        floor="the plain matmul",
+        flops=encode_flops(shape),
+        nnz=nnz,
+        l0=nnz / shape.n,
+        error=error,
+    )
+
+
+# ---- TopK and BatchTopK encode
+
+
+def topk(ctx: Context) -> None:
+    """`topk_encode` against linear + ReLU + `torch.topk`; `batchtopk_encode` against the matmul."""
+    for shape in ctx.settings.shapes(("uniform",)):
+        about = {"shape": shape.json()}
+        seconds = estimate(ctx, shape, 6)
+        ctx.row(f"topk {shape.name}", lambda shape=shape: _topk(ctx, shape), seconds, **about)
+        free(device_of(ctx))
+        if shape.l0 == ctx.settings.l0s[0]:
+            measure = lambda shape=shape: _batchtopk(ctx, shape)  # noqa: E731
+            ctx.row(f"batchtopk {shape.name}", measure, seconds, **about)
+            free(device_of(ctx))
+
+
+def _topk(ctx: Context, shape: Shape) -> dict[str, Any]:
+    device, k = device_of(ctx), shape.l0
+    p = problem(shape, device, decoder=False)
+    args = (p.x, p.W_enc, p.b_enc)
+    op = ops.overload("topk_encode", *args)
+    offsets, indices, values, *_ = op(*args, k, False)
+    error = checks.selected(p, k, offsets, indices, values)
+    del offsets, indices, values
+    too_large = dense.fits(shape, device, 2, 1)
+    times = compare(
+        {
+            OURS: lambda: op(*args, k, False),
+            "matmul": lambda: p.x @ p.W_enc,
+            "torch.topk": too_large or (lambda: dense.topk(p, k)),
+        },
+        device,
+        ctx.settings.row_seconds,
+    )
+    return _on_matmul("topk", shape, times, k * shape.n, error)
+
+
+def _batchtopk(ctx: Context, shape: Shape) -> dict[str, Any]:
+    device, k = device_of(ctx), float(shape.l0)
+    p = problem(shape, device, decoder=False)
+    args = (p.x, p.W_enc, p.b_enc)
+    op = ops.overload("batchtopk_encode", *args)
+    offsets, indices, values, _, _, threshold, *_ = op(*args, k, None, None, False)
+    error = _batch_selected(p, offsets, indices, values, float(threshold))
+    guess = float(threshold)
+    del offsets, indices, values
+    times = compare(
+        {
+            OURS: lambda: op(*args, k, None, None, False),
+            "ours, last threshold as guess": lambda: op(*args, k, guess, None, False),
+            "matmul": lambda: p.x @ p.W_enc,
+        },
+        device,
+        ctx.settings.row_seconds,
+    )
+    return _on_matmul("batchtopk", shape, times, int(k * shape.n), error)
+
+
+def _batch_selected(
+    p: Problem, offsets: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, least: float
+) -> float:
+    """A batch's selection is a JumpReLU at its implied threshold, up to ties with it."""
+    uniform = torch.full_like(p.threshold, least)
+    return checks.encoded(
+        Problem(p.x, p.W_enc, p.b_enc, uniform, p.W_dec, p.b_dec), offsets, indices, values
+    )

@@ -1,0 +1,112 @@
+"""The targets a run is held to, and the verdict on each: met, missed, or not measured here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+DEFAULT_L0 = 64
+OPEN: Callable[[dict[str, Any]], None] = lambda row: None  # noqa: E731
+
+
+@dataclass(frozen=True)
+class Target:
+    """One promise about the rows of a part.
+
+    Attributes:
+        part: whose rows.
+        text: what is promised, without the number.
+        goal: the number.
+        found: reads the measured number off a row; None when the row cannot tell.
+        d_sae: latents of the rows it speaks of; empty for all.
+        firing: distribution it speaks of; empty for all.
+        at_most: whether the goal is an upper bound.
+    """
+
+    part: str
+    text: str
+    goal: float
+    found: Callable[[dict[str, Any]], float | None]
+    d_sae: tuple[int, ...] = ()
+    firing: str = ""
+    at_most: bool = False
+
+    def speaks_of(self, part: str, shape: dict[str, Any]) -> bool:
+        return (
+            part == self.part
+            and shape["l0"] == DEFAULT_L0
+            and (not self.d_sae or shape["d_sae"] in self.d_sae)
+            and self.firing in ("", shape["firing"])
+        )
+
+
+def ratio(contender: str) -> Callable[[dict[str, Any]], float | None]:
+    """How many times faster than a contender."""
+    return lambda row: row["ratios"].get(contender)
+
+
+def _over_matmul(row: dict[str, Any]) -> float | None:
+    faster = row["ratios"].get("matmul")
+    return None if faster is None else 1 / faster
+
+
+def _memory_share(row: dict[str, Any]) -> float | None:
+    extra = row["times"]["gemmascope_fast"].get("peak_extra_bytes")
+    return None if extra is None else extra / row["dense_matrix_bytes"]
+
+
+def _of_floor(row: dict[str, Any]) -> float | None:
+    return row["of_floor"]
+
+
+K16, K65, K262, M1 = 2**14, 2**16, 2**18, 2**20
+TARGETS = [
+    Target("encode", "time over the plain matmul", 1.07, _over_matmul, at_most=True),
+    Target("encode", "extra memory over n*F*2 bytes", 0.02, _memory_share, at_most=True),
+    Target("topk", "x linear + ReLU + torch.topk", 1.75, ratio("torch.topk")),
+    Target("decode", "x dense matmul", 1.2, ratio("dense eager"), (K16,), "uniform"),
+    Target("decode", "x dense matmul", 2.5, ratio("dense eager"), (K16,), "log-normal"),
+    Target("decode", "x dense matmul", 70, ratio("dense eager"), (M1,)),
+    Target("decode", "of copy bandwidth", 0.85, _of_floor),
+    Target("backward", "x dense backward", 1.5, ratio("dense eager"), (K16,), "uniform"),
+    Target("backward", "x dense backward", 3.0, ratio("dense eager"), (K16,), "log-normal"),
+    Target("backward", "x dense backward", 40, ratio("dense eager"), (M1,)),
+    Target("step", "x dense step, with optimizer", 3.5, OPEN, (K65,)),
+    Target("step", "x dense step, with optimizer", 5.0, OPEN, (K262,)),
+    Target(
+        *("train_1m", "GB peak of 1M x 5376 training", 80.0, lambda row: row["peak_gb"]),
+        **{"d_sae": (M1,), "at_most": True},
+    ),
+]
+"""Those that speak of L0 = 64; the training run is judged whatever its L0."""
+
+UNMEASURED = (
+    "screened encode: not built yet",
+    "decode and gradients against sparsify's kernels: no contender without a network",
+    "whole step with optimizer: the fused optimizer is not built yet; the step here is forward and "
+    "backward",
+)
+"""What the targets ask and this run cannot answer."""
+
+
+def verdicts(part: str, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """`{"text", "goal", "at_most", "found", "met"}` of every target that speaks of this row."""
+    shape = dict(row["shape"])
+    if part == "train_1m":
+        shape["l0"] = DEFAULT_L0
+    told = []
+    for target in TARGETS:
+        if not target.speaks_of(part, shape):
+            continue
+        found = target.found(row)
+        met = None
+        if found is not None:
+            met = found <= target.goal if target.at_most else found >= target.goal
+        told.append(
+            {
+                **{"text": target.text, "goal": target.goal, "at_most": target.at_most},
+                **{"found": found, "met": met},
+            }
+        )
+    return told
