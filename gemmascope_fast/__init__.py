@@ -15,7 +15,6 @@ from .modules import SAE, Transcoder
 from .reference import CapacityError
 from .semantics import Semantics
 from .sparse import SparseActs
-from .training.blocked import count_latents
 
 __version__ = "0.1.0"
 
@@ -29,7 +28,6 @@ __all__ = [
     "TopK",
     "Transcoder",
     "batchtopk_encode",
-    "count_latents",
     "decode",
     "decode_",
     "jumprelu_encode",
