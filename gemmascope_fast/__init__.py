@@ -16,7 +16,6 @@ from .optim import clip_grad_norm_
 from .reference import CapacityError
 from .semantics import Semantics
 from .sparse import SparseActs
-from .training.blocked import count_latents
 from .training.metrics import Evaluation, evaluate
 from .training.preset import Preset
 from .training.runs import train
@@ -38,7 +37,6 @@ __all__ = [
     "Transcoder",
     "batchtopk_encode",
     "clip_grad_norm_",
-    "count_latents",
     "decode",
     "decode_",
     "evaluate",

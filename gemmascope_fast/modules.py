@@ -226,6 +226,12 @@ class SAE(Pretrained, nn.Module):
         result: tuple[Tensor, dict[str, Tensor]] = sae_loss(self, x, target, terms)
         return result
 
+    def count_latents(self, x: Tensor) -> tuple[Tensor, int]:
+        """Tokens of x on which each latent is active, `[d_sae]` int64, and tokens, in blocks."""
+        from .training import blocked
+
+        return cast("tuple[Tensor, int]", blocked.count_latents(self, x))
+
     def extra_repr(self) -> str:
         """Shapes and activation, for `repr`."""
         return f"d_in={self.d_in}, d_sae={self.d_sae}, d_out={self.d_out}, {self.activation}"

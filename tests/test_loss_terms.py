@@ -14,7 +14,7 @@ from torch import Tensor
 
 import gemmascope_fast as gsf
 from gemmascope_fast import training as t
-from gemmascope_fast.training.blocked import Limits, sae_loss
+from gemmascope_fast.training.blocked import Limits, count_latents, sae_loss
 
 OPS = (
     *("jumprelu_encode", "topk_encode", "decode", "encode_backward", "decode_backward"),
@@ -171,7 +171,7 @@ def test_all_together(backend: Any, path: str) -> None:
         torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=2e-4, msg=field)
 
 
-@pytest.mark.parametrize("path", ["dense tiles", "sparse blocks"])
+@pytest.mark.parametrize("path", ["dense tiles", "sparse"])
 @pytest.mark.parametrize("frozen", ["W_enc", "W_dec", "x", "b_dec"])
 def test_frozen_tensors(path: str, frozen: str) -> None:
     module = transcoder(torch.float64)
@@ -222,9 +222,9 @@ def test_parts_of_a_batch(name: str, path: str) -> None:
     module = sae(dtype=torch.float64)
     x = torch.randn(40, 23, dtype=torch.float64)
     whole, _ = sae_loss(module, x, None, (TERMS[name],), PATHS[path])
-    counts, tokens = gsf.count_latents(module, x)
+    counts, tokens = module.count_latents(x)
     assert_same(counts, (module.encode(x).to_dense() != 0).sum(0))
-    parts = [gsf.count_latents(module, part, PATHS[path]) for part in x.split(20)]
+    parts = [count_latents(module, part, PATHS[path]) for part in x.split(20)]
     assert_same(sum(c for c, _ in parts), counts)
     assert tokens == 40 == sum(n for _, n in parts)
     term = replace(TERMS[name], counts=counts, tokens=tokens)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..arguments import check_count
 from ..checks import check_device, check_encoder, check_float, check_vector
@@ -56,6 +55,8 @@ def pre_act(
     Source: Conerly et al., Transformer Circuits updates, January 2025; without a threshold, the
     dead-latent loss of cross-layer transcoders.
     """
+    from torch.utils.checkpoint import checkpoint  # imports sympy: not with this package
+
     op = "pre_act"
     check_encoder(op, x, W_enc, b_enc)
     if threshold is not None:

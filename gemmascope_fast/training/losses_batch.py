@@ -3,9 +3,8 @@
 `p_j` is the share of the batch's tokens on which latent j is active; its gradient reaches the
 threshold of a JumpReLU through the straight-through window. A batch in several blocks is encoded
 once more, first, to count. A part of a larger batch (gradient accumulation, data parallelism) needs
-the totals of the whole: `gemmascope_fast.count_latents` on every part, added up, are a term's
-`counts` and `tokens`. The mean over equal parts of the parts' losses and gradients is then the
-whole batch's.
+the totals of the whole: `SAE.count_latents` of every part, added up, are a term's `counts` and
+`tokens`. The mean over equal parts of the parts' losses and gradients is then the whole batch's.
 """
 
 from __future__ import annotations

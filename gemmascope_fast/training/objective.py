@@ -84,7 +84,7 @@ class Objective:
     def _differentiate(self, recons: Tensor, target: Tensor, l0: Tensor) -> Sequence[Tensor | None]:
         """Gradients of the terms per token in recons, target and l0."""
         needs = self._inputs.needs
-        wanted = (bool(needs), "target" in needs, "threshold" in needs)
+        wanted = (bool(needs), "target" in needs, self._inputs.bandwidth > 0)
         leaves = [
             t.detach().requires_grad_(want)
             for t, want in zip((recons, target, l0), wanted, strict=True)
@@ -165,7 +165,7 @@ class Objective:
         known = (
             inputs.tensors["b_enc"].new_zeros(inputs.d_sae) if self.counts is None else self.counts
         )
-        leaf = known.to(inputs.acc).requires_grad_(inputs.needs_any("threshold"))
+        leaf = known.to(inputs.acc).requires_grad_(inputs.bandwidth > 0)
         with torch.enable_grad():
             total = leaf.sum() * 0.0
             for at, term in terms:
