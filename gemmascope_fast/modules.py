@@ -12,6 +12,7 @@ from .activations import Activation, BatchTopK, JumpReLU, TopK
 from .checks import check_decoder
 from .effective import encode, folded, unscaled
 from .functional import decode
+from .initial import unit_rows_
 from .pretrained import Pretrained
 from .semantics import Semantics, as_semantics
 from .sparse import SparseActs
@@ -112,11 +113,11 @@ class SAE(Pretrained, nn.Module):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the initial weights."""
-        _unit_rows_(self.W_dec, generator)
+        unit_rows_(self.W_dec, generator)
         if self.d_in == self.d_out:
             self.W_enc.copy_(self.W_dec.t())
         else:
-            _unit_rows_(self.W_enc.t(), generator)
+            unit_rows_(self.W_enc.t(), generator)
         self.b_enc.zero_()
         self.b_dec.zero_()
         if isinstance(self.activation, JumpReLU) and self.threshold is not None:
@@ -296,11 +297,3 @@ class Transcoder(SAE):
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction `[*batch, d_out]` in the dtype of x."""
         return self.decode(self.encode(x), x, dtype=x.dtype)
-
-
-def _unit_rows_(rows: Tensor, generator: torch.Generator | None) -> None:
-    """Fill `rows [f, d]` He-uniform and scale each row to unit norm."""
-    nn.init.kaiming_uniform_(rows, generator=generator)
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=wide)
-    rows.div_(norms.to(rows.dtype))
