@@ -16,6 +16,7 @@ from .optim import clip_grad_norm_
 from .reference import CapacityError
 from .semantics import Semantics
 from .sparse import SparseActs
+from .training.memory import MemoryEstimate, estimate_memory
 from .training.metrics import Evaluation, evaluate
 from .training.preset import Preset
 from .training.runs import train
@@ -29,6 +30,7 @@ __all__ = [
     "CapacityError",
     "Evaluation",
     "JumpReLU",
+    "MemoryEstimate",
     "NonFiniteError",
     "Preset",
     "Semantics",
@@ -39,6 +41,7 @@ __all__ = [
     "clip_grad_norm_",
     "decode",
     "decode_",
+    "estimate_memory",
     "evaluate",
     "jumprelu_encode",
     "load",

@@ -155,7 +155,7 @@ def test_only_the_table_knows_gradients_fakes_and_the_compiled_library() -> None
             importers.setdefault(target, set()).add(module_name(path))
     assert importers["autograd"] == importers["fakes"] == {"ops"}
     # CapacityError and MOMENT_BLOCK are what the others take from the reference
-    others = {"entries", "functional", "optim.rows", "__init__"}
+    others = {"entries", "functional", "optim.rows", "training.memory", "__init__"}
     assert importers["reference"] == {"ops", "fakes"} | others
     loads = {p.name for p in package_files() if re.search(r"\b_C\b(?!\._)", p.read_text())}
     assert {"ops.py"} <= loads <= {"ops.py", "doctor.py"}

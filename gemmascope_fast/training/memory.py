@@ -1,10 +1,11 @@
 """`gsf.estimate_memory`: the most memory that a training run takes, from its sizes alone.
 
-    peak = weights + optimizer + max over phases of what the phase holds besides
+    peak = weights + max over phases of what the phase holds besides
 
-with the phases start (calibration), step, and resume. Bytes of a step: the gradients' buffers, a
-few `[n, d]` matrices, and either the stored entries of a block or, while the support is dense, the
-tiles of the dense path. Data that the caller holds, and Python with its libraries, are left out.
+with the phases statistics, start (calibration), step, and resume. Bytes of a step: the optimizer's
+state, the gradients' buffers (none in a fused step), a few `[n, d]` matrices, and either the stored
+entries of a block or, while the support is dense, the tiles of the dense path. Data that the caller
+holds, and Python with its libraries, are left out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..reference import MOMENT_BLOCK
 from .calibration import ROWS, TILE_BYTES
 from .preset import find_preset
 from .settings import Settings, prefixes
@@ -23,8 +25,12 @@ OPTIONS = {
     *("preset", "rows", "moments", "fused", "init_l0", "matryoshka", "kind", "affine", "dtype"),
     "autocast",
 }
-ROW_COPIES = 5
-"""Matrices of a batch that exist at once: raw, scaled, reconstruction, its error and gradient."""
+ROW_COPIES, FUSED_COPIES, GROUP_COPIES = 4, 3, 2
+"""Matrices of a batch that exist at once: raw, scaled, reconstruction, its error and gradient; in
+a fused step; and for every further prefix of a Matryoshka run. Measured."""
+
+MARGIN, MARGIN_BYTES = 0.02, 8 << 20
+"""What allocators hold beyond what was asked for: a share, and a constant. Measured."""
 
 EARLY_SURPLUS = 1.3
 """Largest L0 of early training over that of the calibrated start, measured."""
@@ -36,20 +42,13 @@ class MemoryEstimate:
 
     Attributes:
         weights: parameters.
-        optimizer: moments and counters.
         source: what the source holds beside the caller's tensors.
         phases: by name, what is held besides, part by part.
     """
 
     weights: int
-    optimizer: int
     source: int
     phases: dict[str, dict[str, int]]
-
-    @property
-    def lasting_bytes(self) -> int:
-        """Held from the beginning to the end."""
-        return self.weights + self.optimizer + self.source
 
     @property
     def worst(self) -> str:
@@ -59,11 +58,11 @@ class MemoryEstimate:
     @property
     def peak_bytes(self) -> int:
         """Upper bound of the bytes held at any time."""
-        return self.lasting_bytes + sum(self.phases[self.worst].values())
+        held = self.weights + self.source + sum(self.phases[self.worst].values())
+        return int(held * (1 + MARGIN)) + MARGIN_BYTES
 
     def __str__(self) -> str:
-        held = {"weights": self.weights, "optimizer": self.optimizer, "source": self.source}
-        held |= self.phases[self.worst]
+        held = {"weights": self.weights, "source": self.source} | self.phases[self.worst]
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in held.items() if size)
         return f"{self.peak_bytes / GIB:.2f} GiB at its peak ({self.worst}): {parts}"
 
@@ -145,13 +144,14 @@ def estimate(
     moments = optimizer_bytes(s)
     start = {
         "sample": 3 * wide * s.preset.calibration_tokens * max(s.d_in, s.d_out),
-        "quantiles": 4 * TILE_BYTES if s.start_l0 is not None else 0,
-        "statistics": 4 * 8 * ROWS * max(s.d_in, s.d_out),
+        "quantiles": 2 * TILE_BYTES if s.start_l0 is not None else 0,
     }
-    phases = {"start": start, "step": _step(s, device, matrix + skip, vectors)}
-    if resume:
-        phases["resume"] = {"checkpoint": 2 * moments + weights}
-    return MemoryEstimate(weights, moments, source_bytes, phases)
+    step = {"optimizer": moments} | _step(s, device, matrix + skip, vectors)
+    statistics = {"statistics": 4 * 8 * ROWS * max(s.d_in, s.d_out)}
+    phases = {"statistics": statistics, "start": start, "step": step}
+    if resume:  # moments as they are read, and in their places; one tensor more in transit
+        phases["resume"] = {"optimizer": moments, "checkpoint": 2 * moments + weights // 2}
+    return MemoryEstimate(weights, source_bytes, phases)
 
 
 def _step(s: Settings, device: torch.device, matrix: int, vectors: int) -> dict[str, int]:
@@ -161,10 +161,11 @@ def _step(s: Settings, device: torch.device, matrix: int, vectors: int) -> dict[
     wide = max(s.dtype.itemsize, 4)
     rows = s.batch_size * (s.d_in + s.d_out)
     held = {"batch": ROW_COPIES * wide * rows, "vectors": 4 * vectors}
+    held["prefixes"] = GROUP_COPIES * len(s.matryoshka or ()) * wide * s.batch_size * s.d_out
     density = _density(s)
     if density > CROSSOVER.get(device.type, 0.0) and s.activation == "jumprelu":
         tile = min(DEFAULT_LIMITS.tile_bytes, s.batch_size * s.d_sae * wide)
-        held["dense tiles"] = 11 * tile // 4  # two of numbers, three of booleans
+        held["dense tiles"] = 4 * tile  # two of numbers, three of booleans, one of the library's
         held["gradients"] = matrix * wide
         return held
     entries = int(s.batch_size * density * s.d_sae * ENTRY_BYTES)
@@ -173,7 +174,11 @@ def _step(s: Settings, device: torch.device, matrix: int, vectors: int) -> dict[
         blocks = -(-entries // DEFAULT_LIMITS.entry_bytes)
         entries = min(entries, DEFAULT_LIMITS.entry_bytes)
     held["entries"] = entries
-    held["gradients"] = matrix * s.dtype.itemsize * (1 if blocks == 1 else 2)
+    fused = s.fused and s.matryoshka is None and blocks == 1
+    if not fused or (s.activation != "jumprelu" and s.preset.auxk > 0):
+        held["gradients"] = matrix * s.dtype.itemsize * (1 if blocks == 1 else 2)
+    else:
+        held["batch"] = FUSED_COPIES * wide * rows
     return held
 
 
@@ -190,7 +195,8 @@ def _density(s: Settings) -> float:
 def optimizer_bytes(s: Settings) -> int:
     """State of Adam with betas (0, beta2): second moments, and when each row was touched."""
     wide = max(s.dtype.itemsize, 4)
-    matrices = [s.d_sae * s.d_in, s.d_sae * s.d_out, s.d_in * s.d_out if s.affine else 0]
-    vectors = wide * (2 * s.d_sae + s.d_out)
-    counters = 8 * (2 * s.d_sae + (s.d_in if s.affine else 0))
-    return sum(matrices) * 2 * wide + vectors + counters
+    held = 0
+    for rows, columns in ((s.d_sae, s.d_in), (s.d_sae, s.d_out), (s.d_in * s.affine, s.d_out)):
+        codes = rows * (columns + -(-columns // MOMENT_BLOCK))
+        held += 8 * rows + (codes if s.moments == "8bit" else wide * rows * columns)
+    return held + wide * (2 * s.d_sae + s.d_out)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..modules import SAE, JumpReLU, TopK
 from . import checkpoint
+from .memory import estimate
 from .preset import Preset, find_preset
 from .progress import Shown, bar
 from .settings import OP, Settings, prefixes
@@ -139,6 +140,10 @@ def train(
     if on_metrics is not None and not callable(on_metrics):
         raise TypeError(f"{OP}: on_metrics must be callable, got {type(on_metrics).__name__}")
     folder = None if out is None else Path(out)
+    if progress:
+        held = rows_of.held_bytes(place)
+        found = estimate(settings, place, held, resume=resume and folder is not None)
+        print(f"train: {d_sae:,} latents, {steps:,} steps; {found}", file=sys.stderr)
     with nullcontext() if folder is None else _held(folder / CHECKPOINTS):
         trainer = _start(rows_of, settings, place, folder, resume)
         with bar(steps, progress) as shown:
@@ -272,8 +277,3 @@ def _held(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def report(text: str) -> None:
-    """Print a line on the standard error."""
-    print(text, file=sys.stderr)

@@ -1,0 +1,46 @@
+"""Peak resident memory of a training run in a process of its own; prints JSON.
+
+python memory_of_a_run.py '{"d_in": 512, "d_sae": 16384, ...}'
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+import gemmascope_fast as gsf
+
+
+def resident(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found.group(1)) * 1024
+
+
+def main(options: dict) -> dict:
+    d_in, tokens = options.pop("d_in"), options.pop("tokens", 4096)
+    preset = gsf.Preset(calibration_tokens=1024, **options.pop("preset", {}))
+    options["dtype"] = getattr(torch, options.get("dtype", "float32"))
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, d_in, generator=generator) * torch.linspace(3, 0.1, d_in)
+    small = {"d_sae": 64, "batch_size": 64, "steps": 2, "progress": False}
+    kept = {k: v for k, v in options.items() if k in ("activation", "fused", "moments", "dtype")}
+    sparsity = {"k": 4} if "k" in options else {"target_l0": 4}
+    gsf.train(x, **small, **kept, **sparsity)  # threads, code, their first buffers
+    ctypes.CDLL(None).malloc_trim(0)  # what the small run left must not be used again
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    gsf.train(x, progress=False, preset=preset, **options)
+    measured = resident("VmHWM") - before
+    del options["steps"]
+    found = gsf.estimate_memory(d_in=d_in, preset=preset, source_bytes=16 * tokens, **options)
+    return {"measured": measured, "estimated": found.peak_bytes, "parts": str(found)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))
