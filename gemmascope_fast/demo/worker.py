@@ -13,7 +13,7 @@ import json
 import re
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +101,15 @@ class Dense:
         self.step = DenseTrainer(model, model.W_dec, stream, self.scaled, settings).step
 
 
+def warm_up(x: Tensor, settings: Settings) -> None:
+    """Take a small step of either kind: threads, and what torch imports at first use."""
+    small = replace(settings, d_sae=64, batch=32, steps=2, target_l0=4.0, initial_l0=8.0)
+    Trainer(TensorSource(x), run(x.shape[1], small), torch.device("cpu")).step()
+    weight = torch.nn.Parameter(x.new_ones(8))
+    weight.sum().backward()  # type: ignore[no-untyped-call]
+    torch.optim.Adam([weight], fused=True).step()
+
+
 class Worker:
     """The state of one process: data, run, and the memory it started from."""
 
@@ -112,7 +121,7 @@ class Worker:
         self.train_x, self.held_out = held.x[~held.held_out], held.x[held.held_out]
         del held
         self.taken = 0
-        torch.mm(self.train_x[:64], self.train_x[:64].t())  # threads and their stacks
+        warm_up(self.train_x[:256], self.settings)
         self.keeps_memory = keep_freed_memory()
         self.baseline = resident("VmRSS")
         made = Sparse if kind == "sparse" else Dense
