@@ -6,7 +6,7 @@ serving implementation and the reference must agree to the last bit, in values a
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import platform
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import __version__, ops
+from . import __version__, ops, triton_launchers
 
 PACKAGE = Path(__file__).parent
 DEVICES = ("cpu", "cuda")
@@ -110,7 +110,7 @@ def _why_not_native(device: str) -> str:
 def _why_not_triton(device: str) -> str:
     if device == "cpu":
         return "Triton kernels need a GPU"
-    return "native is faster" if ops.TRITON_FOUND else "triton is not installed"
+    return "native is faster" if triton_launchers.FOUND else "triton is not installed"
 
 
 def _served(name: str, device: str) -> dict[str, Any]:
@@ -197,12 +197,13 @@ def _sample(name: str, device: str) -> tuple[Any, ...]:
 
 
 def _versions() -> dict[str, str]:
-    found = importlib.util.find_spec("triton") is not None
     return {
         "gemmascope_fast": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "triton": importlib.import_module("triton").__version__ if found else "absent",
+        "triton": importlib.import_module("triton").__version__
+        if triton_launchers.FOUND
+        else "absent",
     }
 
 

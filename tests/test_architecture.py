@@ -18,7 +18,7 @@ PACKAGE = ROOT / "gemmascope_fast"
 NAME = PACKAGE.name
 
 LAYERS = [
-    ("reference", "autograd", "arguments"),
+    ("reference", "autograd", "arguments", "triton_launchers"),
     ("fakes",),
     ("ops",),
     ("entries",),
