@@ -236,7 +236,9 @@ def write_budget(targets: Sequence[str] = TARGETS) -> None:
     budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
     work = [(name, target) for target in targets for name in specimens()]
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        for (name, target), done in zip(work, pool.map(reports, *zip(*work)), strict=True):
+        for (name, target), done in zip(
+            work, pool.map(reports, *zip(*work, strict=True)), strict=True
+        ):
             found = [measured(r) for r in done]
             before = budget.setdefault(name, {}).get(target, [])
             if [b["kernel"] for b in before] == [f["kernel"] for f in found]:
