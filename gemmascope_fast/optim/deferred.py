@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -138,6 +139,32 @@ class Deferred:
             leaf.register_post_accumulate_grad_hook(_taker(record, f"d_{name}"))  # type: ignore[no-untyped-call]
         self._records[leaves["values"]] = record
         return acts._replace(**leaves)
+
+    def keep(
+        self,
+        x: Tensor,
+        entries: tuple[Tensor, Tensor, Tensor, Tensor],
+        transpose: tuple[Tensor, Tensor],
+        d_recon: Tensor,
+        d_gate: Tensor | None,
+    ) -> Callable[[Tensor], None]:
+        """What `module.loss` calls in its backward pass, with the gradient of the loss."""
+        feature_offsets, permutation = transpose
+        acts = SparseActs(
+            *entries,
+            shape=(x.shape[0], self.module.d_sae),
+            feature_offsets=feature_offsets,
+            permutation=permutation,
+        )
+        record = Record(self, self.module, x, acts)
+
+        def receive(scale: Tensor) -> None:
+            for name, gradient in (("d_recon", d_recon), ("d_gate", d_gate)):
+                if gradient is not None:
+                    scaled = gradient if bool(scale == 1) else gradient * scale.to(gradient.dtype)
+                    record.receive(name, scaled)
+
+        return receive
 
     def decode(self, acts: SparseActs, b_dec: Tensor, dtype: torch.dtype) -> Tensor:
         """Reconstruction of activations that `encode` returned."""

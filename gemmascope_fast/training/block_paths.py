@@ -34,9 +34,14 @@ def sparse_block(inputs: Inputs, rows: slice, objective: Objective, gradients: G
     l0 = torch.segment_reduce(gate, "sum", offsets=offsets, unsafe=True, initial=0)
     d_recon, d_l0 = objective(recon, l0, rows, gradients)
     del recon
-    merged = inputs.needs >= {"W_enc", "W_dec"}
-    backward = _merged_backward if merged else _separate_backward
-    d_x = backward(inputs, x, entries, transpose, d_recon, d_l0, gradients)
+    if gradients.kept is not None:  # a fused optimizer's step does the rest
+        gradients.kept |= {"x": x, "entries": entries, "transpose": transpose}
+        gradients.kept |= {"d_recon": d_recon, "d_gate": _per_entry(d_l0, entries)}
+        d_x = x.new_empty(0)
+    else:
+        merged = inputs.needs >= {"W_enc", "W_dec"}
+        backward = _merged_backward if merged else _separate_backward
+        d_x = backward(inputs, x, entries, transpose, d_recon, d_l0, gradients)
     _finish(inputs, x, rows, d_recon, d_x, gradients)
 
 

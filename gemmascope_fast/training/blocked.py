@@ -13,7 +13,7 @@ budget. TopK is sparse always. BatchTopK selects over the whole batch, hence is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..arguments import check_count, check_number
 from ..checks import check_device, check_encoder, check_float, check_vector
 from ..functional import _autocast, _widen
 from ..modules import SAE, BatchTopK, JumpReLU, TopK, Transcoder
-from .block_paths import dense_block, sparse_block
+from .block_paths import ENCODER, dense_block, sparse_block
 from .evaluation import Gradients, Inputs, Objective
 from .losses import Term, check_terms
 
@@ -88,39 +88,59 @@ def sae_loss(
         acc = torch.float64
     detached = {name: t.detach() for name, t in tensors.items()}
     inputs = Inputs(detached, module.activation, needs, acc)
-    loss, metrics, gradients = _evaluate(inputs, terms, limits)
+    deferrable = module.deferred is not None and needs >= {"W_enc", "W_dec"} and "x" not in needs
+    loss, metrics, gradients = _evaluate(inputs, terms, limits, deferrable)
     if needs:
-        found = [gradients.pop(name) for name in tensors]
-        loss = _Precomputed.apply(loss, found, *tensors.values())  # type: ignore[no-untyped-call]
+        kept = gradients.kept
+        receive = module.deferred.keep(**kept) if kept else None
+        late = ("W_dec", *ENCODER) if kept else ()
+        found = [None if name in late else gradients.pop(name) for name in tensors]
+        loss = _Precomputed.apply(loss, found, receive, *tensors.values())  # type: ignore[no-untyped-call]
     return loss, metrics
 
 
 class _Precomputed(torch.autograd.Function):
-    """The loss as a function of its inputs whose gradients are known already."""
+    """The loss as a function of its inputs whose gradients are known already.
+
+    `receive`, where a fused optimizer computes those of the weights later, is told of the backward
+    pass and its scale.
+    """
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *inputs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        loss: Tensor,
+        gradients: list[Tensor | None],
+        receive: Callable[[Tensor], None] | None,
+        *inputs: Tensor,
+    ) -> Tensor:
         ctx.save_for_backward(*gradients)
+        ctx.receive = receive
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(f"{OP}: second derivatives are not supported: drop create_graph")
+        if ctx.receive is not None:
+            ctx.receive(scale)
         saved = ctx.saved_tensors
         if bool(scale == 1):  # plain loss.backward(): no copies, the buffers become the .grad
-            return (None, None, *saved)
-        return (None, None, *(None if g is None else g * scale.to(g.dtype) for g in saved))
+            return (None, None, None, *saved)
+        return (None, None, None, *(None if g is None else g * scale.to(g.dtype) for g in saved))
 
 
 @torch.no_grad()
 def _evaluate(
-    inputs: Inputs, terms: tuple[Term, ...], limits: Limits
+    inputs: Inputs, terms: tuple[Term, ...], limits: Limits, deferrable: bool
 ) -> tuple[Tensor, dict[str, Tensor], Gradients]:
     objective, gradients = Objective(inputs, terms), Gradients(inputs)
     blocks = {True: 0, False: 0}
     with torch.autocast(inputs.tensors["x"].device.type, enabled=False):
-        for rows, dense in _plan(inputs, limits):
+        plan = list(_plan(inputs, limits))
+        if deferrable and [dense for _, dense in plan] == [False]:
+            gradients.kept = {}
+        for rows, dense in plan:
             path = dense_block if dense else sparse_block
             path(inputs, rows, objective, gradients)
             blocks[dense] += 1
