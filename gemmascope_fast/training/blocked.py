@@ -88,11 +88,12 @@ def sae_loss(
         acc = torch.float64
     detached = {name: t.detach() for name, t in tensors.items()}
     inputs = Inputs(detached, module.activation, needs, acc)
-    deferrable = module.deferred is not None and needs >= {"W_enc", "W_dec"} and "x" not in needs
+    keep = getattr(module.deferred, "keep", None)  # a fused optimizer's
+    deferrable = keep is not None and needs >= {"W_enc", "W_dec"} and "x" not in needs
     loss, metrics, gradients = _evaluate(inputs, terms, limits, deferrable)
     if needs:
         kept = gradients.kept
-        receive = module.deferred.keep(**kept) if kept else None
+        receive = keep(**kept) if keep is not None and kept else None
         late = ("W_dec", *ENCODER) if kept else ()
         found = [None if name in late else gradients.pop(name) for name in tensors]
         loss = _Precomputed.apply(loss, found, receive, *tensors.values())  # type: ignore[no-untyped-call]
