@@ -1,6 +1,7 @@
 """A compute backend for sparse autoencoders: sparse encoders, decoders and their gradients."""
 
-from . import optim, reference
+from . import losses, optim, reference
+from .activations import BatchTopK, JumpReLU, TopK
 from .artefacts import load
 from .functional import (
     batchtopk_encode,
@@ -10,9 +11,10 @@ from .functional import (
     pre_at,
     topk_encode,
 )
-from .modules import SAE, BatchTopK, JumpReLU, TopK, Transcoder
+from .modules import SAE, Transcoder
 from .optim import clip_grad_norm_
 from .reference import CapacityError
+from .semantics import Semantics
 from .sparse import SparseActs
 
 __version__ = "0.1.0"
@@ -22,6 +24,7 @@ __all__ = [
     "BatchTopK",
     "CapacityError",
     "JumpReLU",
+    "Semantics",
     "SparseActs",
     "TopK",
     "Transcoder",
@@ -31,6 +34,7 @@ __all__ = [
     "decode_",
     "jumprelu_encode",
     "load",
+    "losses",
     "optim",
     "pre_at",
     "reference",

@@ -6,7 +6,7 @@ serving implementation and the reference must agree to the last bit, in values a
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import platform
@@ -18,7 +18,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from . import __version__, ops
+from . import __version__, ops, triton_launchers
 
 PACKAGE = Path(__file__).parent
 DEVICES = ("cpu", "cuda")
@@ -111,7 +111,7 @@ def _why_not_native(device: str) -> str:
 def _why_not_triton(device: str) -> str:
     if device == "cpu":
         return "Triton kernels need a GPU"
-    return "native is faster" if ops.TRITON_FOUND else "triton is not installed"
+    return "native is faster" if triton_launchers.FOUND else "triton is not installed"
 
 
 def _served(name: str, device: str) -> dict[str, Any]:
@@ -212,12 +212,13 @@ def _adam_state(rows: Tensor) -> list[Tensor]:
 
 
 def _versions() -> dict[str, str]:
-    found = importlib.util.find_spec("triton") is not None
     return {
         "gemmascope_fast": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "triton": importlib.import_module("triton").__version__ if found else "absent",
+        "triton": importlib.import_module("triton").__version__
+        if triton_launchers.FOUND
+        else "absent",
     }
 
 

@@ -112,6 +112,15 @@ class Entries:
             )
         return self
 
+    def latent_range(self, start: int, end: int) -> Self:
+        """`[*batch, end - start]`: the entries of latents `start <= j < end`, counted from 0."""
+        latents = self.latents()
+        source = ((latents >= start) & (latents < end)).nonzero()[:, 0]
+        offsets = row_offsets(self.tokens()[source], self.n)
+        part = self._entries(source, offsets, (*self.shape[:-1], end - start))
+        part.indices = part.indices - start
+        return part
+
     def _valid(self, per_entry: Tensor) -> Tensor:
         """Return `per_entry` with the padding replaced by 0."""
         if not self.padded:

@@ -3,47 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_decoder
-from .functional import batchtopk_encode, decode, jumprelu_encode, topk_encode
+from .activations import Activation, BatchTopK, JumpReLU, TopK
+from .effective import decoded, encoded, folded
 from .pretrained import Pretrained
+from .semantics import Semantics, as_semantics
 from .sparse import SparseActs
-from .training.losses import DEFAULT_TERMS, Term
+from .training.losses import DEFAULT_TERMS, LossTerm
 
-
-@dataclass(frozen=True)
-class JumpReLU:
-    """`pre * H(pre - threshold)` with a trainable threshold per latent.
-
-    Args:
-        bandwidth: width of the straight-through window, in units of the pre-activations.
-        init_threshold: initial value of every threshold.
-    """
-
-    bandwidth: float = 0.001
-    init_threshold: float = 0.001
-
-
-@dataclass(frozen=True)
-class TopK:
-    """The k largest of `relu(pre)` per token."""
-
-    k: int
-
-
-@dataclass(frozen=True)
-class BatchTopK:
-    """The `int(k * n)` largest positive entries of a batch of n tokens."""
-
-    k: float
-
-
-Activation = JumpReLU | TopK | BatchTopK
+__all__ = ["SAE", "Activation", "BatchTopK", "JumpReLU", "TopK", "Transcoder"]
 
 
 class SAE(Pretrained, nn.Module):
@@ -57,11 +29,14 @@ class SAE(Pretrained, nn.Module):
         device: of the parameters.
         dtype: of `W_enc` and `W_dec`; biases and threshold are float32 (float64 if this is).
         generator: source of the initial weights.
+        semantics: `Semantics`, or the name of a preset; default Gemma Scope 2's.
 
     Attributes:
         W_enc: `[d_in, d_sae]`, one contiguous row of memory per latent (`W_enc.t()` contiguous).
         b_enc: `[d_sae]`. W_dec: `[d_sae, d_out]`. b_dec: `[d_out]`.
-        threshold: `[d_sae]` for `JumpReLU`, else None.
+        threshold: `[d_sae]` for `JumpReLU`, else None; its logarithm under some semantics.
+        ema_threshold: running threshold (float64 scalar buffer) of a BatchTopK whose semantics have
+            one, else None; negative before the first batch where it starts with that.
         metadata: what `load` found beyond the weights; `save_pretrained` writes it.
 
     W_dec starts He-uniform with rows scaled to unit norm, W_enc as its transpose (when the widths
@@ -73,6 +48,8 @@ class SAE(Pretrained, nn.Module):
     W_dec: nn.Parameter
     b_dec: nn.Parameter
     threshold: nn.Parameter | None
+    ema_threshold: Tensor | None
+    centred = True
     deferred: Any = None  # a fused optimizer's: backward leaves its work to step
 
     def __init__(
@@ -85,6 +62,7 @@ class SAE(Pretrained, nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         generator: torch.Generator | None = None,
+        semantics: Semantics | str = "gemma_scope_2",
     ) -> None:
         super().__init__()
         d_out = d_in if d_out is None else d_out
@@ -98,6 +76,7 @@ class SAE(Pretrained, nn.Module):
                 f"{type(self).__name__}: activation must be JumpReLU, TopK or BatchTopK, got "
                 f"{type(self.activation).__name__}"
             )
+        self.semantics = as_semantics(type(self).__name__, semantics)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.W_enc = nn.Parameter(torch.empty(d_sae, d_in, device=device, dtype=dtype).t())
         self.W_dec = nn.Parameter(torch.empty(d_sae, d_out, device=device, dtype=dtype))
@@ -107,6 +86,10 @@ class SAE(Pretrained, nn.Module):
             self.threshold = nn.Parameter(torch.empty(d_sae, device=device, dtype=wide))
         else:
             self.register_parameter("threshold", None)
+        running = isinstance(self.activation, BatchTopK) and self.semantics.ema_decay is not None
+        start = -1.0 if self.semantics.ema_start == "first" else 0.0
+        ema = torch.tensor(start, dtype=torch.float64, device=device) if running else None
+        self.register_buffer("ema_threshold", ema)
         self.reset_parameters(generator)
 
     @property
@@ -135,12 +118,45 @@ class SAE(Pretrained, nn.Module):
         self.b_enc.zero_()
         self.b_dec.zero_()
         if isinstance(self.activation, JumpReLU) and self.threshold is not None:
-            self.threshold.fill_(self.activation.init_threshold)
+            self.threshold.fill_(self.semantics.stored(self.activation.init_threshold))
+
+    def theta(self) -> Tensor:
+        """`[d_sae]` thresholds of a `JumpReLU` in units of `pre`, differentiable.
+
+        Raises:
+            ValueError: the activation has no thresholds.
+        """
+        if self.threshold is None:
+            raise ValueError(f"theta: {self.activation} has no thresholds")
+        return self.threshold if self.semantics.threshold == "direct" else self.threshold.exp()
+
+    @torch.no_grad()
+    def observe(self, smallest: Tensor | None) -> None:
+        """Move the running threshold towards a batch's smallest active value (None: no move)."""
+        if self.ema_threshold is None or smallest is None:
+            return
+        self.ema_threshold.copy_(self.semantics.moved(self.ema_threshold, smallest))
+
+    def to_jumprelu(self, *, bandwidth: float = 0.001) -> Self:
+        """A JumpReLU of Gemma Scope's semantics that encodes and decodes as this evaluates.
+
+        Centring, decoder norms and the parametrisation of the threshold are folded into the
+        weights; a BatchTopK becomes a JumpReLU at its running threshold. Weights are copies.
+
+        Args:
+            bandwidth: of the new module's straight-through window.
+
+        Raises:
+            ValueError: the module is a TopK, or a BatchTopK without a running threshold.
+        """
+        return cast("Self", folded(self, bandwidth))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Serve `to`, `half`, ...; biases and threshold are never rounded to 16 bits."""
 
         def keep_vectors(t: Tensor) -> Tensor:
+            if t.dim() == 0:
+                return t.to(fn(t).device)
             moved = fn(t)
             rounded = t.dim() == 1 and moved.dtype in (torch.bfloat16, torch.float16)
             kept = torch.float32 if t.dtype == torch.float64 else t.dtype
@@ -155,44 +171,20 @@ class SAE(Pretrained, nn.Module):
             ValueError: x has the wrong width, or `max_nnz` is given for TopK.
             CapacityError: more than `max_nnz` entries.
         """
-        acts = self._encode(x, max_nnz)
-        deferred = self.deferred if torch.is_grad_enabled() else None
-        return acts if deferred is None else deferred.encode(x, acts)
-
-    def _encode(self, x: Tensor, max_nnz: int | None) -> SparseActs:
-        activation = self.activation
-        if isinstance(activation, TopK):
-            if max_nnz is not None:
-                raise ValueError("encode: TopK always stores k entries per token; drop max_nnz")
-            return topk_encode(x, self.W_enc, self.b_enc, activation.k)
-        if isinstance(activation, BatchTopK):
-            return batchtopk_encode(x, self.W_enc, self.b_enc, activation.k, max_nnz=max_nnz)
-        assert self.threshold is not None
-        return jumprelu_encode(
-            x,
-            self.W_enc,
-            self.b_enc,
-            self.threshold,
-            bandwidth=activation.bandwidth,
-            max_nnz=max_nnz,
-        )
+        if isinstance(self.activation, TopK) and max_nnz is not None:
+            raise ValueError("encode: TopK always stores k entries per token; drop max_nnz")
+        return encoded(self, x, max_nnz)
 
     def decode(self, acts: SparseActs, *, dtype: torch.dtype | None = None) -> Tensor:
         """Reconstruction `[*batch, d_out]`; `dtype` defaults to that of `W_dec`."""
-        return self._decode(acts, dtype)
-
-    def _decode(self, acts: SparseActs, dtype: torch.dtype | None) -> Tensor:
-        if self.deferred is not None and torch.is_grad_enabled():
-            check_decoder("decode", acts, self.W_dec, dtype)
-            return self.deferred.decode(acts, self.b_dec, dtype or self.W_dec.dtype)  # type: ignore[no-any-return]
-        return decode(acts, self.W_dec, self.b_dec, dtype=dtype)
+        return decoded(self, acts, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction `[*batch, d_out]` in the dtype of x."""
         return self.decode(self.encode(x), dtype=x.dtype)
 
     def loss(
-        self, x: Tensor, target: Tensor | None = None, terms: Sequence[Term] = DEFAULT_TERMS
+        self, x: Tensor, target: Tensor | None = None, terms: Sequence[LossTerm] = DEFAULT_TERMS
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch, differentiable, in blocks of rows: memory is bounded at any density.
 
@@ -227,6 +219,12 @@ class SAE(Pretrained, nn.Module):
         result: tuple[Tensor, dict[str, Tensor]] = sae_loss(self, x, target, terms)
         return result
 
+    def count_latents(self, x: Tensor) -> tuple[Tensor, int]:
+        """Tokens of x on which each latent is active, `[d_sae]` int64, and tokens, in blocks."""
+        from .training import blocked
+
+        return cast("tuple[Tensor, int]", blocked.count_latents(self, x))
+
     def extra_repr(self) -> str:
         """Shapes and activation, for `repr`."""
         return f"d_in={self.d_in}, d_sae={self.d_sae}, d_out={self.d_out}, {self.activation}"
@@ -247,9 +245,11 @@ class Transcoder(SAE):
         device: of the parameters.
         dtype: of the weights.
         generator: source of the initial weights.
+        semantics: as for an `SAE`.
     """
 
     W_skip: nn.Parameter | None
+    centred = False
 
     def __init__(
         self,
@@ -262,11 +262,10 @@ class Transcoder(SAE):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         generator: torch.Generator | None = None,
+        semantics: Semantics | str = "gemma_scope_2",
     ) -> None:
-        super().__init__(
-            *(d_in, d_sae, activation),
-            **{"d_out": d_out, "device": device, "dtype": dtype, "generator": generator},  # type: ignore[arg-type]
-        )
+        options = {"device": device, "dtype": dtype, "generator": generator, "semantics": semantics}
+        super().__init__(d_in, d_sae, activation, d_out=d_out, **options)  # type: ignore[arg-type]
         if affine:
             self.W_skip = nn.Parameter(torch.zeros(d_in, self.d_out, device=device, dtype=dtype))
         else:
@@ -280,7 +279,7 @@ class Transcoder(SAE):
         Raises:
             ValueError: there is a skip connection and x is missing.
         """
-        recon = self._decode(acts, dtype)
+        recon = super().decode(acts, dtype=dtype)
         if self.W_skip is None:
             return recon
         if x is None:

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import reference
+from . import reference, triton_launchers
 from .autograd import gradients
 from .costs import COSTS, Cost
 from .fakes import FAKES
@@ -120,9 +118,6 @@ BACKENDS = ("reference", "triton", "native")
 BACKEND = os.environ.get("GEMMASCOPE_FAST_BACKEND", "")
 """The forced backend, or "" for the best one of each device."""
 
-TUNE = os.environ.get("GEMMASCOPE_FAST_TUNE") == "1"
-"""Measure configurations of the Triton kernels at their first call with a new shape class."""
-
 _libraries: list[Any] = []
 
 
@@ -191,34 +186,15 @@ def _load_native() -> str:
     return ""
 
 
-TRITON_FOUND = importlib.util.find_spec("triton") is not None
-"""Triton is installed; it is imported when one of its kernels first runs."""
-
 _triton: set[tuple[str, str]] = set()
-
-
-def _triton_launcher(name: str) -> Callable[..., Any]:
-    """The launcher of `kernels/<op>.py`, imported at the first call."""
-    module = f"{__package__}.kernels.{name.rstrip('_')}"
-
-    def run(*args: Any) -> Any:
-        first = next(a for a in args if isinstance(a, Tensor))
-        launcher = getattr(importlib.import_module(module), name)
-        with torch.cuda.device(first.device if first.is_cuda else -1):
-            if TUNE and not name.endswith("_"):  # an op that adds to its argument runs once
-                tuning = importlib.import_module(f"{__package__}.kernels.tuning")
-                tuning.tune(lambda: launcher(*args), first.device)
-            return launcher(*args)
-
-    return run
 
 
 def _register_triton(key: str) -> None:
     """Serve from Triton every op that has no compiled implementation for dispatch key `key`."""
-    library, folder = _libraries[-1], Path(__file__).parent / "kernels"
     for name in TABLE:
-        if not _has_kernel(name, key) and (folder / f"{name.rstrip('_')}.py").exists():
-            library.impl(name, _outside_autocast(_triton_launcher(name)), key)
+        launcher = None if _has_kernel(name, key) else triton_launchers.launcher(name)
+        if launcher is not None:
+            _libraries[-1].impl(name, _outside_autocast(launcher), key)
             _triton.add((name, key))
 
 
@@ -233,7 +209,7 @@ def _start() -> str:
             f"GEMMASCOPE_FAST_BACKEND={BACKEND!r} is unknown: expected one of "
             f"{', '.join(BACKENDS)}, or unset"
         )
-    if BACKEND == "triton" and not TRITON_FOUND:
+    if BACKEND == "triton" and not triton_launchers.FOUND:
         raise ImportError("GEMMASCOPE_FAST_BACKEND=triton: triton is not installed")
     _register(REFERENCE)
     _register(NAMESPACE)
@@ -241,13 +217,13 @@ def _start() -> str:
         return "GEMMASCOPE_FAST_BACKEND=reference"
     if BACKEND == "triton":
         _register_triton("CUDA")
-        if os.environ.get("TRITON_INTERPRET") == "1":
+        if triton_launchers.INTERPRETED:
             _register_triton("CPU")
         return "GEMMASCOPE_FAST_BACKEND=triton"
     missing = _load_native()
     if missing and BACKEND == "native":
         raise ImportError(f"GEMMASCOPE_FAST_BACKEND=native: {missing}")
-    if TRITON_FOUND and not BACKEND:
+    if triton_launchers.FOUND and not BACKEND:
         _register_triton("CUDA")
     return missing
 

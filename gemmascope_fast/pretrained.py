@@ -83,9 +83,9 @@ class Pretrained:
             OSError: the file system refuses; what was there stays.
             RuntimeError: a signal handler saves to the folder that its thread is saving to.
             TypeError: an argument, `metadata`, or a value of it has the wrong type.
-            ValueError: the activation is not `JumpReLU`, an `SAE` has a `W_skip`, a weight is not
-                finite or out of the range of `dtype`, the metadata are not valid, or the path is
-                not valid UTF-8.
+            ValueError: the activation is not `JumpReLU`, the semantics do not fit the format
+                (`to_jumprelu` makes them), an `SAE` has a `W_skip`, a weight is not finite or out
+                of the range of `dtype`, the metadata are not valid, or the path is not valid UTF-8.
         """
         from .artefacts.writing import save
 

@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .launching import choose
+from .launching import INTERPRETED, choose
 from .token_sum import token_sum
 from .token_sum_pieces import token_sum_pieces
 
@@ -72,6 +72,11 @@ def accumulate(
         out: `[n, d]`, any float dtype and strides.
         add: add to `out` rather than overwrite it.
     """
+    if INTERPRETED and out.dtype == torch.bfloat16:  # the interpreter truncates to bfloat16
+        wide = out.float()
+        accumulate(offsets, indices, coefficients, matrix, bias, wide, add)
+        out.copy_(wide)
+        return
     entries = (offsets.contiguous(), indices.contiguous(), coefficients.contiguous())
     bias = None if bias is None else bias.contiguous()
     for start, rows in column_parts(matrix, indices.shape[0]):

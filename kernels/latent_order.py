@@ -74,16 +74,16 @@ def _latent_order_kernel(
     inside = held & (position < tl.load(feature_end))
     entry = tl.load(permutation + position, mask=inside, other=-1)  # [BLOCK]
     inside &= (entry >= 0) & (entry < tl.minimum(tl.load(offsets + n), capacity))
-    low = tl.zeros([BLOCK], tl.int64)
+    low = tl.zeros([BLOCK], tl.int32)
     high = low + n
     for _ in range(steps):  # the first row that ends after `entry`
-        middle = (low + high) // 2
+        middle = low + ((high - low) >> 1)
         searching = inside & (low < high)
         ends = tl.load(offsets + 1 + middle, mask=searching, other=0)
         low = tl.where(searching & (ends <= entry), middle + 1, low)
         high = tl.where(searching & (ends > entry), middle, high)
     low = tl.where(inside & (low < n), low, 0)
-    tl.store(tokens + position, low.to(tl.int32), mask=held)
+    tl.store(tokens + position, low, mask=held)
     _gather(values, entry, inside, sources, position, held)
     if K > 1:
         row = tl.cast(capacity, tl.int64)

@@ -76,5 +76,6 @@ def radix_histogram(
         blocks,
         *(*pointers, keys.shape[0], features, shift),
         DIGITS=digits,
-        **config,
+        BLOCK=config["BLOCK"],
+        num_warps=config["num_warps"],
     )

@@ -239,7 +239,7 @@ def write_budget() -> None:
                     new.update({key: max(new[key], old[key]) for key in LIMITED})
             budget[name][target] = found
             print(name, target, *(tuple(f.values()) for f in found), flush=True)
-    BUDGET.write_text(json.dumps(budget, indent=1, sort_keys=True) + "\n")
+            BUDGET.write_text(json.dumps(budget, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,13 +18,15 @@ PACKAGE = ROOT / "gemmascope_fast"
 NAME = PACKAGE.name
 
 LAYERS = [
-    ("reference", "autograd", "arguments", "costs"),
+    ("reference", "autograd", "arguments", "costs", "triton_launchers"),
     ("fakes",),
     ("ops",),
     ("entries",),
     ("sparse",),
     ("checks",),
     ("functional",),
+    ("losses", "activations", "semantics"),
+    ("effective",),
     ("pretrained", "training.__init__", "training.losses"),
     ("modules",),
     ("optim",),

@@ -155,7 +155,7 @@ def test_cuda_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(doctor, "build_info", lambda archs=archs: {"cuda_archs": archs})
         assert doctor.why_not("decode", "cuda", "native") == f"the compiled library {reason}"
     for found, reason in (False, "triton is not installed"), (True, "native is faster"):
-        monkeypatch.setattr(ops, "TRITON_FOUND", found)
+        monkeypatch.setattr(doctor.triton_launchers, "FOUND", found)
         assert doctor.why_not("decode", "cuda", "triton") == reason
     assert doctor.why_not("decode", "cuda", "reference") == ""
 

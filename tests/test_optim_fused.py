@@ -182,6 +182,43 @@ def test_loss_in_several_blocks_takes_the_unfused_way():
     assert_equal_runs(*runs)
 
 
+TERMS = {
+    "prefixes and activations": (
+        True,
+        [gsf.training.Tanh(1e-3, False), gsf.training.Matryoshka((10, F))],
+    ),
+    "decoder norms": (False, [gsf.training.Reconstruction(), gsf.training.L1(1e-3)]),
+    "dead latents": (False, [gsf.training.Reconstruction(), gsf.training.MultiTopK((2,))]),
+}
+"""Whether the step can be fused: terms with gradients of W_dec of their own are not."""
+
+
+@pytest.mark.parametrize("kind", TERMS)
+def test_loss_with_other_terms(kind):
+    fuses, terms = TERMS[kind]
+    runs = pair(ACTIVATIONS[1])
+    for module, optimizer in runs:
+        for step in range(4):
+            optimizer.zero_grad()
+            module.loss(batch(step), terms=terms)[0].backward()
+            assert (module.W_dec.grad is None) == (fuses and module is runs[0][0])
+            optimizer.step()
+    assert_equal_runs(*runs)
+
+
+def test_other_semantics_are_refused():
+    for semantics in (
+        "saelens_6",
+        gsf.Semantics(threshold="log"),
+        gsf.Semantics(gate="non_strict"),
+    ):
+        module = gsf.SAE(12, F, gsf.JumpReLU(0.2, 0.4), semantics=semantics)
+        with pytest.raises(ValueError, match="only the default semantics are served"):
+            gsf.optim.Adam(module, 1e-2, fused=True)
+        with pytest.raises(ValueError, match="only the default semantics are served"):
+            gsf.optim.set_grad_format(module, "coo")
+
+
 def test_a_second_backward_of_the_loss_raises():
     module = sae(ACTIVATIONS[1])
     optimizer = gsf.optim.Adam(module, 1e-2, fused=True)

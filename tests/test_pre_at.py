@@ -28,6 +28,8 @@ def test_matches_the_definition(backend, dtypes):
 
 def test_has_the_bits_of_the_encoder(backend):
     p = problem(40, 83, 301)
+    if backend.gpu_terms:
+        pytest.skip("pre_at and the encoder sum in different orders, see kernels/pre_at.py")
     if not backend.native:
         pytest.skip("the reference's matrix product has no fixed order of summation")
     encode = torch.ops.gemmascope_fast.jumprelu_encode.default

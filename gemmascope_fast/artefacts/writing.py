@@ -85,6 +85,11 @@ def _tensors(module: SAE) -> dict[str, Tensor]:
             f"{OP}: Gemma Scope 2's files hold JumpReLU only, got {module.activation}; keep "
             "module.state_dict() with torch.save instead"
         )
+    if not module.semantics.plain_forward:
+        raise ValueError(
+            f"{OP}: Gemma Scope 2's files have no place for {module.semantics}: save "
+            "module.to_jumprelu() instead, which folds it into the weights"
+        )
     found = {name: getattr(module, attribute, None) for name, attribute in PARAMETERS.items()}
     if found[SKIP] is not None and not isinstance(module, Transcoder):
         raise ValueError(

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..checks import check_decoder
 from ..functional import _autocast, _widen
 from ..modules import SAE, JumpReLU
 from ..sparse import SparseActs
+from .deferred import check_semantics
 
 OP = "set_grad_format"
 
@@ -36,7 +38,8 @@ def set_grad_format(module: SAE, grad_format: str) -> None:
 
     Raises:
         TypeError: `module` is not an `SAE`.
-        ValueError: `grad_format` is unknown, or the module has a fused optimizer.
+        ValueError: `grad_format` is unknown, the module has a fused optimizer, or its semantics
+            are not the default ones.
     """
     if not isinstance(module, SAE):
         raise TypeError(f"{OP}: module must be an SAE, got {type(module).__name__}")
@@ -44,6 +47,8 @@ def set_grad_format(module: SAE, grad_format: str) -> None:
         raise ValueError(f'{OP}: grad_format must be "dense" or "coo", got {grad_format!r}')
     if module.deferred is not None and not isinstance(module.deferred, CooGradients):
         raise ValueError(f"{OP}: the module has a fused optimizer, which forms no gradients")
+    if grad_format == "coo":
+        check_semantics(OP, module)
     if module.deferred is not None:
         module.deferred.remove()
     W_enc = module.W_enc.data
@@ -102,8 +107,10 @@ class CooGradients:
         )
         return acts._replace(values=values, gate=gate if window else acts.gate.detach())
 
-    def decode(self, acts: SparseActs, b_dec: Tensor, dtype: torch.dtype) -> Tensor:
+    def decode(self, acts: SparseActs, b_dec: Tensor, dtype: torch.dtype | None) -> Tensor:
         """Reconstruction with a sparse gradient of W_dec."""
+        check_decoder("decode", acts, self.module.W_dec, dtype)
+        dtype = dtype or self.module.W_dec.dtype
         recon = _Decode.apply(  # type: ignore[no-untyped-call]
             acts.values, self.module.W_dec, b_dec, acts.detach(), dtype, self.sizes
         )

@@ -4,10 +4,12 @@
 `sae_backward`; work and memory follow the stored entries. *Dense*: five matrix products on a
 `[rows, d_sae]` tile. With `G = H(pre - threshold)` and K the unit rectangle,
 
-    recon  = (pre * G) @ W_dec + b_dec (+ x @ W_skip)     l0 = sum_j G
-    d_acts = d_recon @ W_dec.T     d_pre = d_acts * G     d_W_enc += x.T @ d_pre
-    d_threshold -= 1 / bandwidth * sum_i K((pre - threshold) / bandwidth) (threshold d_acts + d_l0)
+    recon_g = (pre * G)[:, :ends[g]] @ W_dec[:ends[g]] + b_dec (+ x @ W_skip)     l0 = sum_j G
+    d_acts  = d_values + sum_g d_recon_g @ W_dec.T     d_gate = d_l0[token] + d_counts[latent]
+    d_pre   = d_acts * G                               d_W_enc += x.T @ d_pre
+    d_threshold -= sum_i K((pre - threshold) / bandwidth) (threshold d_acts + d_gate) / bandwidth
 
+`Semantics` change K, its factor `threshold`, and whether it reaches pre: `window_gradients`.
 Sums run in float32, or in float64 where x or a weight is. Source of the pseudo-derivatives:
 arXiv 2407.14435, section 3.
 """
@@ -17,38 +19,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..effective import smallest_active
 from ..modules import BatchTopK, TopK
-from .evaluation import Gradients, Inputs, Objective
-
-ENCODER = ("W_enc", "b_enc", "threshold")
+from .entry_paths import ENCODER, Block, backward, decode_prefixes
+from .evaluation import Gradients, Inputs
+from .objective import Objective
 
 
 def sparse_block(inputs: Inputs, rows: slice, objective: Objective, gradients: Gradients) -> None:
     """Add the rows' terms to `objective` and their gradients to `gradients`, entry by entry."""
     x = inputs.tensors["x"][rows]
-    entries, transpose = _encode(inputs, x)
-    offsets, indices, values, gate = entries
-    weights = (inputs.tensors["W_dec"], inputs.tensors["b_dec"])
-    recon = inputs.op("decode")(offsets, indices, values, *weights, *transpose, inputs.acc)
-    _add_skip(inputs, x, recon)
-    l0 = torch.segment_reduce(gate, "sum", offsets=offsets, unsafe=True, initial=0)
-    d_recon, d_l0 = objective(recon, l0, rows, gradients)
-    del recon
-    if gradients.kept is not None:  # a fused optimizer's step does the rest
-        gradients.kept |= {"x": x, "entries": entries, "transpose": transpose}
-        gradients.kept |= {"d_recon": d_recon, "d_gate": _per_entry(d_l0, entries)}
-        d_x = x.new_empty(0)
-    else:
-        merged = inputs.needs >= {"W_enc", "W_dec"}
-        backward = _merged_backward if merged else _separate_backward
-        d_x = backward(inputs, x, entries, transpose, d_recon, d_l0, gradients)
-    _finish(inputs, x, rows, d_recon, d_x, gradients)
+    block = _encode(inputs, x, inputs.emission)
+    if isinstance(inputs.activation, BatchTopK):
+        inputs.smallest.append(smallest_active(block.values, block.gate))
+    recons = decode_prefixes(inputs, block, objective.ends)
+    _add_skip(inputs, x, recons)
+    l0 = torch.segment_reduce(block.gate, "sum", offsets=block.offsets, unsafe=True, initial=0)
+    d_recons, d_l0 = objective.tokens(recons, l0, rows, gradients)
+    del recons
+    d_counts = objective.latents(lambda: _counts(inputs, block))
+    d_values = objective.entries(block.values, block.indices.long(), gradients)
+    d_gate = _per_entry(d_l0, d_counts, block)
+    d_x = backward(inputs, block, objective.ends, (d_recons, d_values, d_gate), gradients)
+    _finish(inputs, x, rows, d_recons.sum(0), d_x, gradients)
 
 
 def dense_block(inputs: Inputs, rows: slice, objective: Objective, gradients: Gradients) -> None:
     """Add the rows' terms and gradients by matrix products; JumpReLU only.
 
-    Holds two `[rows, d_sae]` tiles in the accumulation dtype and three of booleans.
+    Holds two `[rows, d_sae]` tiles in the accumulation dtype and three of booleans; up to three
+    more for terms over activations, or for semantics whose window is not the ops' own.
     """
     x = inputs.tensors["x"][rows].to(inputs.acc)
     pre = _pre(inputs, x)
@@ -56,104 +56,92 @@ def dense_block(inputs: Inputs, rows: slice, objective: Objective, gradients: Gr
     acts = torch.empty_like(pre)
     l0 = torch.logical_not(inactive, out=acts).sum(1)  # summing booleans would make int64 tiles
     torch.where(inactive, pre.new_zeros(()), pre, out=acts)
-    recon = torch.addmm(inputs.wide("b_dec"), acts, inputs.wide("W_dec"))
-    _add_skip(inputs, x, recon)
-    d_recon, d_l0 = objective(recon, l0, rows, gradients)
-    del recon
-    if inputs.needs_any("W_dec"):
-        gradients.buffer("W_dec").addmm_(acts.t(), d_recon)
+    recons = _dense_prefixes(inputs, acts, objective.ends)
+    _add_skip(inputs, x, recons)
+    d_recons, d_l0 = objective.tokens(recons, l0, rows, gradients)
+    del recons
+    d_counts = objective.latents(lambda: inactive.shape[0] - inactive.sum(0))
+    d_values = objective.entries(acts, None, gradients)
     d_x = x.new_empty(0)
+    d_acts = _dense_decode_backward(inputs, acts, objective.ends, d_recons, gradients)
     if inputs.needs_any("x", *ENCODER):
-        d_acts = torch.mm(d_recon, inputs.wide("W_dec").t(), out=acts)
-        if inputs.needs_any("threshold"):
-            part = _d_threshold(inputs, pre, inactive, d_acts, d_l0)
-            gradients.buffer("threshold").add_(part)
+        if d_values is not None:
+            d_acts += d_values
+        del d_values
+        through = None
+        if inputs.bandwidth > 0:
+            tile = _window if inputs.semantics.own_gradient else _weighted_window
+            through = tile(inputs, pre, inactive, d_acts, (d_l0, d_counts), gradients)
         del pre
-        d_x = _dense_encode_backward(inputs, x, d_acts.masked_fill_(inactive, 0.0), gradients)
-    _finish(inputs, x, rows, d_recon, d_x, gradients)
+        d_pre = d_acts.masked_fill_(inactive, 0.0)
+        d_pre = d_pre if through is None else d_pre.add_(through)
+        d_x = _dense_encode_backward(inputs, x, d_pre, gradients)
+    _finish(inputs, x, rows, d_recons.sum(0), d_x, gradients)
 
 
-def _encode(
-    inputs: Inputs, x: Tensor
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
+def count_block(inputs: Inputs, rows: slice, dense: bool) -> Tensor:
+    """`[d_sae]`: tokens of the block on which each latent is active, as its path finds it."""
+    x = inputs.tensors["x"][rows]
+    if dense:
+        pre = _pre(inputs, x.to(inputs.acc))
+        return x.shape[0] - (pre <= inputs.wide("threshold")).sum(0)
+    return _counts(inputs, _encode(inputs, x, 0.0, by_feature=False))
+
+
+def _counts(inputs: Inputs, block: Block) -> Tensor:
+    return torch.bincount(block.indices[block.gate > 0], minlength=inputs.d_sae)
+
+
+def _encode(inputs: Inputs, x: Tensor, window: float, by_feature: bool = True) -> Block:
     """Entries of the block, and their feature-major view when a weight needs a gradient."""
     tensors, activation = inputs.tensors, inputs.activation
     args = (x, tensors["W_enc"], tensors["b_enc"])
-    by_feature = inputs.needs_any("W_dec", *ENCODER)
+    by_feature = by_feature and inputs.needs_any("W_dec", *ENCODER)
     if isinstance(activation, TopK):
         found = inputs.op("topk_encode")(*args, activation.k, by_feature)
     elif isinstance(activation, BatchTopK):
         k = float(activation.k)
         found = inputs.op("batchtopk_encode")(*args, k, None, None, by_feature)
     else:
-        window = (tensors["threshold"], float(inputs.bandwidth), None, by_feature)
-        found = inputs.op("jumprelu_encode")(*args, *window)
-    offsets, indices, values, gate = found[:4]
+        found = inputs.op("jumprelu_encode")(*args, tensors["threshold"], window, None, by_feature)
     transpose = (found[-2], found[-1]) if by_feature else (None, None)
-    return (offsets, indices, values, gate), transpose
+    return Block(x, *found[:4], *transpose)
 
 
-def _merged_backward(
-    inputs: Inputs,
-    x: Tensor,
-    entries: tuple[Tensor, ...],
-    transpose: tuple[Tensor | None, ...],
-    d_recon: Tensor,
-    d_l0: Tensor | None,
-    gradients: Gradients,
-) -> Tensor:
-    """All gradients in one pass over the entries; returns d_x, of size 0 when not wanted."""
-    tensors = inputs.tensors
-    encoder = (x, tensors["W_enc"], tensors.get("threshold"), inputs.bandwidth)
-    d_x, d_W_enc, d_b_enc, d_threshold, d_W_dec, _ = inputs.op("sae_backward")(
-        *(*encoder, tensors["W_dec"], d_recon[None], [inputs.d_sae], *entries),
-        *(None, _per_entry(d_l0, entries), *transpose, inputs.needs_any("x")),
-    )
-    gradients.add("W_enc", d_W_enc)
-    gradients.add("b_enc", d_b_enc)
-    gradients.add("threshold", d_threshold)
-    gradients.add("W_dec", d_W_dec)
-    return d_x  # type: ignore[no-any-return]
-
-
-def _separate_backward(
-    inputs: Inputs,
-    x: Tensor,
-    entries: tuple[Tensor, ...],
-    transpose: tuple[Tensor | None, ...],
-    d_recon: Tensor,
-    d_l0: Tensor | None,
-    gradients: Gradients,
-) -> Tensor:
-    """The wanted gradients only, without a buffer for a frozen matrix; returns d_x, likewise."""
-    tensors, bandwidth = inputs.tensors, inputs.bandwidth
-    need_values, need_W_dec = inputs.needs_any("x", *ENCODER), inputs.needs_any("W_dec")
-    offsets, indices, values, _ = entries
-    if not (need_values or need_W_dec):
-        return x.new_empty(0)
-    d_values, d_W_dec, _ = inputs.op("decode_backward")(
-        *(d_recon, offsets, indices, values, tensors["W_dec"], *transpose),
-        *(need_values, need_W_dec, False),
-    )
-    gradients.add("W_dec", d_W_dec)
-    if not need_values:
-        return x.new_empty(0)
-    needs = [inputs.needs_any(name) for name in ("x", *ENCODER)]
-    d_x, *found = inputs.op("encode_backward")(
-        *(d_values, _per_entry(d_l0, entries), x, tensors["W_enc"], tensors.get("threshold")),
-        *(bandwidth, *entries, *transpose, *needs),
-    )
-    for name, part in zip(ENCODER, found, strict=True):
-        gradients.add(name, part)
-    return d_x  # type: ignore[no-any-return]
-
-
-def _per_entry(d_l0: Tensor | None, entries: tuple[Tensor, ...]) -> Tensor | None:
-    """Gradient of every entry's gate: that of its token's l0."""
+def _per_entry(d_l0: Tensor | None, d_counts: Tensor | None, block: Block) -> Tensor | None:
+    """Gradient of every entry's gate: that of its token's l0 and of its latent's count."""
+    found = None if d_counts is None else d_counts[block.indices.long()]
     if d_l0 is None:
-        return None
-    offsets, indices = entries[:2]
-    return d_l0.repeat_interleave(offsets.diff(), output_size=indices.shape[0])
+        return found
+    lengths, size = block.offsets.diff(), block.indices.shape[0]
+    by_token = d_l0.repeat_interleave(lengths, output_size=size)
+    return by_token if found is None else by_token + found
+
+
+def _dense_prefixes(inputs: Inputs, acts: Tensor, ends: tuple[int, ...]) -> Tensor:
+    """`[G, rows, d_out]` reconstructions by the first latents; each adds to the one before."""
+    recon, start, found = inputs.wide("b_dec"), 0, []
+    for end in ends:
+        recon = torch.addmm(recon, acts[:, start:end], inputs.wide("W_dec")[start:end])
+        found.append(recon)
+        start = end
+    return found[0][None] if len(found) == 1 else torch.stack(found)
+
+
+def _dense_decode_backward(
+    inputs: Inputs, acts: Tensor, ends: tuple[int, ...], d_recons: Tensor, gradients: Gradients
+) -> Tensor:
+    """Gradient of W_dec, and `d_acts`, which overwrites `acts`, where it is wanted."""
+    start = 0
+    for group, end in enumerate(ends):
+        seen = d_recons[group:].sum(0) if len(ends) > 1 else d_recons[0]
+        part = acts[:, start:end]
+        if inputs.needs_any("W_dec"):
+            gradients.buffer("W_dec")[start:end].addmm_(part.t(), seen)
+        if inputs.needs_any("x", *ENCODER):
+            torch.mm(seen, inputs.wide("W_dec")[start:end].t(), out=part)
+        start = end
+    return acts
 
 
 def _pre(inputs: Inputs, x: Tensor) -> Tensor:
@@ -172,10 +160,15 @@ def _pre(inputs: Inputs, x: Tensor) -> Tensor:
     return pre
 
 
-def _d_threshold(
-    inputs: Inputs, pre: Tensor, inactive: Tensor, d_acts: Tensor, d_l0: Tensor | None
-) -> Tensor:
-    """`[d_sae]` pseudo-gradient of the threshold over the tile; `pre` is overwritten.
+def _window(
+    inputs: Inputs,
+    pre: Tensor,
+    inactive: Tensor,
+    d_acts: Tensor,
+    d_gates: tuple[Tensor | None, Tensor | None],
+    gradients: Gradients,
+) -> None:
+    """Add the threshold's pseudo-gradient over the tile; `pre` is overwritten.
 
     The comparisons are those of `reference.py`, to the last bit: in the window when above its lower
     end, and off or below its upper end.
@@ -183,10 +176,38 @@ def _d_threshold(
     threshold, half = inputs.wide("threshold"), inputs.bandwidth / 2
     outside = (pre < threshold + half).logical_or_(inactive)
     outside = outside.logical_and_(pre > threshold - half).logical_not_()
-    summand = torch.mul(d_acts, threshold, out=pre)
+    summand = _add_gates(torch.mul(d_acts, threshold, out=pre), d_gates)
+    part = summand.masked_fill_(outside, 0.0).sum(0).div_(-inputs.bandwidth)
+    gradients.buffer("threshold").add_(part)
+
+
+def _weighted_window(
+    inputs: Inputs,
+    pre: Tensor,
+    inactive: Tensor,
+    d_acts: Tensor,
+    d_gates: tuple[Tensor | None, Tensor | None],
+    gradients: Gradients,
+) -> Tensor | None:
+    """The same by another kernel or slope; returns what reaches pre, where anything does."""
+    semantics, threshold = inputs.semantics, inputs.wide("threshold")
+    weight = semantics.weight(pre, threshold, inputs.bandwidth)
+    step = d_acts * (pre if semantics.slope == "pre" else threshold)
+    gates = _add_gates(torch.zeros_like(step), d_gates)
+    if semantics.gate_window == "active":
+        gates.masked_fill_(inactive, 0.0)
+    step = step.add_(gates).mul_(weight).masked_fill_(weight == 0, 0.0)
+    if inputs.needs_any("threshold"):
+        gradients.buffer("threshold").sub_(step.sum(0))
+    return step if semantics.gradient_to_x else None
+
+
+def _add_gates(tile: Tensor, d_gates: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    """Add the gradients per token and per latent to the tile, in place."""
+    d_l0, d_counts = d_gates
     if d_l0 is not None:
-        summand.add_(d_l0[:, None])
-    return summand.masked_fill_(outside, 0.0).sum(0).div_(-inputs.bandwidth)
+        tile.add_(d_l0[:, None])
+    return tile if d_counts is None else tile.add_(d_counts)
 
 
 def _dense_encode_backward(
@@ -202,10 +223,11 @@ def _dense_encode_backward(
     return d_pre.new_empty(0)
 
 
-def _add_skip(inputs: Inputs, x: Tensor, recon: Tensor) -> None:
-    """Add the affine skip connection, where there is one, to `recon` in place."""
+def _add_skip(inputs: Inputs, x: Tensor, recons: Tensor) -> None:
+    """Add the affine skip connection, where there is one, to every reconstruction in place."""
     if "W_skip" in inputs.tensors:
-        recon.addmm_(x.to(inputs.acc), inputs.wide("W_skip"))
+        for recon in recons:
+            recon.addmm_(x.to(inputs.acc), inputs.wide("W_skip"))
 
 
 def _finish(

@@ -21,13 +21,16 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..arguments import check_count, check_number
-from ..checks import check_device, check_encoder, check_float, check_vector
-from ..functional import _autocast, _widen
-from ..modules import SAE, BatchTopK, JumpReLU, TopK, Transcoder
-from .block_paths import ENCODER, dense_block, sparse_block
-from .evaluation import Gradients, Inputs, Objective
-from .losses import Term, check_terms
+from ..checks import check_encoder
+from ..modules import SAE, BatchTopK, TopK
+from .block_paths import count_block, dense_block, sparse_block
+from .entry_paths import ENCODER
+from .evaluation import Gradients, Inputs
+from .losses import LossTerm, check_terms
+from .losses_weights import WeightTerm
+from .objective import Objective
+from .preparing import check_call, check_fit, inputs_of, tensors_of
+from .weight_pass import weight_pass
 
 OP = "loss"
 SAMPLE_ROWS, SAMPLE_LATENTS = 64, 2048
@@ -74,23 +77,23 @@ def sae_loss(
     module: SAE,
     x: Tensor,
     target: Tensor | None,
-    terms: Sequence[Term],
+    terms: Sequence[LossTerm],
     limits: Limits = DEFAULT_LIMITS,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and metrics of `module` on x; `SAE.loss` documents them."""
-    terms = check_terms(OP, terms)
-    target = _check(module, x, target)
-    tensors = _tensors(module, x, target)
+    checked = check_terms(OP, terms)
+    check_fit(OP, module, checked)
+    target = check_call(OP, module, x, target)
+    tensors, activation = tensors_of(module, x, target)
     enabled = torch.is_grad_enabled()
     needs = frozenset(name for name, t in tensors.items() if enabled and t.requires_grad)
-    acc = torch.float32
-    if any(t.dtype == torch.float64 for name, t in tensors.items() if name != "target"):
-        acc = torch.float64
-    detached = {name: t.detach() for name, t in tensors.items()}
-    inputs = Inputs(detached, module.activation, needs, acc)
+    inputs = inputs_of(module, tensors, activation, needs)
     keep = getattr(module.deferred, "keep", None)  # a fused optimizer's
     deferrable = keep is not None and needs >= {"W_enc", "W_dec"} and "x" not in needs
-    loss, metrics, gradients = _evaluate(inputs, terms, limits, deferrable)
+    loss, metrics, gradients = _evaluate(inputs, checked, limits, deferrable)
+    if module.training:
+        for smallest in inputs.smallest:
+            module.observe(smallest)
     if needs:
         kept = gradients.kept
         receive = keep(**kept) if keep is not None and kept else None
@@ -98,6 +101,40 @@ def sae_loss(
         found = [None if name in late else gradients.pop(name) for name in tensors]
         loss = _Precomputed.apply(loss, found, receive, *tensors.values())  # type: ignore[no-untyped-call]
     return loss, metrics
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.no_grad()
+def count_latents(module: SAE, x: Tensor, limits: Limits = DEFAULT_LIMITS) -> tuple[Tensor, int]:
+    """Count the tokens on which each latent is active: one encode in blocks, no gradients.
+
+    Args:
+        module: the dictionary.
+        x: `[*batch, d_in]` floating point.
+        limits: sizes of the blocks.
+
+    Returns:
+        counts `[d_sae]` int64 and the number of tokens: totals for a `BatchTerm`, once added up
+        over the parts of a batch.
+
+    Raises:
+        TypeError: x is not floating point.
+        ValueError: shapes or devices disagree.
+    """
+    check_encoder("count_latents", x, module.W_enc, module.b_enc)
+    goal = x.new_empty((*x.shape[:-1], module.d_out))
+    tensors, activation = tensors_of(module, x, goal)
+    inputs = inputs_of(module, tensors, activation, frozenset())
+    with torch.autocast(x.device.type, enabled=False):
+        return _count(inputs, list(_plan(inputs, limits))), inputs.n
+
+
+def _count(inputs: Inputs, plan: list[tuple[slice, bool]]) -> Tensor:
+    """`[d_sae]` int64: tokens of the blocks on which each latent is active."""
+    total = torch.zeros(inputs.d_sae, dtype=torch.int64, device=inputs.tensors["x"].device)
+    for rows, dense in plan:
+        total += count_block(inputs, rows, dense)
+    return total
 
 
 class _Precomputed(torch.autograd.Function):
@@ -133,18 +170,26 @@ class _Precomputed(torch.autograd.Function):
 
 @torch.no_grad()
 def _evaluate(
-    inputs: Inputs, terms: tuple[Term, ...], limits: Limits, deferrable: bool
+    inputs: Inputs, terms: tuple[LossTerm, ...], limits: Limits, deferrable: bool
 ) -> tuple[Tensor, dict[str, Tensor], Gradients]:
     objective, gradients = Objective(inputs, terms), Gradients(inputs)
     blocks = {True: 0, False: 0}
     with torch.autocast(inputs.tensors["x"].device.type, enabled=False):
         plan = list(_plan(inputs, limits))
+        if objective.needs_counts and len(plan) > 1:
+            objective.counts = _count(inputs, plan)
+        deferrable = deferrable and not any(isinstance(term, WeightTerm) for term in terms)
         if deferrable and [dense for _, dense in plan] == [False]:
             gradients.kept = {}
         for rows, dense in plan:
             path = dense_block if dense else sparse_block
             path(inputs, rows, objective, gradients)
             blocks[dense] += 1
+        for at, term in enumerate(terms):
+            if isinstance(term, WeightTerm):
+                rest, budget = objective.residual, limits.entry_bytes // ENTRY_BYTES
+                value = weight_pass(OP, inputs, term, rest, budget, gradients)
+                objective.sums[at] = value * inputs.n
     sums, tokens = objective.sums, max(inputs.n, 1)
     error, deviation, l0 = sums[len(terms) :]
     values = sums[: len(terms)] / tokens
@@ -204,7 +249,7 @@ def _measure(inputs: Inputs, start: int, stop: int, sample_rows: int) -> float:
     latents = _strata(inputs.d_sae, SAMPLE_LATENTS).to(x.device)
     W_enc, b_enc = inputs.tensors["W_enc"].t()[latents].t(), inputs.tensors["b_enc"][latents]
     pre = x[rows].to(W_enc.dtype) @ W_enc + b_enc
-    limit = inputs.tensors["threshold"][latents] - inputs.bandwidth / 2
+    limit = inputs.tensors["threshold"][latents] - inputs.emission / 2
     return float(torch.gt(pre, limit, out=pre).mean(dtype=torch.float32))
 
 
@@ -214,53 +259,3 @@ def _strata(size: int, strata: int) -> Tensor:
     begin = torch.arange(0, size, width)
     hashed = (torch.arange(len(begin)) + 1) * 2654435761 % 2**32  # multiplicative hash
     return begin + hashed * torch.clamp(size - begin, max=width) // 2**32
-
-
-def _check(module: SAE, x: Tensor, target: Tensor | None) -> Tensor:
-    """Raise on arguments that do not fit; return the target."""
-    check_encoder(OP, x, module.W_enc, module.b_enc)
-    _check_activation(module)
-    if target is None:
-        if isinstance(module, Transcoder) or module.d_in != module.d_out:
-            raise ValueError(
-                f"{OP}: target is needed, the activation that this {type(module).__name__} maps x "
-                f"to: pass a tensor of shape {(*x.shape[:-1], module.d_out)}"
-            )
-        return x
-    check_float(OP, "target", target)
-    expected = (*x.shape[:-1], module.d_out)
-    if tuple(target.shape) != expected:
-        raise ValueError(f"{OP}: target must have shape {expected}, got {tuple(target.shape)}")
-    check_device(OP, "target", target, module.W_enc)
-    return target
-
-
-def _check_activation(module: SAE) -> None:
-    activation = module.activation
-    if isinstance(activation, TopK):
-        check_count(OP, "k", activation.k, module.d_sae, "d_sae")
-    if isinstance(activation, BatchTopK):
-        check_number(OP, "k", activation.k)
-    if not isinstance(activation, JumpReLU) or module.threshold is None:
-        return
-    check_vector(OP, "threshold", module.threshold, module.d_sae, module.W_enc)
-    check_number(OP, "bandwidth", activation.bandwidth)
-    if activation.bandwidth == 0 and torch.is_grad_enabled() and module.threshold.requires_grad:
-        raise ValueError(
-            f"{OP}: threshold requires grad but the activation's bandwidth is 0: use "
-            "JumpReLU(bandwidth=...) > 0, or threshold.requires_grad_(False)"
-        )
-
-
-def _tensors(module: SAE, x: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """Everything the loss depends on: x and target flat, weights as autocast wants them."""
-    n = math.prod(x.shape[:-1])
-    flat, W_enc, W_dec = _autocast(x.reshape(n, module.d_in), module.W_enc, module.W_dec)
-    tensors = {"x": flat, "target": target.reshape(n, module.d_out), "W_enc": W_enc, "W_dec": W_dec}
-    tensors |= {"b_enc": _widen(module.b_enc), "b_dec": _widen(module.b_dec)}
-    if isinstance(module.activation, JumpReLU) and module.threshold is not None:
-        tensors["threshold"] = _widen(module.threshold)
-    skip = getattr(module, "W_skip", None)
-    if skip is not None:
-        tensors["W_skip"] = skip
-    return tensors

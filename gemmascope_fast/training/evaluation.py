@@ -1,18 +1,16 @@
-"""What the blocks of one loss evaluation share: inputs, sums of gradients, sums of terms."""
+"""What the blocks of one loss evaluation share: inputs and sums of gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
 from ..modules import Activation, JumpReLU
-from .losses import Term, TokenStatistics
+from ..semantics import Semantics
 
 DATA = ("x", "target")
 """The tensors with one row per token; the others are weights."""
@@ -28,12 +26,16 @@ class Inputs:
         activation: that of the module.
         needs: names of the tensors whose gradient is wanted.
         acc: float32, or float64 where x or a weight is.
+        semantics: those of the module, as far as they are not applied to the tensors already.
+        smallest: the smallest active value of each block of a BatchTopK, None where none is.
     """
 
     tensors: dict[str, Tensor]
     activation: Activation
     needs: frozenset[str]
     acc: torch.dtype
+    semantics: Semantics = Semantics()
+    smallest: list[Tensor | None] = field(default_factory=list)
     _wide: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -48,10 +50,18 @@ class Inputs:
 
     @property
     def bandwidth(self) -> float:
-        """Width of the straight-through window; 0 when no threshold needs a gradient."""
-        if isinstance(self.activation, JumpReLU) and "threshold" in self.needs:
+        """Width of the straight-through kernel; 0 when nothing behind it needs a gradient."""
+        behind = ["threshold"]
+        if self.semantics.gradient_to_x:
+            behind += ["x", "W_enc", "b_enc"]
+        if isinstance(self.activation, JumpReLU) and self.needs_any(*behind):
             return self.activation.bandwidth
         return 0.0
+
+    @property
+    def emission(self) -> float:
+        """Width of the window of entries to store."""
+        return self.semantics.emission(self.bandwidth)
 
     def needs_any(self, *names: str) -> bool:
         """Whether one of these gradients is wanted."""
@@ -89,6 +99,10 @@ class Gradients:
         self._inputs = inputs
         self._sums: dict[str, Tensor] = {}
 
+    def started(self, *names: str) -> bool:
+        """Whether one of these sums has a summand."""
+        return not self._sums.keys().isdisjoint(names)
+
     def buffer(self, name: str) -> Tensor:
         """The sum so far in the accumulation dtype, to be added to in place."""
         if name not in self._sums:
@@ -113,77 +127,14 @@ class Gradients:
             self._sums[name] = torch.empty_like(self._inputs.tensors[name])
         self._sums[name][rows] = part
 
+    def add_rows(self, name: str, rows: slice, part: Tensor) -> None:
+        """Add to the gradient of x or of the target, which is there already."""
+        if name in self._inputs.needs:
+            self._sums[name][rows] += part.to(self._sums[name].dtype)
+
     def pop(self, name: str) -> Tensor | None:
         """The finished gradient in the dtype of its tensor; None when it was not wanted."""
         if name not in self._inputs.needs:
             return None
         total = self._sums.pop(name) if name in self._sums else self.buffer(name)
         return total.to(self._inputs.tensors[name].dtype)
-
-
-class Objective:
-    """The terms: their sums over the blocks, and their gradients in recon and l0.
-
-    Attributes:
-        sums: `[len(terms) + 3]` float64 sums over the tokens: one per term, then squared error,
-            squared deviation of the target from its mean, and l0.
-    """
-
-    def __init__(self, inputs: Inputs, terms: Sequence[Term]) -> None:
-        self._inputs, self._terms = inputs, terms
-        target = inputs.tensors["target"]
-        self._mean = target.mean(0, dtype=inputs.acc)
-        self.sums = torch.zeros(len(terms) + 3, dtype=torch.float64, device=target.device)
-
-    def __call__(
-        self, recon: Tensor, l0: Tensor, rows: slice, gradients: Gradients
-    ) -> tuple[Tensor, Tensor | None]:
-        """Count the block of tokens `rows`, and differentiate the loss for it.
-
-        Args:
-            recon: `[r, d_out]` in the accumulation dtype.
-            l0: `[r]`, likewise.
-            rows: position of the block in the batch.
-            gradients: receives the gradient of the target.
-
-        Returns:
-            d_recon `[r, d_out]`, and d_l0 `[r]` or None where no term depends on l0.
-        """
-        target = self._inputs.tensors["target"][rows].to(self._inputs.acc)
-        values, (d_recon, d_target, d_l0) = self._differentiate(recon, target, l0)
-        error = F.mse_loss(recon, target, reduction="sum")
-        deviation = F.mse_loss(target, self._mean.expand_as(target), reduction="sum")
-        self.sums += torch.stack([t.double() for t in (*values, error, deviation, l0.sum())])
-        gradients.write("target", rows, torch.zeros_like(target) if d_target is None else d_target)
-        return torch.zeros_like(recon) if d_recon is None else d_recon, d_l0
-
-    def _differentiate(
-        self, recon: Tensor, target: Tensor, l0: Tensor
-    ) -> tuple[list[Tensor], Sequence[Tensor | None]]:
-        """Sums of the terms over the block, and their gradients in recon, target and l0."""
-        needs = self._inputs.needs
-        wanted = (bool(needs), "target" in needs, "threshold" in needs)
-        leaves = [
-            t.detach().requires_grad_(want)
-            for t, want in zip((recon, target, l0), wanted, strict=True)
-        ]
-        found: list[Tensor | None] = [None] * 3
-        with torch.set_grad_enabled(bool(needs)):
-            statistics = TokenStatistics(*leaves)
-            sums = [_per_token(term, statistics).sum() for term in self._terms]
-            total = torch.stack(sums).sum() / self._inputs.n
-        if total.requires_grad:
-            sources = [t for t in leaves if t.requires_grad]
-            grads = iter(torch.autograd.grad(total, sources, allow_unused=True))
-            found = [next(grads) if want else None for want in wanted]
-        return [value.detach() for value in sums], found
-
-
-def _per_token(term: Term, statistics: TokenStatistics) -> Tensor:
-    value = term.per_token(statistics)
-    if value.shape != statistics.l0.shape:
-        raise ValueError(
-            f"loss: per_token of the term {term.name!r} must return one value per token, shape "
-            f"{tuple(statistics.l0.shape)}, got {tuple(value.shape)}"
-        )
-    return value

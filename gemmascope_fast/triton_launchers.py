@@ -1,0 +1,40 @@
+"""The Triton kernels as implementations of ops: imported, and tuned if asked, at the first call."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FOUND = importlib.util.find_spec("triton") is not None
+"""Triton is installed."""
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton would run kernels in its interpreter, on CPU tensors."""
+
+TUNE = os.environ.get("GEMMASCOPE_FAST_TUNE") == "1"
+"""Measure configurations at the first call with a new shape class."""
+
+
+def launcher(name: str) -> Callable[..., Any] | None:
+    """What serves op `name`, of `kernels/<op>.py`; None where there is no such file."""
+    stem = name.rstrip("_")  # an in-place op lives beside the op it repeats
+    if not (Path(__file__).parent / "kernels" / f"{stem}.py").exists():
+        return None
+
+    def run(*args: Any) -> Any:
+        device = next(a.device for a in args if isinstance(a, Tensor))
+        launch = getattr(importlib.import_module(f"{__package__}.kernels.{stem}"), name)
+        with torch.cuda.device(device if device.type == "cuda" else -1):
+            if TUNE and stem == name:  # an op that adds to its argument runs once
+                tuning = importlib.import_module(f"{__package__}.kernels.tuning")
+                tuning.tune(lambda: launch(*args), device)
+            return launch(*args)
+
+    return run
