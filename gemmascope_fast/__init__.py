@@ -1,6 +1,6 @@
 """A compute backend for sparse autoencoders: sparse encoders, decoders and their gradients."""
 
-from . import losses, reference
+from . import losses, optim, reference
 from .activations import BatchTopK, JumpReLU, TopK
 from .artefacts import load
 from .functional import (
@@ -12,6 +12,7 @@ from .functional import (
     topk_encode,
 )
 from .modules import SAE, Transcoder
+from .optim import clip_grad_norm_
 from .reference import CapacityError
 from .semantics import Semantics
 from .sparse import SparseActs
@@ -28,11 +29,13 @@ __all__ = [
     "TopK",
     "Transcoder",
     "batchtopk_encode",
+    "clip_grad_norm_",
     "decode",
     "decode_",
     "jumprelu_encode",
     "load",
     "losses",
+    "optim",
     "pre_at",
     "reference",
     "topk_encode",

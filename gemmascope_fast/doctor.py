@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from . import __version__, ops, triton_launchers
@@ -143,12 +144,13 @@ def self_test(name: str, device: str) -> str:
 def _run(name: str, op: Callable[..., Any], device: str) -> list[Tensor]:
     """Outputs of the op on its sample, then the gradients of its floating-point inputs."""
     differentiable = ops.TABLE[name].differentiable and not name.endswith("_backward")
-    args = [
-        a.clone().requires_grad_(differentiable and a.is_floating_point())
-        if isinstance(a, Tensor)
-        else a
-        for a in _sample(name, device)
-    ]
+
+    def fresh(a: Any) -> Any:
+        if isinstance(a, Tensor):
+            return a.clone().requires_grad_(differentiable and a.is_floating_point())
+        return a
+
+    args = pytree.tree_map(fresh, list(_sample(name, device)))
     result = op(*args)
     outputs = [result] if isinstance(result, Tensor) else list(result or args[:1])
     leaves = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
@@ -172,6 +174,7 @@ def _sample(name: str, device: str) -> tuple[Any, ...]:
     offsets, indices, values, gate, _, *transpose = encoded
     entries, d_values, d_gate = (offsets, indices, values), whole(len(values)), whole(len(values))
     rows, latents = torch.tensor([[5, 0, 5], [39, 0, 7]], device=device)
+    rates, rule = [0.5, 0.0, 0.75, 1.0], [1, 0, 0, 0, 0]
     samples: dict[str, tuple[Any, ...]] = {
         "jumprelu_encode": (x, W_enc, b_enc, theta, 8.0, None, True),
         "topk_encode": (x, W_enc, b_enc, 5, True),
@@ -189,8 +192,20 @@ def _sample(name: str, device: str) -> tuple[Any, ...]:
         ),
         "pre_at": (x, W_enc, b_enc, rows, latents),
         "by_feature": (offsets, indices, 40),
+        "adam_step_": (W_dec, _adam_state(W_dec), whole(40, 12), rates, rule),
+        "fused_sparse_step": (
+            *(x, W_enc, theta, 8.0, W_dec, whole(2, 6, 12), [16, 40], *entries, gate),
+            *(d_values, d_gate, *transpose, _adam_state(W_enc.t()), _adam_state(W_dec)),
+            *(rates, rates, rule, rule),
+        ),
     }
     return samples[name]
+
+
+def _adam_state(rows: Tensor) -> list[Tensor]:
+    """State of Adam without a first moment before the first step."""
+    absent, steps = rows.new_empty(0), torch.zeros(len(rows), dtype=torch.int64)
+    return [absent, torch.zeros_like(rows), absent.to(torch.uint8), steps.to(rows.device)]
 
 
 # the machine

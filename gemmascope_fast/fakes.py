@@ -177,6 +177,33 @@ def _by_feature(offsets: Tensor, indices: Tensor, d_sae: int) -> tuple[Tensor, T
     return _transpose(offsets, d_sae, indices.shape[0], True)
 
 
+def _adam_step_(
+    weight: Tensor, state: list[Tensor], gradient: Tensor, rates: list[float], rule: list[int]
+) -> None:
+    return None
+
+
+def _fused_sparse_step(
+    x: Tensor,
+    W_enc: Tensor,
+    threshold: Tensor | None,
+    bandwidth: float,
+    W_dec: Tensor,
+    d_recon: Tensor,
+    group_ends: list[int],
+    offsets: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_sae = W_enc.shape[1]
+    return (
+        values.new_empty(d_sae),
+        values.new_empty(d_sae if bandwidth > 0 else 0),
+        values.new_empty(W_dec.shape[1]),
+    )
+
+
 FAKES: dict[str, Callable[..., Any]] = {
     "jumprelu_encode": _jumprelu_encode,
     "topk_encode": _topk_encode,
@@ -188,4 +215,6 @@ FAKES: dict[str, Callable[..., Any]] = {
     "sae_backward": _sae_backward,
     "pre_at": _pre_at,
     "by_feature": _by_feature,
+    "adam_step_": _adam_step_,
+    "fused_sparse_step": _fused_sparse_step,
 }

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from .activations import Activation, BatchTopK, JumpReLU, TopK
-from .effective import encode, folded, unscaled
-from .functional import decode
+from .effective import decoded, encoded, folded
 from .pretrained import Pretrained
 from .semantics import Semantics, as_semantics
 from .sparse import SparseActs
@@ -51,6 +50,7 @@ class SAE(Pretrained, nn.Module):
     threshold: nn.Parameter | None
     ema_threshold: Tensor | None
     centred = True
+    deferred: Any = None  # a fused optimizer's: backward leaves its work to step
 
     def __init__(
         self,
@@ -173,11 +173,11 @@ class SAE(Pretrained, nn.Module):
         """
         if isinstance(self.activation, TopK) and max_nnz is not None:
             raise ValueError("encode: TopK always stores k entries per token; drop max_nnz")
-        return encode(self, x, max_nnz)
+        return encoded(self, x, max_nnz)
 
     def decode(self, acts: SparseActs, *, dtype: torch.dtype | None = None) -> Tensor:
         """Reconstruction `[*batch, d_out]`; `dtype` defaults to that of `W_dec`."""
-        return decode(unscaled(self, acts), self.W_dec, self.b_dec, dtype=dtype)
+        return decoded(self, acts, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction `[*batch, d_out]` in the dtype of x."""

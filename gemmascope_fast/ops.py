@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 
 from . import reference, triton_launchers
 from .autograd import gradients
+from .costs import COSTS, Cost
 from .fakes import FAKES
 
 NAMESPACE = "gemmascope_fast"
@@ -72,45 +73,17 @@ SCHEMAS: dict[str, str] = {
         "(Tensor offsets, Tensor indices, int d_sae) "
         "-> (Tensor feature_offsets, Tensor permutation)"
     ),
-}
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Work of one call: floating-point operations and compulsory bytes of memory traffic."""
-
-    flops: int
-    bytes: int
-
-
-def _encode_cost(n: int, d: int, d_sae: int, nnz: int, itemsize: int = 4) -> Cost:
-    return Cost(2 * n * d * d_sae, itemsize * d * (n + d_sae) + 12 * nnz)
-
-
-def _gather_cost(passes: int) -> Callable[..., Cost]:
-    """Cost of `passes` sparse products over the entries, each entry reading one row of d."""
-
-    def cost(n: int, d: int, d_sae: int, nnz: int, itemsize: int = 4) -> Cost:
-        return Cost(2 * passes * nnz * d, itemsize * d * (min(nnz, d_sae) + n) * passes + 8 * nnz)
-
-    return cost
-
-
-def _sort_cost(n: int, d: int, d_sae: int, nnz: int, itemsize: int = 4) -> Cost:
-    return Cost(0, 8 * (n + d_sae) + 12 * nnz)
-
-
-COSTS: dict[str, Callable[..., Cost]] = {
-    "jumprelu_encode": _encode_cost,
-    "topk_encode": _encode_cost,
-    "batchtopk_encode": _encode_cost,
-    "decode": _gather_cost(1),
-    "decode_": _gather_cost(1),
-    "encode_backward": _gather_cost(2),
-    "decode_backward": _gather_cost(2),
-    "sae_backward": _gather_cost(4),
-    "pre_at": _gather_cost(1),
-    "by_feature": _sort_cost,
+    "adam_step_": (
+        "(Tensor(a!) weight, Tensor(b!)[] state, Tensor gradient, float[] rates, int[] rule) -> ()"
+    ),
+    "fused_sparse_step": (
+        "(Tensor x, Tensor(a!) W_enc, Tensor? threshold, float bandwidth, Tensor(b!) W_dec, "
+        "Tensor d_recon, int[] group_ends, Tensor offsets, Tensor indices, Tensor values, "
+        "Tensor gate, Tensor? d_values, Tensor? d_gate, Tensor feature_offsets, "
+        "Tensor permutation, Tensor(c!)[] encoder_state, Tensor(d!)[] decoder_state, "
+        "float[] encoder_rates, float[] decoder_rates, int[] encoder_rule, int[] decoder_rule) "
+        "-> (Tensor d_b_enc, Tensor d_threshold, Tensor d_b_dec)"
+    ),
 }
 
 
@@ -138,6 +111,9 @@ TABLE: dict[str, Op] = {
     for name, schema in SCHEMAS.items()
 }
 
+WRITING = ("decode_", "adam_step_", "fused_sparse_step")
+"""The ops that write arguments."""
+
 BACKENDS = ("reference", "triton", "native")
 BACKEND = os.environ.get("GEMMASCOPE_FAST_BACKEND", "")
 """The forced backend, or "" for the best one of each device."""
@@ -160,15 +136,18 @@ def _outside_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _count_writes(library: Any, op: Any) -> None:
-    """Make `op` bump the version of its first argument, which it writes.
+    """Make `op` bump the versions of the arguments that it writes.
 
     Without it autograd would not notice that a tensor saved for a backward pass has changed.
     """
     below = torch._C._after_ADInplaceOrView_keyset
+    marks = [a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments]
 
-    def run(keys: Any, written: Tensor, *args: Any) -> None:
-        torch.autograd.graph.increment_version(written)
-        op.redispatch(keys & below, written, *args)
+    def run(keys: Any, *args: Any) -> Any:
+        for written, argument in zip(marks, args, strict=True):
+            if written:
+                torch.autograd.graph.increment_version(argument)
+        return op.redispatch(keys & below, *args)
 
     library.impl(op._schema.name.split("::")[1], run, "ADInplaceOrView", with_keyset=True)
 
@@ -187,7 +166,8 @@ def _register(namespace: str) -> None:
             kernel = _outside_autocast(op.reference)
             library.impl(op.name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{namespace}::{op.name}", op.fake, lib=library)
-    _count_writes(library, getattr(torch.ops, namespace).decode_.default)
+    for name in WRITING:
+        _count_writes(library, getattr(getattr(torch.ops, namespace), name).default)
     rules = gradients(getattr(torch.ops, namespace))
     for name, (setup_context, backward) in rules.items():
         torch.library.register_autograd(

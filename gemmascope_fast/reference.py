@@ -10,17 +10,21 @@ arXiv 2412.06410.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 __all__ = [
     "CapacityError",
+    "adam_step_",
     "batchtopk_encode",
     "by_feature",
     "decode",
     "decode_",
     "decode_backward",
     "encode_backward",
+    "fused_sparse_step",
     "jumprelu_encode",
     "pre_at",
     "sae_backward",
@@ -269,6 +273,179 @@ def by_feature(offsets: Tensor, indices: Tensor, d_sae: int) -> tuple[Tensor, Te
     permutation = torch.zeros(indices.shape[0], dtype=torch.int64, device=indices.device)
     permutation[: stored.shape[0]] = stored.argsort(stable=True)
     return feature_offsets, permutation
+
+
+# ---- optimizer
+
+
+def adam_step_(
+    weight: Tensor, state: list[Tensor], gradient: Tensor, rates: list[float], rule: list[int]
+) -> None:
+    """Adam on the rows of `weight [r, c]` that have a gradient, or had one at most `tail` ago.
+
+    With k the steps since the row's moments were brought up to date (1 for a row updated in the
+    last step) and t the number of this step:
+
+        g -= <g, w> / <w, w> w                      if remove_parallel
+        m = beta1^k m + (1 - beta1) g               v = beta2^k v + (1 - beta2) g^2
+        w -= lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+        w /= |w|                                    if unit_norm
+
+    A row has a gradient when an element of it is not 0. With beta1 = 0 the others do not move in
+    dense Adam either: `tail = 0` is Adam exactly.
+
+    Args:
+        weight: float32, float64 or bfloat16; the last is rounded stochastically.
+        state: `exp_avg` (m, of size 0 when beta1 = 0), `exp_avg_sq` (v), both like weight in
+            float32 (float64), v optionally in 8-bit codes (uint8) with `exponents
+            [r, ceil(c / 128)]` uint8 (of size 0 without codes), and `touched_at [r]` int64, the
+            last step at which the row had a gradient.
+        gradient: `[r, c]`.
+        rates: lr, beta1, beta2, eps.
+        rule: step t (from 1), tail, remove_parallel, unit_norm, seed of the rounding.
+
+    Source: Kingma and Ba 2015, arXiv 1412.6980, algorithm 1.
+    """
+    exp_avg, exp_avg_sq, exponents, touched_at = state
+    lr, beta1, beta2, eps = rates
+    step, tail, remove_parallel, unit_norm, seed = rule
+    touched = (gradient != 0).any(1)
+    rows = (touched | ((touched_at > 0) & (step - touched_at <= tail))).nonzero()[:, 0]
+    gap = step - (touched_at[rows] + min(tail, step)).clamp(max=step - 1)
+    acc = _accumulate(weight)
+    w, g = weight[rows].to(acc), gradient[rows].to(acc)
+    if remove_parallel:
+        share = (g * w).sum(1, keepdim=True) / (w * w).sum(1, keepdim=True)
+        g = g - share.masked_fill((w == 0).all(1, keepdim=True), 0.0) * w
+    v = exp_avg_sq[rows]
+    v = decode_moment(v, exponents[rows]) if exponents.numel() else v
+    v = v * _decay(beta2, gap, acc) + (1 - beta2) * g * g
+    m = g if beta1 == 0 else exp_avg[rows] * _decay(beta1, gap, acc) + (1 - beta1) * g
+    scale = 1 / math.sqrt(1 - beta2**step)
+    root = v.double().sqrt().to(acc)  # correctly rounded; torch's float32 root is not everywhere
+    w = w - lr / (1 - beta1**step) * m / (root * scale + eps)
+    if unit_norm:
+        norm = (w * w).sum(1, keepdim=True).sqrt()
+        w = w / norm.masked_fill(norm == 0, 1.0)
+    if beta1 != 0:
+        exp_avg[rows] = m
+    if exponents.numel():
+        random = random_words(rows, v.shape[1], step, seed, 1)
+        exp_avg_sq[rows], exponents[rows] = encode_moment(v, random)
+    else:
+        exp_avg_sq[rows] = v
+    if weight.dtype == torch.bfloat16:
+        w = round_stochastically(w, random_words(rows, w.shape[1], step, seed, 0))
+    weight[rows] = w
+    touched_at[touched] = step
+
+
+def fused_sparse_step(
+    x: Tensor,
+    W_enc: Tensor,
+    threshold: Tensor | None,
+    bandwidth: float,
+    W_dec: Tensor,
+    d_recon: Tensor,
+    group_ends: list[int],
+    offsets: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    gate: Tensor,
+    d_values: Tensor | None,
+    d_gate: Tensor | None,
+    feature_offsets: Tensor,
+    permutation: Tensor,
+    encoder_state: list[Tensor],
+    decoder_state: list[Tensor],
+    encoder_rates: list[float],
+    decoder_rates: list[float],
+    encoder_rule: list[int],
+    decoder_rule: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`sae_backward`, then `adam_step_` on the rows of `W_enc.t()` and of `W_dec`.
+
+    The gradients stay in float32 (float64), also where the weights are bfloat16. Returns
+    `d_b_enc`, `d_threshold` (of size 0 when bandwidth is 0) and `d_b_dec`.
+    """
+    nnz = _nnz("fused_sparse_step", offsets, indices.shape[0])
+    _check_range("fused_sparse_step", "indices", indices[:nnz], W_dec.shape[0], "d_sae")
+    entries = (offsets, indices, values, gate, d_values, d_gate, feature_offsets, permutation)
+    wide_enc, wide_dec = W_enc.to(values.dtype), W_dec.to(values.dtype)
+    inputs = (x, wide_enc, threshold, bandwidth, wide_dec, d_recon, group_ends, *entries)
+    _, d_W_enc, d_b_enc, d_threshold, d_W_dec, d_b_dec = sae_backward(*inputs, False)
+    adam_step_(W_enc.t(), encoder_state, d_W_enc.t(), encoder_rates, encoder_rule)
+    adam_step_(W_dec, decoder_state, d_W_dec, decoder_rates, decoder_rule)
+    return d_b_enc, d_threshold, d_b_dec
+
+
+MOMENT_BLOCK = 128
+"""Columns that share one exponent in the 8-bit form of the second moment."""
+
+
+def decode_moment(codes: Tensor, exponents: Tensor) -> Tensor:
+    """Float32 values of 8-bit codes `[r, c]`: 5 exponent and 3 mantissa bits below the block's.
+
+    `value = 2^(e - 31) 2^(code // 8) (1 + code % 8 / 8)`, e the block's exponent; code 0 is 0.
+    """
+    base = exponents.long().repeat_interleave(MOMENT_BLOCK, 1)[:, : codes.shape[1]] - 31
+    bits = ((base << 23) + (codes.long() << 20)).clamp(min=0)
+    return bits.masked_fill(codes == 0, 0).to(torch.int32).view(torch.float32)
+
+
+def encode_moment(v: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and block exponents of `v [r, c]` >= 0, rounded up with the probability of the rest.
+
+    Unbiased: the decay by beta2 = 0.999 is far below a code's step, and rounding to nearest would
+    never move. NaN is code 255 of a block whose exponent is 255.
+    """
+    bits = v.view(torch.int32).long() & 0x7FFFFFFF  # a NaN may be negative
+    padding = -v.shape[1] % MOMENT_BLOCK
+    blocks = torch.nn.functional.pad(bits, (0, padding)).reshape(v.shape[0], -1, MOMENT_BLOCK)
+    exponents = (blocks.amax(2) + (1 << 20) >> 23).clamp(max=255)
+    base = exponents.repeat_interleave(MOMENT_BLOCK, 1)[:, : v.shape[1]] - 31 << 23
+    codes = (bits - base + (random & 0xFFFFF) >> 20).clamp(0, 255)
+    codes = codes.masked_fill(bits == 0, 0).masked_fill(v.isnan(), 255)
+    return codes.to(torch.uint8), exponents.to(torch.uint8)
+
+
+def round_stochastically(w: Tensor, random: Tensor) -> Tensor:
+    """Float32 `w` as bfloat16: up with the probability of the part that is cut off."""
+    bits = w.view(torch.int32).long()
+    rounded = (bits + (random & 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.where(w.isfinite(), rounded, w.to(torch.bfloat16))
+
+
+def random_words(rows: Tensor, columns: int, step: int, seed: int, stream: int) -> Tensor:
+    """32 random bits (int64) for each of `[rows, columns]`: Philox 4x32-10, counter-based.
+
+    Word c % 4 of the counter (c // 4, row, row // 2^32 + 2^31 stream, step) under the key `seed`.
+
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    """
+    low = 0xFFFFFFFF
+    quad = torch.arange((columns + 3) // 4, device=rows.device).expand(rows.shape[0], -1)
+    row = rows[:, None].expand_as(quad)
+    counter = [quad & low, row & low, (row >> 32) | (stream << 31), torch.full_like(quad, step)]
+    counter[3] = counter[3] & low
+    key = [seed & low, (seed >> 32) & low]
+    for _ in range(10):
+        first, second = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
+        counter = [
+            ((second >> 32) & low) ^ counter[1] ^ key[0],
+            second & low,
+            ((first >> 32) & low) ^ counter[3] ^ key[1],
+            first & low,
+        ]
+        key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
+    return torch.stack(counter, 2).flatten(1)[:, :columns]
+
+
+def _decay(beta: float, gap: Tensor, dtype: torch.dtype) -> Tensor:
+    """`beta^gap` as a column, each power rounded once."""
+    powers = {k: beta**k for k in set(gap.tolist())}
+    column = [[powers[k]] for k in gap.tolist()]
+    return torch.tensor(column, dtype=dtype, device=gap.device).reshape(-1, 1)
 
 
 def _accumulate(*tensors: Tensor) -> torch.dtype:

@@ -186,6 +186,61 @@ def _backward_samples(p: Problem) -> dict[str, list[list[Any]]]:
     }
 
 
+def adam_state(weight: Tensor, moments: str = "fp32", beta1: float = 0.0) -> list[Tensor]:
+    """exp_avg, exp_avg_sq, exponents, touched_at of `weight [r, c]` before the first step."""
+    r, c = weight.shape
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    blocks = -(-c // reference.MOMENT_BLOCK)
+    codes = moments == "8bit"
+    return [
+        torch.zeros(r, c, dtype=wide) if beta1 else torch.zeros(0, dtype=wide),
+        torch.zeros(r, c, dtype=torch.uint8 if codes else wide),
+        torch.zeros((r, blocks) if codes else (0, 0), dtype=torch.uint8),
+        torch.zeros(r, dtype=torch.int64),
+    ]
+
+
+def adam_step_args(
+    weight: Tensor, beta1: float = 0.0, moments: str = "fp32", tail: int = 0
+) -> list[Any]:
+    """Arguments of `adam_step_` at step 3; half of the rows have a gradient."""
+    g = torch.Generator().manual_seed(9)
+    gradient = torch.randn(weight.shape, generator=g)
+    gradient[::2] = 0
+    state = adam_state(weight, moments, beta1)
+    return [weight, state, gradient, [0.1, beta1, 0.9, 1e-8], [3, tail, 1, 1, 11]]
+
+
+def fused_sparse_step_args(
+    p: Problem, beta1: float = 0.0, moments: str = "fp32", tail: int = 0, **entries: Any
+) -> list[Any]:
+    """Arguments of `fused_sparse_step` at step 1; fp16 weights become bf16, which it updates."""
+    if p.W_enc.dtype == torch.float16:
+        p = p.with_(W_enc=p.W_enc.bfloat16(), W_dec=p.W_dec.bfloat16())
+    rows = p.with_(W_enc=p.W_enc.t().contiguous().t(), W_dec=p.W_dec.contiguous())
+    rates = [[0.1, beta1, 0.9, 1e-8], [0.2, beta1, 0.9, 1e-8]]
+    rules = [[1, tail, 0, 0, 5], [1, tail, 1, 1, 6]]
+    states = [adam_state(w, moments, beta1) for w in (rows.W_enc.t(), rows.W_dec)]
+    return [*sae_backward_args(rows, **entries)[:-1], *states, *rates, *rules]
+
+
+def _optimizer_samples(p: Problem) -> dict[str, list[list[Any]]]:
+    weight = p.W_dec.float() if p.W_dec.dtype == torch.float16 else p.W_dec
+    weight = weight.contiguous()
+    groups = (p.W_dec.shape[0] // 3, p.W_dec.shape[0])
+    return {
+        "adam_step_": [
+            adam_step_args(weight),
+            adam_step_args(weight, 0.5, "8bit", 10),
+            adam_step_args(weight.bfloat16(), 0.0, "8bit"),
+        ],
+        "fused_sparse_step": [
+            fused_sparse_step_args(p),
+            fused_sparse_step_args(p, 0.5, "8bit", 10, sets=2, group_ends=groups),
+        ],
+    }
+
+
 def samples(p: Problem | None = None) -> dict[str, list[list[Any]]]:
     """Positional arguments of every op: `{name: [args, ...]}`, each option used at least once."""
     p = problem() if p is None else p
@@ -212,5 +267,6 @@ def samples(p: Problem | None = None) -> dict[str, list[list[Any]]]:
         "decode_": [[torch.ones(n, p.W_dec.shape[1]), offsets, indices, values, p.W_dec]],
         "pre_at": [[*p.encoder, rows, latents]],
         "by_feature": [[offsets, indices, d_sae]],
+        **_optimizer_samples(p),
         **_backward_samples(p),
     }

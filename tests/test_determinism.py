@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from conftest import native_absent
 from oracle import assert_all_same
 from samples import jumprelu_entries, problem, sae_backward_args, samples
@@ -46,14 +47,15 @@ def workload() -> dict[str, list]:
 
 
 def run_everything(namespace: str, inputs: dict[str, list]) -> dict[str, list[torch.Tensor]]:
-    """Every output of every op on the whole workload."""
+    """Every output of every op on the whole workload, arguments that it writes included."""
     found = {}
     for key, args in inputs.items():
         name = key.split()[0]
-        args = [a.clone() if name == "decode_" and i == 0 else a for i, a in enumerate(args)]
-        result = getattr(getattr(torch.ops, namespace), name).default(*args)
-        result = args[0] if result is None else result
-        found[key] = [result] if isinstance(result, torch.Tensor) else list(result)
+        op = getattr(getattr(torch.ops, namespace), name).default
+        written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None]
+        args = [pytree.tree_map(torch.clone, a) if i in written else a for i, a in enumerate(args)]
+        outputs = pytree.tree_leaves([op(*args), [args[i] for i in written]])
+        found[key] = [t for t in outputs if t is not None]
     return found
 
 

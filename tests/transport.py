@@ -47,14 +47,20 @@ def on_device(op: Any, device: torch.device) -> Callable[..., Any]:
     ]
 
     def move(value: Any, to: torch.device) -> Any:
+        if isinstance(value, list):
+            return [move(v, to) for v in value]
         return _Move.apply(value, to) if isinstance(value, Tensor) else value
+
+    def copy_back(value: Any, moved: Any) -> None:
+        for mine, theirs in zip(pytree.tree_leaves(value), pytree.tree_leaves(moved), strict=True):
+            mine.copy_(theirs.to(mine.device))
 
     def run(*args: Any) -> Any:
         moved = [move(a, device) for a in args]
         results = op(*moved)
         for i in written:
             with torch.no_grad():
-                args[i].copy_(moved[i].to(args[i].device))
+                copy_back(args[i], moved[i])
         return pytree.tree_map(lambda t: move(t, torch.device("cpu")), results)
 
     return run

@@ -46,15 +46,23 @@ class GradientRows {
   explicit GradientRows(const LatentGradient& gradient)
       : out_(gradient),
         ld_(gradient.rows.cols + 16),  // + 16: columns of the block must not all fall into one set
-        scratch_(static_cast<size_t>(direct_rows(out_.rows) ? 0 : kRowBlock * ld_)) {}
+        scratch_(static_cast<size_t>(scratch_rows(gradient) * ld_)) {
+    if (gradient.update != nullptr) adam_.emplace(*gradient.update);
+  }
 
   void begin(int64_t j) { first_ = j; }
   float* row(int64_t j) {
+    if (adam_) return scratch_.data();
     if (direct_rows(out_.rows)) return static_cast<float*>(const_cast<void*>(out_.rows.row(j)));
     return scratch_.data() + (j - first_) * ld_;
   }
+  // The row of latent j is complete; `touched`: it was written.
+  void done(int64_t j, bool touched) {
+    if (adam_) adam_->update(j, touched ? scratch_.data() : nullptr);
+  }
   // offsets: feature_offsets + the block's first latent.
   void finish(int64_t count, const int64_t* offsets) {
+    if (adam_) return;
     const bool untouched = offsets[0] == offsets[count];
     if (untouched && out_.zeroed) return;
     const bool columns = !unit_columns(out_.rows);
@@ -70,6 +78,10 @@ class GradientRows {
   }
 
  private:
+  static int64_t scratch_rows(const LatentGradient& gradient) {
+    if (gradient.update != nullptr) return 1;
+    return direct_rows(gradient.rows) ? 0 : kRowBlock;
+  }
   void clear(void* row, size_t element) {
     if (out_.rows.cols == 0) return;  // memset must not be handed the null pointer of an empty row
     std::memset(row, 0, static_cast<size_t>(out_.rows.cols) * element);
@@ -81,6 +93,7 @@ class GradientRows {
   LatentGradient out_;
   int64_t ld_;
   std::vector<float> scratch_;
+  std::optional<AdamRows> adam_;
   int64_t first_ = 0;
 };
 
@@ -132,6 +145,8 @@ class Worker {
       if (decoder_ != nullptr) decode(j, w, &batch);
       if (encoder_ != nullptr) encode(j, &batch);
     }
+    if (d_W_dec_) d_W_dec_->done(j, begin < end);
+    if (d_W_enc_) d_W_enc_->done(j, begin < end);
     if (encoder_ == nullptr) return;
     if (encoder_->d_b_enc != nullptr) encoder_->d_b_enc[j] = sum_b_;
     if (encoder_->d_threshold != nullptr) {

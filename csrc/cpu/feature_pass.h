@@ -5,18 +5,22 @@
 //   encoder part   d_pre[e] = d_values[e] gate[e],  d_W_enc[j] += d_pre[e] x[row e % n],  d_b_enc[j] += d_pre[e],
 //                  d_threshold[j] -= in_window[e] (threshold[j] d_values[e] + d_gate[e]) / bandwidth
 //
-// With both parts the encoder's d_values are the decoder's plus the given ones.
+// With both parts the encoder's d_values are the decoder's plus the given ones. A finished gradient row is written, or
+// consumed at once by an update of that row of the weights.
 #pragma once
 
+#include "cpu/adam_rows.h"
 #include "cpu/entries.h"
 #include "cpu/matrix_rows.h"
 
 namespace gemmascope_fast {
 
-// A gradient seen as one row per latent. `zeroed`: its memory is zero already.
+// A gradient seen as one row per latent. `zeroed`: its memory is zero already. `update`: there is no such memory; each row
+// of `rows` (then the weight itself, for its shape) is updated from its gradient.
 struct LatentGradient {
   Matrix rows;
   bool zeroed;
+  const AdamMatrix* update = nullptr;
 };
 
 struct DecoderPart {

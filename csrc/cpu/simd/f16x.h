@@ -34,6 +34,10 @@ static inline F16x load(const float* p) { return {_mm512_loadu_ps(p)}; }
 static inline void store(float* p, F16x a) { _mm512_storeu_ps(p, a.v); }
 static inline F16x fma(F16x a, F16x b, F16x c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 static inline F16x add(F16x a, F16x b) { return {_mm512_add_ps(a.v, b.v)}; }
+static inline F16x sub(F16x a, F16x b) { return {_mm512_sub_ps(a.v, b.v)}; }
+static inline F16x mul(F16x a, F16x b) { return {_mm512_mul_ps(a.v, b.v)}; }
+static inline F16x div(F16x a, F16x b) { return {_mm512_div_ps(a.v, b.v)}; }
+static inline F16x sqrt(F16x a) { return {_mm512_sqrt_ps(a.v)}; }
 static inline F16x load_bf16(const uint16_t* p) {
   __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
@@ -64,6 +68,16 @@ static inline F16x fma(F16x a, F16x b, F16x c) {
 static inline F16x add(F16x a, F16x b) {
   return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
 }
+static inline F16x sub(F16x a, F16x b) {
+  return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)};
+}
+static inline F16x mul(F16x a, F16x b) {
+  return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
+}
+static inline F16x div(F16x a, F16x b) {
+  return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)};
+}
+static inline F16x sqrt(F16x a) { return {_mm256_sqrt_ps(a.lo), _mm256_sqrt_ps(a.hi)}; }
 static inline __m256 widen_bf16(const uint16_t* p) {
   __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
@@ -98,6 +112,22 @@ static inline F16x fma(F16x a, F16x b, F16x c) {
 }
 static inline F16x add(F16x a, F16x b) {
   for (int l = 0; l < 16; ++l) a.v[l] += b.v[l];
+  return a;
+}
+static inline F16x sub(F16x a, F16x b) {
+  for (int l = 0; l < 16; ++l) a.v[l] -= b.v[l];
+  return a;
+}
+static inline F16x mul(F16x a, F16x b) {
+  for (int l = 0; l < 16; ++l) a.v[l] *= b.v[l];
+  return a;
+}
+static inline F16x div(F16x a, F16x b) {
+  for (int l = 0; l < 16; ++l) a.v[l] /= b.v[l];
+  return a;
+}
+static inline F16x sqrt(F16x a) {
+  for (int l = 0; l < 16; ++l) a.v[l] = __builtin_sqrtf(a.v[l]);
   return a;
 }
 static inline F16x load_bf16(const uint16_t* p) {

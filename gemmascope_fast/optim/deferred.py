@@ -1,0 +1,241 @@
+"""How `backward` leaves its work to `step`: encode and decode of a module under a fused optimizer.
+
+`encode` returns activations whose values and gates are leaves; `decode` is a node whose backward
+keeps the gradient of the reconstruction and passes none to the values. After `backward` the record
+of one forward pass holds all that `fused_sparse_step` needs: x, entries, d_recon, and the gradients
+of values and gates from other terms of the loss. One record at a time: a second one raises.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .. import ops
+from ..checks import check_decoder
+from ..functional import _autocast, _widen
+from ..modules import SAE, JumpReLU
+from ..sparse import SparseActs
+
+OP = "Adam(fused=True)"
+
+_lock = threading.Lock()
+_owners: Any = WeakTensorKeyDictionary()
+"""The fused optimizer's side of each parameter that has one; behind `_lock`."""
+
+
+class Record:
+    """One forward pass: its input, its entries, and the gradients that have arrived."""
+
+    def __init__(self, owner: Deferred, module: SAE, x: Tensor, acts: SparseActs) -> None:
+        self._owner = weakref.ref(owner)
+        self.x = x.detach().reshape(-1, module.d_in)
+        self.acts = acts.detach()
+        self.versions = tuple(p._version for p in (module.W_enc, module.W_dec))
+        self.ends = [module.d_sae]
+        self.found: dict[str, Tensor] = {}
+
+    def receive(self, name: str, gradient: Tensor) -> None:
+        """Keep a gradient; the first one makes this record the pending one."""
+        owner = self._owner()
+        other = owner is not None and owner.pending not in (None, self)
+        if owner is None or other or name in self.found:
+            raise RuntimeError(
+                f"{OP}: a second backward() before step(): the first one's gradients would be "
+                "lost; call step() or zero_grad() in between, or use fused=False to accumulate"
+            )
+        owner.pending = self
+        self.found[name] = gradient
+
+    def run(
+        self,
+        module: SAE,
+        states: list[list[Tensor]],
+        rates: list[list[float]],
+        rules: list[list[int]],
+    ) -> tuple[Tensor, Tensor]:
+        """Backward and update of both matrices; returns d_b_enc and d_threshold."""
+        acts, n = self.acts, self.x.shape[0]
+        d_recon = self.found.get("d_recon")
+        if d_recon is None:
+            d_recon = acts.values.new_zeros(()).expand(1, n, module.d_out)
+        threshold, bandwidth = None, 0.0
+        if isinstance(module.activation, JumpReLU) and module.threshold is not None:
+            if module.threshold.requires_grad:
+                threshold, bandwidth = module.threshold.detach(), module.activation.bandwidth
+        operands = (self.x, module.W_enc, module.W_dec, acts.values, d_recon)
+        d_b_enc, d_threshold, _ = ops.overload("fused_sparse_step", *operands)(
+            *(self.x, module.W_enc.detach(), None if threshold is None else _widen(threshold)),
+            *(bandwidth, module.W_dec.detach(), d_recon, self.ends, acts.offsets),
+            *(acts.indices, _widen(acts.values), _widen(acts.gate)),
+            *(self.found.get("d_values"), self.found.get("d_gate"), *acts.by_feature()),
+            *(*states, *rates, *rules),
+        )
+        return d_b_enc, d_threshold
+
+
+class Deferred:
+    """What a fused optimizer puts into its module; `module.encode` and `decode` go through it.
+
+    Attributes:
+        pending: the record whose backward pass has run and whose step has not, or None.
+    """
+
+    def __init__(self, module: SAE) -> None:
+        for name in ("W_enc", "W_dec"):
+            p = getattr(module, name)
+            rows = p.t() if name == "W_enc" else p
+            if not p.requires_grad:
+                raise ValueError(f"{OP}: {name} must require grad")
+            if rows.shape[1] > 1 and rows.stride(1) != 1:
+                raise ValueError(f"{OP}: {name} must have one contiguous row of memory per latent")
+        check_semantics(OP, module)
+        if module.deferred is not None:
+            raise ValueError(f"{OP}: the module has a fused optimizer already")
+        self.module = module
+        self.pending: Record | None = None
+        self._records: Any = WeakTensorKeyDictionary()
+        module.deferred = self
+        with _lock:
+            for p in (module.W_enc, module.W_dec):
+                _owners[p] = weakref.ref(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the module has no optimizer: copied and pickled as None."""
+        return type(None), ()
+
+    def clear(self) -> None:
+        """Forget the pending gradients."""
+        self.pending = None
+
+    def checked(self) -> Record:
+        """Return the pending record, if it can be applied."""
+        record, module = self.pending, self.module
+        assert record is not None
+        for name, version in zip(("W_enc", "W_dec"), record.versions, strict=True):
+            p = getattr(module, name)
+            if p.grad is not None:
+                raise RuntimeError(
+                    f"{OP}: {name} has a dense gradient beside the fused one: a term of the loss "
+                    "uses it outside of encode and decode; use fused=False"
+                )
+            if p._version != version:
+                raise RuntimeError(f"{OP}: {name} was changed between encode and step()")
+        return record
+
+    def encode(self, x: Tensor, acts: SparseActs) -> SparseActs:
+        """`acts`, just encoded from x, with leaves as values and gates."""
+        if x.requires_grad:
+            raise ValueError(f"{OP}: x must not require grad: its gradient would not be computed")
+        (x,) = _autocast(x)
+        record = Record(self, self.module, x, acts)
+        leaves = {"values": acts.values.detach().requires_grad_()}
+        if acts.gate.requires_grad:
+            leaves["gate"] = acts.gate.detach().requires_grad_()
+        for name, leaf in leaves.items():
+            leaf.register_post_accumulate_grad_hook(_taker(record, f"d_{name}"))  # type: ignore[no-untyped-call]
+        self._records[leaves["values"]] = record
+        return acts._replace(**leaves)
+
+    def keep(
+        self,
+        x: Tensor,
+        entries: tuple[Tensor, Tensor, Tensor, Tensor],
+        transpose: tuple[Tensor, Tensor],
+        ends: tuple[int, ...],
+        d_recon: Tensor,
+        d_values: Tensor | None,
+        d_gate: Tensor | None,
+    ) -> Callable[[Tensor], None]:
+        """What `module.loss` calls in its backward pass, with the gradient of the loss."""
+        feature_offsets, permutation = transpose
+        acts = SparseActs(
+            *entries,
+            shape=(x.shape[0], self.module.d_sae),
+            feature_offsets=feature_offsets,
+            permutation=permutation,
+        )
+        record = Record(self, self.module, x, acts)
+        record.ends = list(ends)
+        incoming = {"d_recon": d_recon, "d_values": d_values, "d_gate": d_gate}
+
+        def receive(scale: Tensor) -> None:
+            for name, gradient in incoming.items():
+                if gradient is not None:
+                    scaled = gradient if bool(scale == 1) else gradient * scale.to(gradient.dtype)
+                    record.receive(name, scaled)
+
+        return receive
+
+    def decode(self, acts: SparseActs, b_dec: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """Reconstruction of activations that `encode` returned."""
+        check_decoder("decode", acts, self.module.W_dec, dtype)
+        dtype = dtype or self.module.W_dec.dtype
+        record = self._records.get(acts.values)
+        if record is None:
+            raise ValueError(
+                f"{OP}: decode needs the activations that this module's encode returned, unedited: "
+                "decode others under torch.no_grad(), or use fused=False"
+            )
+        recon = _Decode.apply(acts.values, b_dec, self.module.W_dec.detach(), record, dtype)  # type: ignore[no-untyped-call]
+        return recon.reshape(*acts.shape[:-1], self.module.d_out)  # type: ignore[no-any-return]
+
+
+def check_semantics(op: str, module: SAE) -> None:
+    """The ops see the module's parameters as they are."""
+    s = module.semantics
+    plain = s.own_gradient and (s.gate, s.threshold) == ("strict", "direct")
+    if not plain or s.rescale or s.zero_gradient or (s.center and module.centred):
+        raise ValueError(
+            f"{op}: only the default semantics are served, got {s}: use fused=False and dense "
+            "gradients"
+        )
+
+
+def pending_parameters(p: Tensor) -> bool:
+    """Whether a fused step owes `p` a gradient."""
+    with _lock:
+        owner = _owners.get(p)
+    deferred = None if owner is None else owner()
+    return deferred is not None and deferred.pending is not None
+
+
+def _taker(record: Record, name: str) -> Any:
+    def take(leaf: Tensor) -> None:
+        gradient, leaf.grad = leaf.grad, None
+        if gradient is not None:  # decode passes none on
+            record.receive(name, gradient)
+
+    return take
+
+
+class _Decode(torch.autograd.Function):
+    """`decode` whose backward keeps d_recon and leaves the gradient of the values to the step."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, b_dec: Tensor, W_dec: Tensor, record: Record, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.record, ctx.W_dec = record, W_dec
+        acts, bias = record.acts, _widen(b_dec.detach())
+        (W_dec,) = _autocast(W_dec)
+        op = ops.overload("decode", values, W_dec, bias)
+        entries = (acts.offsets, acts.indices, _widen(values.detach()), W_dec, bias)
+        recon: Tensor = op(*entries, *acts.by_feature(), dtype)
+        return recon
+
+    @staticmethod
+    def backward(ctx: Any, d_recon: Tensor) -> tuple[Any, ...]:
+        ctx.record.receive("d_recon", d_recon[None])
+        acts, d_b_dec = ctx.record.acts, None
+        if ctx.needs_input_grad[1]:
+            op = ops.overload("decode_backward", d_recon, acts.values, ctx.W_dec)
+            entries = (acts.offsets, acts.indices, _widen(acts.values), ctx.W_dec)
+            d_b_dec = op(d_recon, *entries, *acts.by_feature(), False, False, True)[2]
+        return None, d_b_dec, None, None, None
