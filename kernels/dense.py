@@ -9,15 +9,18 @@ A pass over nnz entries gathers nnz * d * itemsize bytes at B bytes/s; a product
 operations at R per second. d cancels: dense is faster beyond nnz / n = F * 2 P B / (R itemsize).
 P = 1 for a float32 matrix and for dot products. Coefficients are float32, so beside a bfloat16
 matrix they are split into bfloat16 terms: P = 2 for a 16-bit result (2^-17 of each coefficient is
-lost), 3 for a float32 one (2^-26). Sums over a float16 matrix are products in float32: float16 has
-no exponents for coefficients as small as gradients are.
-Where both take as long, in entries per token, for n = 8192, d = 5376 and 790 TFLOP/s (float32: 50),
-3.0 TB/s; `MARGIN` times as many are asked for:
+lost), 3 for a float32 one (nothing is). Sums over a float16 matrix are products in float32: float16
+has no exponents for coefficients as small as gradients are.
+With what else a product moves (`sum_work`, `dots_work`), both should take as long at these entries
+per token, for n = 8192, d = 5376, 790 TFLOP/s (float32: 50), 3.0 TB/s (in brackets 4.3); `MARGIN`
+times as many are asked for:
 
-    F            1,024    4,096    16,384
-    decode bf16    @@1      @@2       @@3
-    dots bf16      @@4      @@5       @@6
-    decode fp32    @@7      @@8       @@9
+    F                         1,024      4,096       16,384
+    decode bfloat16         18 (21)    46 (59)    159 (213)
+      into float32          26 (31)    67 (88)    238 (319)
+    d_W_dec bfloat16        14 (17)    44 (57)    162 (216)
+    dot products bfloat16     6 (7)    21 (28)     87 (114)
+    decode float32          34 (48)  129 (183)    514 (728)
 
 The choice rests on shapes, with the capacity for nnz: no waiting. With a fixed capacity nnz is
 overestimated. Only stored entries count, as everywhere: rows of M that are not finite become zeros
@@ -107,7 +110,7 @@ def pays(device: torch.device, *works: Work) -> bool:
     gather, dense = 0.0, 0.0
     for work in works:
         rate = rates["TERAFLOPS_32" if work.wide else "TERAFLOPS_16"]
-        gather += work.gathered / (rates["GIGABYTES"] * 1e9)
+        gather += work.gathered / (rates["GATHERED_GIGABYTES"] * 1e9)
         dense += work.moved / (rates["GIGABYTES"] * 1e9) + work.operations / (rate * 1e12)
     return gather > MARGIN * dense
 

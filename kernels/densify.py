@@ -3,7 +3,7 @@
     dense[0, i, j] + ... + dense[PARTS - 1, i, j] = coefficients[e]  for the entry e = (i, j)
 
 `dense [PARTS, rows, width]` arrives as zeros. A float32 coefficient is PARTS bfloat16 terms, each
-the rounded rest of those before it: 2 leave 2^-17 of it, 3 leave 2^-26.
+the rounded rest of those before it: 2 leave 2^-17 of it, 3 nothing.
 What a dense product would get wrong is not placed but named in `left`, for `dense_remainder`:
 entries whose feature vector is not finite (0 * inf is NaN), coefficients that are not finite or
 could overflow bfloat16, and every entry of a row whose indices do not ascend (a repeated index is a
