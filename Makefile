@@ -19,11 +19,14 @@ CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o 
 .PHONY: test demo build lint format sanitize bench gpu-check wheel clean
 .DEFAULT_GOAL := test
 
-# Three processes: Triton's interpreter must be chosen before Triton is imported, and the kernels are compiled by the
-# oldest supported Triton too. A machine without Triton (not Linux) prints that it skips them.
+# Triton's interpreter must be chosen before Triton is imported: a process of its own, beside the first. The oldest
+# supported Triton compiles the kernels too.
 test: lint build $(OLDEST_TRITON)
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 GEMMASCOPE_FAST_BACKEND=triton $(BIN)/python -m pytest -k triton
+	@echo "the Triton kernels run in the interpreter meanwhile, output follows"
+	@TRITON_INTERPRET=1 GEMMASCOPE_FAST_BACKEND=triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k triton \
+	  > build/interpreted.log 2>&1 & interpreted=$$!; \
+	  $(BIN)/python -m pytest; native=$$?; \
+	  wait $$interpreted; status=$$?; cat build/interpreted.log; exit $$((native | status))
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest tests/test_triton_compiled.py -k "sm_90 or gfx942"
 
 demo: build

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .activations import Activation, BatchTopK, JumpReLU
 from .arguments import check_number
-from .functional import batchtopk_encode, jumprelu_encode, pre_at, topk_encode
+from .functional import batchtopk_encode, decode, jumprelu_encode, pre_at, topk_encode
 from .semantics import Semantics
 from .sparse import SparseActs
 
@@ -94,6 +94,20 @@ def encode(module: SAE, x: Tensor, max_nnz: int | None = None) -> SparseActs:
     else:
         acts = topk_encode(*encoder, activation.k)
     return pass_zeros(acts, encoder) if semantics.zero_gradient else acts
+
+
+def encoded(module: SAE, x: Tensor, max_nnz: int | None) -> SparseActs:
+    """`encode`, with the backward that an optimizer put into the module, if one did."""
+    acts = encode(module, x, max_nnz)
+    deferred = module.deferred if torch.is_grad_enabled() else None
+    return acts if deferred is None else deferred.encode(x, acts)
+
+
+def decoded(module: SAE, acts: SparseActs, dtype: torch.dtype | None) -> Tensor:
+    """Reconstruction, without an affine skip, likewise."""
+    if module.deferred is not None and torch.is_grad_enabled():
+        return module.deferred.decode(acts, module.b_dec, dtype)  # type: ignore[no-any-return]
+    return decode(unscaled(module, acts), module.W_dec, module.b_dec, dtype=dtype)
 
 
 def decoder_norms(W_dec: Tensor) -> Tensor:

@@ -9,10 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import Activation, BatchTopK, JumpReLU, TopK
-from .checks import check_decoder
-from .effective import encode, folded, unscaled
-from .functional import decode
-from .initial import unit_rows_
+from .effective import decoded, encoded, folded
 from .pretrained import Pretrained
 from .semantics import Semantics, as_semantics
 from .sparse import SparseActs
@@ -113,11 +110,11 @@ class SAE(Pretrained, nn.Module):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the initial weights."""
-        unit_rows_(self.W_dec, generator)
+        _unit_rows_(self.W_dec, generator)
         if self.d_in == self.d_out:
             self.W_enc.copy_(self.W_dec.t())
         else:
-            unit_rows_(self.W_enc.t(), generator)
+            _unit_rows_(self.W_enc.t(), generator)
         self.b_enc.zero_()
         self.b_dec.zero_()
         if isinstance(self.activation, JumpReLU) and self.threshold is not None:
@@ -176,16 +173,11 @@ class SAE(Pretrained, nn.Module):
         """
         if isinstance(self.activation, TopK) and max_nnz is not None:
             raise ValueError("encode: TopK always stores k entries per token; drop max_nnz")
-        acts = encode(self, x, max_nnz)
-        deferred = self.deferred if torch.is_grad_enabled() else None
-        return acts if deferred is None else deferred.encode(x, acts)
+        return encoded(self, x, max_nnz)
 
     def decode(self, acts: SparseActs, *, dtype: torch.dtype | None = None) -> Tensor:
         """Reconstruction `[*batch, d_out]`; `dtype` defaults to that of `W_dec`."""
-        if self.deferred is not None and torch.is_grad_enabled():
-            check_decoder("decode", acts, self.W_dec, dtype)
-            return self.deferred.decode(acts, self.b_dec, dtype or self.W_dec.dtype)  # type: ignore[no-any-return]
-        return decode(unscaled(self, acts), self.W_dec, self.b_dec, dtype=dtype)
+        return decoded(self, acts, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction `[*batch, d_out]` in the dtype of x."""
@@ -297,3 +289,11 @@ class Transcoder(SAE):
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction `[*batch, d_out]` in the dtype of x."""
         return self.decode(self.encode(x), x, dtype=x.dtype)
+
+
+def _unit_rows_(rows: Tensor, generator: torch.Generator | None) -> None:
+    """Fill `rows [f, d]` He-uniform and scale each row to unit norm."""
+    nn.init.kaiming_uniform_(rows, generator=generator)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=wide)
+    rows.div_(norms.to(rows.dtype))

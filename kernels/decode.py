@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .dense import entry_sum, sum_pays
 from .launching import INTERPRETED, choose
 from .token_sum import token_sum
 from .token_sum_pieces import token_sum_pieces
@@ -72,6 +73,9 @@ def accumulate(
         out: `[n, d]`, any float dtype and strides.
         add: add to `out` rather than overwrite it.
     """
+    if sum_pays(indices.shape[0], out.shape[0], matrix, out.dtype):
+        entry_sum(offsets, indices, coefficients, matrix, bias, out, add)
+        return
     if INTERPRETED and out.dtype == torch.bfloat16:  # the interpreter truncates to bfloat16
         wide = out.float()
         accumulate(offsets, indices, coefficients, matrix, bias, wide, add)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .by_feature import by_feature
+from .dense import dots_pay, entry_dots, latent_gradient
 from .gathered_dot import gathered_dot
 from .latent_order import VALUES, latent_order
-from .weight_gradient import gradient_rows, store_rows, weight_gradient
+from .weight_gradient import gradient_rows, store_rows
 
 
 def decode_backward(
@@ -34,14 +35,15 @@ def decode_backward(
     """`d_values [capacity]`, `d_W_dec` like W_dec, `d_b_dec [d_out]`; never waits."""
     d_values, d_W_dec, d_b_dec = (values.new_empty(0) for _ in range(3))
     if need_values:
-        d_values = gathered_dot(offsets, indices, W_dec, d_recon)
+        dots = entry_dots if dots_pay(indices.shape[0], W_dec, d_recon) else gathered_dot
+        d_values = dots(offsets, indices, W_dec, d_recon)
     if need_W_dec:
         if feature_offsets is None or permutation is None:
             feature_offsets, permutation = by_feature(offsets, indices, W_dec.shape[0])
         order = latent_order(offsets, indices, feature_offsets, permutation, (values,))
         d_W_dec = torch.empty_like(W_dec)
         rows = gradient_rows(d_W_dec)
-        weight_gradient(order, VALUES, False, d_recon, rows)
+        latent_gradient(order, VALUES, False, d_recon, rows)
         store_rows(d_W_dec, rows)
     if need_b_dec:
         d_b_dec = d_recon.sum(0, dtype=torch.float32)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from .by_feature import by_feature
 from .decode import accumulate
+from .dense import latent_gradient
 from .latent_order import GRADIENT, LatentOrder, latent_order
 from .latent_sums import latent_sums
-from .weight_gradient import gradient_rows, store_rows, weight_gradient
+from .weight_gradient import gradient_rows, store_rows
 
 
 def encode_backward(
@@ -63,6 +64,6 @@ def encoder_gradient(order: LatentOrder, x: Tensor, W_enc: Tensor) -> Tensor:
     """`d_W_enc`, in the dtype and the strides of W_enc."""
     d_W_enc = torch.empty_like(W_enc)
     rows = gradient_rows(d_W_enc.t())
-    weight_gradient(order, GRADIENT, True, x, rows)
+    latent_gradient(order, GRADIENT, True, x, rows)
     store_rows(d_W_enc.t(), rows)
     return d_W_enc

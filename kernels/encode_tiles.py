@@ -3,11 +3,11 @@
     pre [n, F] = x [n, d] @ W_enc [d, F] + b_enc [F];   records of the pairs that a rule selects
 
 Source: JumpReLU, arXiv 2407.14435, section 3; the lower bound per row serves TopK, 2406.04093.
-Algorithm: a program computes one tile of `pre`. The hits of a row become 32-bit words (a sum of
-shifted truth values), the words' population counts give each hit its rank in its row and in the
-tile, and one atomic per tile reserves a contiguous chunk of an arena for the tile's records. A
-chunk is in (row, column) order, so only the order of the chunks depends on timing, and
-`place_entries` undoes it. A full arena loses nothing silently: counts stay exact.
+Algorithm: a program computes one tile of `pre`. The hits of a row become words of BITS latents
+(`hit_words`), whose population counts give a hit its rank in its row and in the tile; one atomic
+per tile reserves a contiguous chunk of an arena for the tile's records. A chunk is in (row, column)
+order, so only the order of the chunks depends on timing, and `place_entries` undoes it. A full
+arena loses nothing silently: counts stay exact.
 Bound by the product, 2 n d F operations; by reading W_enc when n is small.
 """
 
@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .hit_words import dealt, in_words, log2, pick, popcount
 from .launching import INTERPRETED, choose, dot_precision, launch
 
 NO_COLUMN = 2**31 - 1
@@ -45,24 +46,6 @@ class Tiles(NamedTuple):
 
 
 @triton.jit
-def _popcount(word):
-    """Number of bits set in each int32."""
-    word = word.to(tl.uint32, bitcast=True)
-    word = word - ((word >> 1) & 0x55555555)
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    word = (word + (word >> 4)) & 0x0F0F0F0F
-    word = word + (word >> 8)
-    return ((word + (word >> 16)) & 63).to(tl.int32)
-
-
-@triton.jit
-def _log2(bit):
-    """Position of the only bit set in each int32: the exponent of its float32."""
-    exact = bit.to(tl.uint32, bitcast=True).to(tl.float32)
-    return (exact.to(tl.int32, bitcast=True) >> 23) - 127
-
-
-@triton.jit
 def _tile_of(program, n, F, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, GROUP_N: tl.constexpr):
     """Row block, column block: GROUP_N row blocks sweep the columns together and share W_enc."""
     row_blocks = tl.cdiv(n, BLOCK_N)
@@ -71,45 +54,6 @@ def _tile_of(program, n, F, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, GROUP_
     height = tl.minimum(row_blocks - first, GROUP_N)
     inside = program % group_size
     return first + inside % height, inside // height
-
-
-@triton.jit
-def _dealt(BLOCK_F: tl.constexpr, BITS: tl.constexpr, LANES: tl.constexpr):
-    """Latent of each column of the product, relative to the tile.
-
-    Tensor cores leave the columns 2 (i LANES + q) + {0, 1} of a row in thread q. Dealt columns
-    make these the latents [q BITS, (q + 1) BITS): the registers of one thread hold a whole word.
-    """
-    column = tl.arange(0, BLOCK_F).to(tl.int64)
-    inside = column % (LANES * BITS)
-    lane = inside // 2 % LANES
-    latent = lane * BITS + inside // (2 * LANES) * 2 + inside % 2
-    return tl.max_contiguous(tl.multiple_of(column - inside + latent, 2), 2)
-
-
-@triton.jit
-def _in_words(
-    tile,
-    BLOCK_N: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BITS: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """`[BLOCK_N, BLOCK_F]` as `[BLOCK_N, words, BITS]`, latents ascending."""
-    dealt = tl.reshape(tile, (BLOCK_N, BLOCK_F // (LANES * BITS), BITS // 2, LANES, 2))
-    return tl.reshape(tl.permute(dealt, (0, 1, 3, 2, 4)), (BLOCK_N, BLOCK_F // BITS, BITS))
-
-
-@triton.jit
-def _pick(value, index, BLOCK_N: tl.constexpr, WORDS: tl.constexpr, BITS: tl.constexpr):
-    """`value[i, w, index[i, w]]` by a tree of BITS - 1 selections, without memory."""
-    HALVINGS: tl.constexpr = (BITS // 2).bit_length()
-    for level in tl.static_range(HALVINGS):
-        odd_bit = ((index >> level) & 1)[:, :, None] == 1
-        value = tl.reshape(value, (BLOCK_N, WORDS, BITS >> (level + 1), 2))
-        even, odd = tl.split(value)
-        value = tl.where(odd_bit, odd, even)
-    return tl.reshape(value, (BLOCK_N, WORDS))
 
 
 @triton.jit
@@ -158,7 +102,7 @@ def _encode_tiles_kernel(
 
     WORDS: tl.constexpr = BLOCK_F // BITS
     local_rows = tl.arange(0, BLOCK_N)
-    local_columns = _dealt(BLOCK_F, BITS, LANES)
+    local_columns = dealt(BLOCK_F, BITS, LANES)
     rows = row_block * BLOCK_N + local_rows
     columns = column_block * BLOCK_F + local_columns
     row_ok = rows < n
@@ -204,7 +148,7 @@ def _encode_tiles_kernel(
         hit = (pre < lowest[:, None]) ^ True  # NaN included
 
     # Bits of a word are distinct: their sum is their union, the sign bit included.
-    hit = _in_words(hit, BLOCK_N, BLOCK_F, BITS, LANES)
+    hit = in_words(hit, BLOCK_N, BLOCK_F, BITS, LANES)
     bit = (tl.full((BITS,), 1, tl.int32) << tl.arange(0, BITS))[None, None, :]
     word = tl.sum(tl.where(hit, bit, 0), 2)  # [BLOCK_N, WORDS]
     word = tl.where(row_ok[:, None], word, 0)
@@ -215,8 +159,8 @@ def _encode_tiles_kernel(
     value = pre
     if WINDOW:  # a gated value is never NaN, so NaN marks what only the window stores
         value = tl.where(pre > theta[None, :], pre, float("nan"))
-    value = _in_words(value, BLOCK_N, BLOCK_F, BITS, LANES)
-    in_word = _popcount(word)
+    value = in_words(value, BLOCK_N, BLOCK_F, BITS, LANES)
+    in_word = popcount(word)
     in_row = tl.sum(in_word, 1)
     in_tile = tl.sum(in_row, 0)
     if not AGAIN:
@@ -230,8 +174,8 @@ def _encode_tiles_kernel(
         at = (start - arena_start) + (tl.cumsum(in_row, 0) - in_row)[:, None] + rank
         code = local_rows[:, None] * BLOCK_F + BITS * tl.arange(0, WORDS)[None, :]
         for _ in range(tl.max(tl.max(in_word, 1), 0)):  # one hit of each word at a time
-            index = _log2(word & -word)
-            found = _pick(value, index, BLOCK_N, WORDS, BITS)
+            index = log2(word & -word)
+            found = pick(value, index, BLOCK_N, WORDS, BITS)
             upper = (rank * (BLOCK_N * BLOCK_F) + code + index).to(tl.int64) << 32
             record = upper | found.to(tl.uint32, bitcast=True).to(tl.int64)
             tl.store(arena + at, record, mask=(word != 0) & (at >= 0) & (at < capacity))

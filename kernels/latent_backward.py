@@ -95,6 +95,8 @@ def _latent_backward_kernel(
             other=0.0,
         ).to(tl.float32)
         d = tl.load(gradient + position, mask=inside, other=0.0)  # [BLOCK_E]
+        if BLOCK_OUT <= 512:  # no warp waits in the sum: one could store before another has read
+            tl.debug_barrier()
         d += tl.sum(w.to(tl.float32)[None, :] * g_rows, axis=1)
         tl.store(gradient + position, d, mask=inside)
         value = tl.load(values + position, mask=inside, other=0.0)  # [BLOCK_E]

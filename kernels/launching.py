@@ -82,10 +82,11 @@ def processors(device: torch.device) -> int:
 def dot_precision(*operands: Tensor) -> str:
     """`input_precision` of `tl.dot`: full float32 unless torch was told to use TF32.
 
-    Follows `torch.set_float32_matmul_precision`; 16-bit products are not affected.
+    Follows `torch.set_float32_matmul_precision` and `torch.backends.cuda.matmul.fp32_precision`,
+    whose older getter raises once the newer one was set; 16-bit products are not affected.
     """
     wide = any(t.dtype == torch.float32 for t in operands)
-    return "tf32" if wide and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    return "tf32" if wide and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def block(size: int, largest: int, smallest: int = 1) -> int:

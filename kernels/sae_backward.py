@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from .decode import accumulate
+from .dense import backward_pays, dots_pay, entry_dots, latent_gradient
 from .gathered_dot import gathered_dot
 from .latent_backward import fits, latent_backward
 from .latent_order import GRADIENT, VALUES, LatentOrder, latent_order
 from .latent_sums import latent_sums
 from .token_order import token_order
-from .weight_gradient import adjacent_columns, gradient_rows, store_rows, weight_gradient
+from .weight_gradient import adjacent_columns, gradient_rows, store_rows
 
 Groups = Iterator[tuple[int, int, Tensor]]
 """First latent, last plus one, S `[m, d_out]`."""
@@ -52,7 +53,8 @@ def sae_backward(
     order = latent_order(offsets, indices, feature_offsets, permutation, sources)
     d_W_enc, d_W_dec = torch.empty_like(W_enc), torch.empty_like(W_dec)
     enc, dec = gradient_rows(d_W_enc.t()), gradient_rows(d_W_dec)
-    backward = _fused if fits(x.shape[1], W_dec.shape[1]) else _composed
+    dense = backward_pays(order, W_dec, d_recon[-1], x)
+    backward = _fused if fits(x.shape[1], W_dec.shape[1]) and not dense else _composed
     order = backward(order, offsets, x, W_dec, _groups(d_recon, group_ends), enc, dec)
     store_rows(d_W_enc.t(), enc)
     store_rows(d_W_dec, dec)
@@ -107,11 +109,14 @@ def _composed(
     dots = torch.zeros_like(order.sources[GRADIENT])
     for first, last, seen in groups:
         # Latents of other groups are out of range of the slice, and contribute 0.
-        dots += gathered_dot(offsets, order.indices - first, W_dec[first:last], seen)
-        weight_gradient(order, VALUES, False, seen, dec[first:last], first)
+        W = W_dec[first:last]
+        share = order.indices.shape[0] * W.shape[0] // W_dec.shape[0]
+        dot = entry_dots if dots_pay(share, W, seen) else gathered_dot
+        dots += dot(offsets, order.indices - first, W, seen)
+        latent_gradient(order, VALUES, False, seen, dec[first:last], first)
     view = (order.feature_offsets, order.permutation)
     order.sources[GRADIENT] += latent_order(offsets, order.indices, *view, (dots,)).sources[VALUES]
-    weight_gradient(order, GRADIENT, True, x, enc)
+    latent_gradient(order, GRADIENT, True, x, enc)
     return order
 
 

@@ -58,8 +58,9 @@ def scan_prefixes(x: Tensor, W_enc: Tensor, b_enc: Tensor, best: Best, k: int) -
         found = candidates(x, W_enc, b_enc, best.bound, start, end, room)
         if wide:
             lost = lost | (found.needed > room)
-            found.offsets.masked_fill_(lost, 0)  # what follows a loss would be out of order
             flags.append((start, lost))
+        if flags:  # what follows a loss would be out of order, a narrow last chunk too
+            found.offsets.masked_fill_(lost, 0)
         best.merge(found)
     if capturing(x):
         return lost

@@ -3,18 +3,22 @@
 Launchers are called with `meta` tensors of real shapes; each launch is compiled for a target with
 exactly the types and specialisations it would have there, and not run.
 
-    python tests/compiling.py      rewrites the budget that test_triton_compiled.py holds kernels to
+    python tests/compiling.py [target ...]
+rewrites the budget that test_triton_compiled.py holds kernels to.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,16 +227,19 @@ def measured(report: Report) -> dict[str, Any]:
     return {"kernel": report.kernel, **{key: getattr(report, key) for key in LIMITED}}
 
 
-def write_budget() -> None:
+def write_budget(targets: Sequence[str] = TARGETS) -> None:
     """Rewrite `kernel_budget.json`, keeping the larger number where it has one already.
 
     Run it under the oldest and under the newest Triton: the budget holds for both. Delete the file
     first to forget what earlier kernels needed.
     """
     budget = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
-    for name in specimens():
-        for target in TARGETS:
-            found = [measured(r) for r in reports(name, target)]
+    work = [(name, target) for target in targets for name in specimens()]
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        for (name, target), done in zip(
+            work, pool.map(reports, *zip(*work, strict=True)), strict=True
+        ):
+            found = [measured(r) for r in done]
             before = budget.setdefault(name, {}).get(target, [])
             if [b["kernel"] for b in before] == [f["kernel"] for f in found]:
                 for new, old in zip(found, before, strict=True):
@@ -243,4 +250,4 @@ def write_budget() -> None:
 
 
 if __name__ == "__main__":
-    write_budget()
+    write_budget(sys.argv[1:] or TARGETS)

@@ -63,8 +63,11 @@ def test_matches_the_definition(backend, dtype, w_dtype, bias):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("w_dtype", DTYPES, ids=str)
 def test_any_layout_of_the_decoder(backend, layout, w_dtype):
-    # Few and many entries beside d_sae: gathered in place or copied first. Interpreting takes long.
-    for n in (1, 7 if backend.name == "triton" else 40):
+    interpreted = backend.name == "triton"
+    if interpreted and w_dtype == torch.float16:
+        pytest.skip("interpreted layouts: float16 differs from bfloat16 by one conversion")
+    # Few and many entries beside d_sae: gathered in place or copied first.
+    for n in (1, 4 if interpreted else 40):
         p = problem(n=n, d_sae=41, d_out=37, integer=True, w_dtype=w_dtype)
         entries = jumprelu_entries(p)
         moved = p.with_(W_dec=LAYOUTS[layout](p.W_dec))

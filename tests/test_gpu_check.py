@@ -162,6 +162,7 @@ def test_results_of_pytest_are_read() -> None:
 def test_modules_whose_imports_are_missing_are_not_collected(monkeypatch: Any) -> None:
     names = {p.name for p in suite.device_modules(ROOT / "tests")}
     assert {"test_decode.py", "test_properties.py"} <= names and "test_gpu_check.py" not in names
+    assert {"test_triton_decode.py", "test_triton_select.py"} <= names, "without the fixture"
     find = lambda name: None if name == "hypothesis" else object()  # noqa: E731
     monkeypatch.setattr(suite.importlib.util, "find_spec", find)
     assert suite.missing_imports(ROOT / "tests" / "test_properties.py") == ["hypothesis"]

@@ -10,9 +10,10 @@ import weakref
 import pytest
 import torch
 from oracle import assert_same
-from test_optim import batch, loss_of, sae, train
+from test_optim import F, batch, loss_of, sae, train
 
 import gemmascope_fast as gsf
+from gemmascope_fast.training import blocked
 
 ACTIVATIONS = [gsf.JumpReLU(0.2, 0.4), gsf.TopK(5), gsf.BatchTopK(4.5)]
 RULES = [
@@ -143,6 +144,90 @@ def test_gradients_of_biases_from_elsewhere_are_added():
         (loss_of(module, batch(0)) + module.b_enc.sin().sum() + module.b_dec.sum()).backward()
         optimizer.step()
     torch.testing.assert_close(runs[0][0].b_enc, runs[1][0].b_enc)
+
+
+def terms_of(activation):
+    return [gsf.training.Reconstruction(), gsf.training.QuadraticL0(target=4.0, coefficient=0.01)]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("activation", [gsf.JumpReLU(0.2, 1.2), *ACTIVATIONS[1:]], ids=str)
+def test_loss_in_one_sparse_block(activation, scale):
+    runs = pair(activation)
+    for module, optimizer in runs:
+        for step in range(6):
+            optimizer.zero_grad()
+            value, metrics = module.loss(batch(step), terms=terms_of(activation))
+            (scale * value).backward()
+            assert (int(metrics["blocks"]), int(metrics["dense_blocks"])) == (1, 0)
+            assert (module.W_dec.grad is None) == (module is runs[0][0])
+            optimizer.step()
+    if scale == 1:
+        assert_equal_runs(*runs)
+    for p, q in zip(runs[0][0].parameters(), runs[1][0].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+def test_loss_in_several_blocks_takes_the_unfused_way():
+    runs = pair()
+    limits = blocked.Limits(entry_bytes=F * blocked.ENTRY_BYTES, crossover=1.0)
+    for module, optimizer in runs:
+        for step in range(3):
+            optimizer.zero_grad()
+            terms = terms_of(module.activation)
+            value, metrics = blocked.sae_loss(module, batch(step), batch(step), terms, limits)
+            value.backward()
+            assert int(metrics["blocks"]) > 1 and module.W_dec.grad is not None
+            optimizer.step()
+    assert_equal_runs(*runs)
+
+
+TERMS = {
+    "prefixes and activations": (
+        True,
+        [gsf.training.Tanh(1e-3, False), gsf.training.Matryoshka((10, F))],
+    ),
+    "decoder norms": (False, [gsf.training.Reconstruction(), gsf.training.L1(1e-3)]),
+    "dead latents": (False, [gsf.training.Reconstruction(), gsf.training.MultiTopK((2,))]),
+}
+"""Whether the step can be fused: terms with gradients of W_dec of their own are not."""
+
+
+@pytest.mark.parametrize("kind", TERMS)
+def test_loss_with_other_terms(kind):
+    fuses, terms = TERMS[kind]
+    runs = pair(ACTIVATIONS[1])
+    for module, optimizer in runs:
+        for step in range(4):
+            optimizer.zero_grad()
+            module.loss(batch(step), terms=terms)[0].backward()
+            assert (module.W_dec.grad is None) == (fuses and module is runs[0][0])
+            optimizer.step()
+    assert_equal_runs(*runs)
+
+
+def test_other_semantics_are_refused():
+    for semantics in (
+        "saelens_6",
+        gsf.Semantics(threshold="log"),
+        gsf.Semantics(gate="non_strict"),
+    ):
+        module = gsf.SAE(12, F, gsf.JumpReLU(0.2, 0.4), semantics=semantics)
+        with pytest.raises(ValueError, match="only the default semantics are served"):
+            gsf.optim.Adam(module, 1e-2, fused=True)
+        with pytest.raises(ValueError, match="only the default semantics are served"):
+            gsf.optim.set_grad_format(module, "coo")
+
+
+def test_a_second_backward_of_the_loss_raises():
+    module = sae(ACTIVATIONS[1])
+    optimizer = gsf.optim.Adam(module, 1e-2, fused=True)
+    module.loss(batch(0))[0].backward()
+    with pytest.raises(RuntimeError, match="a second backward"):
+        module.loss(batch(1))[0].backward()
+    optimizer.zero_grad()
+    module.loss(batch(1))[0].backward()
+    optimizer.step()
 
 
 def test_dense_gradients_alone_are_applied_as_unfused():

@@ -10,14 +10,26 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from compiling import BUDGET, LIMITED, TARGETS, Report, measured, narrow_products, reports
+from compiling import (
+    BUDGET,
+    LIMITED,
+    TARGETS,
+    Report,
+    compile_launches,
+    measured,
+    narrow_products,
+    reports,
+)
 from compiling import specimens as all_specimens
 
 from gemmascope_fast import ops
 from gemmascope_fast.kernels import launching
+from gemmascope_fast.kernels.latent_backward import latent_backward
+from gemmascope_fast.kernels.latent_order import LatentOrder
 
 if launching.INTERPRETED:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
@@ -113,3 +125,25 @@ def test_the_scan_for_narrow_products_finds_one() -> None:
     """
     assert narrow_products(ttir) == ["arith.muli %p, %q : i32"]
     assert narrow_products(ttir.replace("i32 loc(#loc2)", "i64 loc(#loc2)")) == []
+
+
+def test_one_warp_cannot_overwrite_a_gradient_that_another_has_yet_to_read(monkeypatch) -> None:
+    # 32 columns are summed inside each warp, so that no reduction makes the warps wait.
+    config = {"BLOCK_E": 1, "SEGMENT": 256, "STAGES": 1, "num_warps": 8}
+    monkeypatch.setattr(launching, "OVERRIDE", lambda name, shape, chosen: config)
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    n, latents, d_in, d_out, capacity = 64, 128, 1024, 32, 256
+    tokens = new(capacity, dtype=torch.int32)
+    order = LatentOrder(new(latents + 1, dtype=torch.int64), tokens, tokens, tokens, new(4, 256), n)
+    matrices = new(latents, d_out), new(n, d_out), new(n, d_in), new(latents, d_in)
+    found = compile_launches(
+        "sm_90", lambda: latent_backward(order, *matrices, new(latents, d_out))
+    )
+    lines = found[0].assembly.splitlines()
+    stores = [i for i, line in enumerate(lines) if "STG" in line]
+    loads = [i for i, line in enumerate(lines) if "LDG" in line and i < stores[0]]
+    between = lines[loads[-1] : stores[0]]
+    assert any("BAR.SYNC" in line for line in between)

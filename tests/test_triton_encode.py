@@ -133,3 +133,14 @@ def test_a_fixed_capacity_waits_for_nothing(monkeypatch):
     ]
     found = candidates(*p.encoder, p.b_dec[:1].expand(13), 0, 37, 20)
     assert found.values.shape == (20,) and found.offsets.shape == (14,)
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["topk_encode", "batchtopk_encode"])
+def test_a_narrow_last_chunk_behind_an_overflow_is_taken_once(name):
+    # Chunks end at 32, 64, 128, 256, 266: [128, 256) overflows, [256, 266) is no wider than 32.
+    rising = torch.where(torch.arange(266) < 128, 1.0, torch.arange(266.0))
+    args = (torch.ones(3, 1), rising[None], torch.zeros(266))
+    rest = (4, False) if name == "topk_encode" else (4.0, None, None, False)
+    result = getattr(torch.ops.gemmascope_fast, name)(*args, *rest)
+    assert result[1].tolist() == [262, 263, 264, 265] * 3

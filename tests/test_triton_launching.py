@@ -95,6 +95,17 @@ def test_tf32_only_on_request():
         torch.set_float32_matmul_precision("highest")
 
 
+def test_tf32_by_the_backend_setting():
+    wide = torch.zeros(1)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for setting in ("tf32", "ieee"):
+            torch.backends.cuda.matmul.fp32_precision = setting
+            assert launching.dot_precision(wide) == setting
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 # ---- the tuner
 
 

@@ -23,6 +23,8 @@ from .machine import tool
 MODULE_SECONDS = 240
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 OPTIONAL = ("hypothesis", "transformers", "huggingface_hub", "matplotlib", "rich", "numpy")
+OWN_DEVICE = "GEMMASCOPE_FAST_TEST_DEVICE"
+"""Modules without the fixture that name it choose the device themselves."""
 NO_TESTS = 5
 """pytest's exit status when the selection is empty."""
 
@@ -31,7 +33,7 @@ NO_TESTS = 5
 
 
 def tests(ctx: Context) -> None:
-    """Modules that take the `backend` fixture; the rest does not touch the device."""
+    """Modules that take the `backend` fixture or choose the device themselves."""
     modules = device_modules(ROOT / "tests")
     if ctx.settings.quick:
         modules = [m for m in modules if m.name == "test_by_feature.py"]
@@ -43,8 +45,8 @@ def tests(ctx: Context) -> None:
 
 
 def device_modules(folder: Path) -> list[Path]:
-    """Test modules that take the `backend` fixture, longest first, so that they end together."""
-    found = [p for p in folder.glob("test_*.py") if "backend" in _arguments(p)]
+    """Test modules that run on the device, longest first, so that they end together."""
+    found = [p for p in folder.glob("test_*.py") if "backend" in _arguments(p) or _chooses(p)]
     return sorted(found, key=lambda p: (-p.stat().st_size, p.name))
 
 
@@ -67,14 +69,21 @@ def _arguments(module: Path) -> set[str]:
     return {a.arg for f in functions if f.name.startswith("test_") for a in f.args.args}
 
 
+def _chooses(module: Path) -> bool:
+    return f'environ.get("{OWN_DEVICE}"' in module.read_text()
+
+
 def _module(ctx: Context, module: Path) -> dict[str, Any]:
     absent = missing_imports(module)
     if absent:
         raise Skip(f"not collected: {', '.join(absent)} not installed")
-    env = {**os.environ, "GEMMASCOPE_FAST_TEST_DEVICE": ctx.settings.device}
+    if _chooses(module) and ctx.settings.device == "cpu":
+        raise Skip("kernels of a GPU")
+    env = {**os.environ, OWN_DEVICE: ctx.settings.device}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH", "")]))
-    command = [sys.executable, "-m", "pytest", str(module), "-q", "-k", "device"]
+    command = [sys.executable, "-m", "pytest", str(module), "-q"]
     command += ["-p", "no:cacheprovider", "--tb=short"]
+    command += [] if _chooses(module) else ["-k", "device"]
     limit = max(1.0, min(MODULE_SECONDS, ctx.remaining() - 5))
     code, text = run(command, env, limit)
     return outcome(code, text, limit)

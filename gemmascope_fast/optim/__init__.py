@@ -2,5 +2,6 @@
 
 from .adam import Adam
 from .clipping import clip_grad_norm_
+from .coo import set_grad_format
 
-__all__ = ["Adam", "clip_grad_norm_"]
+__all__ = ["Adam", "clip_grad_norm_", "set_grad_format"]

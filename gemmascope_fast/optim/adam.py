@@ -44,7 +44,8 @@ class Adam(torch.optim.Optimizer):
             and `step` computes them row by row while it updates, without gradient buffers. A second
             `backward` before `step` or `zero_grad` raises, and so does decoding activations
             other than those that `module.encode` returned. Gradients that are dense all the same
-            (`module.loss` in several blocks) are applied as without fused.
+            (`module.loss` in several blocks) are applied as without fused. Needs the default
+            `Semantics`.
         seed: of the stochastic rounding; the same bits for any number of threads.
 
     Raises:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import ops
+from ..checks import check_decoder
 from ..functional import _autocast, _widen
 from ..modules import SAE, JumpReLU
 from ..sparse import SparseActs
@@ -36,6 +38,7 @@ class Record:
         self.x = x.detach().reshape(-1, module.d_in)
         self.acts = acts.detach()
         self.versions = tuple(p._version for p in (module.W_enc, module.W_dec))
+        self.ends = [module.d_sae]
         self.found: dict[str, Tensor] = {}
 
     def receive(self, name: str, gradient: Tensor) -> None:
@@ -61,7 +64,7 @@ class Record:
         acts, n = self.acts, self.x.shape[0]
         d_recon = self.found.get("d_recon")
         if d_recon is None:
-            d_recon = acts.values.new_zeros(()).expand(n, module.d_out)
+            d_recon = acts.values.new_zeros(()).expand(1, n, module.d_out)
         threshold, bandwidth = None, 0.0
         if isinstance(module.activation, JumpReLU) and module.threshold is not None:
             if module.threshold.requires_grad:
@@ -69,7 +72,7 @@ class Record:
         operands = (self.x, module.W_enc, module.W_dec, acts.values, d_recon)
         d_b_enc, d_threshold, _ = ops.overload("fused_sparse_step", *operands)(
             *(self.x, module.W_enc.detach(), None if threshold is None else _widen(threshold)),
-            *(bandwidth, module.W_dec.detach(), d_recon[None], [module.d_sae], acts.offsets),
+            *(bandwidth, module.W_dec.detach(), d_recon, self.ends, acts.offsets),
             *(acts.indices, _widen(acts.values), _widen(acts.gate)),
             *(self.found.get("d_values"), self.found.get("d_gate"), *acts.by_feature()),
             *(*states, *rates, *rules),
@@ -92,12 +95,8 @@ class Deferred:
                 raise ValueError(f"{OP}: {name} must require grad")
             if rows.shape[1] > 1 and rows.stride(1) != 1:
                 raise ValueError(f"{OP}: {name} must have one contiguous row of memory per latent")
-        chosen = module.semantics
-        if not (chosen.plain_forward and chosen.own_gradient) or (
-            chosen.rescale or chosen.zero_gradient
-        ):
-            raise ValueError(f"{OP}: the module must have Gemma Scope 2's semantics, got {chosen}")
-        if getattr(module, "deferred", None) is not None:
+        check_semantics(OP, module)
+        if module.deferred is not None:
             raise ValueError(f"{OP}: the module has a fused optimizer already")
         self.module = module
         self.pending: Record | None = None
@@ -144,8 +143,40 @@ class Deferred:
         self._records[leaves["values"]] = record
         return acts._replace(**leaves)
 
-    def decode(self, acts: SparseActs, b_dec: Tensor, dtype: torch.dtype) -> Tensor:
+    def keep(
+        self,
+        x: Tensor,
+        entries: tuple[Tensor, Tensor, Tensor, Tensor],
+        transpose: tuple[Tensor, Tensor],
+        ends: tuple[int, ...],
+        d_recon: Tensor,
+        d_values: Tensor | None,
+        d_gate: Tensor | None,
+    ) -> Callable[[Tensor], None]:
+        """What `module.loss` calls in its backward pass, with the gradient of the loss."""
+        feature_offsets, permutation = transpose
+        acts = SparseActs(
+            *entries,
+            shape=(x.shape[0], self.module.d_sae),
+            feature_offsets=feature_offsets,
+            permutation=permutation,
+        )
+        record = Record(self, self.module, x, acts)
+        record.ends = list(ends)
+        incoming = {"d_recon": d_recon, "d_values": d_values, "d_gate": d_gate}
+
+        def receive(scale: Tensor) -> None:
+            for name, gradient in incoming.items():
+                if gradient is not None:
+                    scaled = gradient if bool(scale == 1) else gradient * scale.to(gradient.dtype)
+                    record.receive(name, scaled)
+
+        return receive
+
+    def decode(self, acts: SparseActs, b_dec: Tensor, dtype: torch.dtype | None) -> Tensor:
         """Reconstruction of activations that `encode` returned."""
+        check_decoder("decode", acts, self.module.W_dec, dtype)
+        dtype = dtype or self.module.W_dec.dtype
         record = self._records.get(acts.values)
         if record is None:
             raise ValueError(
@@ -154,6 +185,17 @@ class Deferred:
             )
         recon = _Decode.apply(acts.values, b_dec, self.module.W_dec.detach(), record, dtype)  # type: ignore[no-untyped-call]
         return recon.reshape(*acts.shape[:-1], self.module.d_out)  # type: ignore[no-any-return]
+
+
+def check_semantics(op: str, module: SAE) -> None:
+    """The ops see the module's parameters as they are."""
+    s = module.semantics
+    plain = s.own_gradient and (s.gate, s.threshold) == ("strict", "direct")
+    if not plain or s.rescale or s.zero_gradient or (s.center and module.centred):
+        raise ValueError(
+            f"{op}: only the default semantics are served, got {s}: use fused=False and dense "
+            "gradients"
+        )
 
 
 def pending_parameters(p: Tensor) -> bool:
@@ -190,7 +232,7 @@ class _Decode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_recon: Tensor) -> tuple[Any, ...]:
-        ctx.record.receive("d_recon", d_recon)
+        ctx.record.receive("d_recon", d_recon[None])
         acts, d_b_dec = ctx.record.acts, None
         if ctx.needs_input_grad[1]:
             op = ops.overload("decode_backward", d_recon, acts.values, ctx.W_dec)

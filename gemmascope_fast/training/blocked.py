@@ -13,7 +13,7 @@ budget. TopK is sparse always. BatchTopK selects over the whole batch, hence is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from .. import ops
 from ..checks import check_encoder
 from ..modules import SAE, BatchTopK, TopK
 from .block_paths import count_block, dense_block, sparse_block
+from .entry_paths import ENCODER
 from .evaluation import Gradients, Inputs
 from .losses import LossTerm, check_terms
 from .losses_weights import WeightTerm
@@ -87,13 +88,18 @@ def sae_loss(
     enabled = torch.is_grad_enabled()
     needs = frozenset(name for name, t in tensors.items() if enabled and t.requires_grad)
     inputs = inputs_of(module, tensors, activation, needs)
-    loss, metrics, gradients = _evaluate(inputs, checked, limits)
+    keep = getattr(module.deferred, "keep", None)  # a fused optimizer's
+    deferrable = keep is not None and needs >= {"W_enc", "W_dec"} and "x" not in needs
+    loss, metrics, gradients = _evaluate(inputs, checked, limits, deferrable)
     if module.training:
         for smallest in inputs.smallest:
             module.observe(smallest)
     if needs:
-        found = [gradients.pop(name) for name in tensors]
-        loss = _Precomputed.apply(loss, found, *tensors.values())  # type: ignore[no-untyped-call]
+        kept = gradients.kept
+        receive = keep(**kept) if keep is not None and kept else None
+        late = ("W_dec", *ENCODER) if kept else ()
+        found = [None if name in late else gradients.pop(name) for name in tensors]
+        loss = _Precomputed.apply(loss, found, receive, *tensors.values())  # type: ignore[no-untyped-call]
     return loss, metrics
 
 
@@ -132,26 +138,39 @@ def _count(inputs: Inputs, plan: list[tuple[slice, bool]]) -> Tensor:
 
 
 class _Precomputed(torch.autograd.Function):
-    """The loss as a function of its inputs whose gradients are known already."""
+    """The loss as a function of its inputs whose gradients are known already.
+
+    `receive`, where a fused optimizer computes those of the weights later, is told of the backward
+    pass and its scale.
+    """
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: list[Tensor | None], *inputs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        loss: Tensor,
+        gradients: list[Tensor | None],
+        receive: Callable[[Tensor], None] | None,
+        *inputs: Tensor,
+    ) -> Tensor:
         ctx.save_for_backward(*gradients)
+        ctx.receive = receive
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(f"{OP}: second derivatives are not supported: drop create_graph")
+        if ctx.receive is not None:
+            ctx.receive(scale)
         saved = ctx.saved_tensors
         if bool(scale == 1):  # plain loss.backward(): no copies, the buffers become the .grad
-            return (None, None, *saved)
-        return (None, None, *(None if g is None else g * scale.to(g.dtype) for g in saved))
+            return (None, None, None, *saved)
+        return (None, None, None, *(None if g is None else g * scale.to(g.dtype) for g in saved))
 
 
 @torch.no_grad()
 def _evaluate(
-    inputs: Inputs, terms: tuple[LossTerm, ...], limits: Limits
+    inputs: Inputs, terms: tuple[LossTerm, ...], limits: Limits, deferrable: bool
 ) -> tuple[Tensor, dict[str, Tensor], Gradients]:
     objective, gradients = Objective(inputs, terms), Gradients(inputs)
     blocks = {True: 0, False: 0}
@@ -159,6 +178,9 @@ def _evaluate(
         plan = list(_plan(inputs, limits))
         if objective.needs_counts and len(plan) > 1:
             objective.counts = _count(inputs, plan)
+        deferrable = deferrable and not any(isinstance(term, WeightTerm) for term in terms)
+        if deferrable and [dense for _, dense in plan] == [False]:
+            gradients.kept = {}
         for rows, dense in plan:
             path = dense_block if dense else sparse_block
             path(inputs, rows, objective, gradients)

@@ -83,6 +83,13 @@ def backward(
     inputs: Inputs, block: Block, ends: tuple[int, ...], incoming: Incoming, gradients: Gradients
 ) -> Tensor:
     """Add the weights' gradients; returns d_x, of size 0 when not wanted."""
+    if gradients.started("W_dec", *ENCODER):  # a term's own, the decoder norms of L1 say
+        gradients.kept = None
+    if gradients.kept is not None:  # a fused optimizer's step does the rest
+        names = ("d_recon", "d_values", "d_gate")
+        found = {"x": block.x, "entries": (*block.entries, block.gate), "transpose": block.view}
+        gradients.kept |= found | {"ends": ends} | dict(zip(names, incoming, strict=True))
+        return block.x.new_empty(0)
     if inputs.needs >= {"W_enc", "W_dec"} and inputs.semantics.own_gradient:
         return _merged(inputs, block, ends, incoming, gradients)
     need_values, need_W_dec = inputs.needs_any("x", *ENCODER), inputs.needs_any("W_dec")

@@ -86,11 +86,22 @@ class Inputs:
 
 
 class Gradients:
-    """Sums of gradients over blocks: one buffer per wanted tensor, in the tensor's strides."""
+    """Sums of gradients over blocks: one buffer per wanted tensor, in the tensor's strides.
+
+    Attributes:
+        kept: where the only block leaves its entries and the gradients of its reconstruction and
+            gates, for a fused optimizer to finish; None where the gradients are computed here.
+    """
+
+    kept: dict[str, Any] | None = None
 
     def __init__(self, inputs: Inputs) -> None:
         self._inputs = inputs
         self._sums: dict[str, Tensor] = {}
+
+    def started(self, *names: str) -> bool:
+        """Whether one of these sums has a summand."""
+        return not self._sums.keys().isdisjoint(names)
 
     def buffer(self, name: str) -> Tensor:
         """The sum so far in the accumulation dtype, to be added to in place."""

@@ -57,13 +57,13 @@ def _bounded(F: int, stride: int) -> Callable[[], Tiles]:
     return run
 
 
-def _rest(n: int, F: int) -> Callable[[], None]:
+def _rest(n: int, F: int, d: int = 5376, capacity: int = CAPACITY) -> Callable[[], None]:
     def run() -> None:
-        tiles = encode_tiles(*_encoder(n, 5376, F, BF16, BF16, False), CAPACITY, threshold=_new(F))
+        tiles = encode_tiles(*_encoder(n, d, F, BF16, BF16, False), capacity, threshold=_new(F))
         assert tiles.first_invalid is not None
         offsets = scan_rows(tiles.counts, tiles.first_invalid)
-        indices, needed = _new(CAPACITY, dtype=torch.int32), offsets[-1]
-        values, gate = _new(CAPACITY), _new(CAPACITY)
+        indices, needed = _new(capacity, dtype=torch.int32), offsets[-1]
+        values, gate = _new(capacity), _new(capacity)
         place_entries(tiles, offsets, needed, indices, values, gate)
         place_entries(tiles._replace(first_invalid=None), offsets, needed, indices, values)
         insert_invalid(tiles.first_invalid, offsets, needed, indices, values, gate)
@@ -92,4 +92,5 @@ SPECIMENS: dict[str, Callable[[], object]] = {
     "bound, 1k": _bounded(1024, 0),
     "placing": _rest(8192, 65536),
     "placing, n 1": _rest(1, 1048576),
+    "every size 1": _rest(1, 1, 1, 1),
 }
