@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +30,7 @@ from gemmascope_fast.demo.dense import DenseSAE, JumpReLUGate
 from gemmascope_fast.demo.run import initial
 from gemmascope_fast.demo.settings import Job, Settings
 from gemmascope_fast.demo.turns import History, Worker, schedule, train_in_turns
-from gemmascope_fast.training.recipe import Recipe
+from gemmascope_fast.training.recipe import terms
 from gemmascope_fast.training.sources import TensorSource
 from gemmascope_fast.training.trainer import Trainer
 
@@ -182,9 +181,8 @@ def test_dense_and_sparse_losses_agree_in_every_gradient(fused: bool) -> None:
     trainer.module.activation = gsf.JumpReLU(0.05)
     model = dense_copy(trainer, 0.05)
     if not fused:
-        trainer.recipe = Recipe(replace(trainer.settings, fused=False), torch.device("cpu"))
-    silent = trainer.silent()
-    loss = trainer.recipe(trainer.module, x, None, 4, trainer.density, silent).loss
+        trainer.updates.release()
+    loss, _ = trainer.module.loss(x, None, terms(trainer.settings, 4, trainer.silent()))
     loss.backward()
     recon, l0, counts = model(x)
     lam = recipe.preset(SMALL).sparsity_weight(4, SMALL.steps)

@@ -174,7 +174,7 @@ def _step(s: Settings, device: torch.device, matrix: int, vectors: int) -> dict[
         blocks = -(-entries // DEFAULT_LIMITS.entry_bytes)
         entries = min(entries, DEFAULT_LIMITS.entry_bytes)
     held["entries"] = entries
-    fused = s.fused and s.matryoshka is None and blocks == 1
+    fused = s.fused and blocks == 1
     if not fused or (s.activation != "jumprelu" and s.preset.auxk > 0):
         held["gradients"] = matrix * s.dtype.itemsize * (1 if blocks == 1 else 2)
     else:

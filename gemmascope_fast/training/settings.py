@@ -159,14 +159,6 @@ class Settings:
         return TopK(int(self.k)) if self.activation == "topk" else BatchTopK(float(self.k))
 
 
-def first_density(s: Settings) -> float:
-    """Share of latents that are active on a token at the start."""
-    if s.activation != "jumprelu":
-        assert s.k is not None
-        return s.k / s.d_sae
-    return 0.5 if s.start_l0 is None else s.start_l0 / s.d_sae
-
-
 def prefixes(op: str, sizes: Any) -> tuple[int, ...] | None:
     """`matryoshka` as a tuple.
 

@@ -1,7 +1,7 @@
 """A training run: batches in, updates out, checkpoints on the way.
 
     x' = (x - mean) * scale             calibration.py, from the first block
-    loss' = sum of terms(x', step)      preset.py, evaluated by SAE.loss at bounded memory
+    loss' = sum of terms(x', step)      recipe.py, evaluated by SAE.loss at bounded memory
     update, unit-norm decoder rows      updates.py
     module on raw activations           calibration.fold_
 
@@ -23,8 +23,8 @@ from torch import Tensor
 from ..modules import SAE
 from . import checkpoint
 from .calibration import ROWS, Affine, fold_, measure, start
-from .recipe import Recipe
-from .settings import Settings, first_density
+from .recipe import terms
+from .settings import Settings
 from .sources import Source, Stream
 from .updates import PREFIX, Updates
 
@@ -66,8 +66,6 @@ class Trainer:
         self.taken = 0
         self.last_fired = torch.zeros(settings.d_sae, dtype=torch.int64, device=device)
         self.stream = Stream(source, settings.seed)
-        self.recipe = Recipe(settings, device)
-        self.density = first_density(settings)
         self._calibrate()
 
     @classmethod
@@ -83,8 +81,7 @@ class Trainer:
         made.source, made.settings, made.device = source, settings, device
         made.module = settings.make(device)
         made.updates = Updates(made.module, settings)
-        made.recipe = Recipe(settings, device)
-        made.taken, made.density = record["step"], record["density"]
+        made.taken = record["step"]
         made.last_fired = torch.zeros(settings.d_sae, dtype=torch.int64, device=device)
         s_in, s_out = record["scales"]
         made.maps = (
@@ -110,8 +107,7 @@ class Trainer:
         with torch.autocast(
             self.device.type, settings.autocast, enabled=settings.autocast is not None
         ):
-            made = self.recipe(self.module, x, target, self.taken, self.density, self.silent())
-        loss = made.loss
+            loss, metrics = self.module.loss(x, target, terms(settings, self.taken, self.silent()))
         if not bool(torch.isfinite(loss)):
             self.updates.zero_grad()
             raise NonFiniteError(
@@ -121,12 +117,11 @@ class Trainer:
                 *(self.taken, position),
             )
         loss.backward()  # type: ignore[no-untyped-call]
-        fired = self.updates.fired() if made.fired is None else made.fired
+        fired = self.updates.fired()
         self.updates.step(rate)
         self.taken += 1
         self.last_fired.masked_fill_(fired, self.taken)
-        self.density = float(made.metrics["density"])
-        return {"loss": loss.detach(), **made.metrics, "fired": fired.sum(), "lr": rate}
+        return {"loss": loss.detach(), **metrics, "fired": fired.sum(), "lr": rate}
 
     def silent(self) -> Tensor:
         """`[d_sae]` bool: latents that did not fire for `DEAD_STEPS`, or a fifth of the run."""
@@ -167,7 +162,6 @@ class Trainer:
         record = {
             "version": VERSION,
             "step": self.taken,
-            "density": self.density,
             "position": self.stream.position,
             "scales": [place.scale for place in self.maps],
             "settings": self.settings.record(),

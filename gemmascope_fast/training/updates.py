@@ -44,6 +44,10 @@ class Updates:
     @torch.no_grad()
     def fired(self) -> Tensor:
         """`[d_sae]` bool: latents that were active in the batch whose gradients are held."""
+        deferred = self._module.deferred
+        if deferred is not None and deferred.pending is not None:
+            fired: Tensor = deferred.pending.acts.fired()
+            return fired
         grad: Tensor = self._module.b_enc.grad
         return grad != 0
 
