@@ -25,9 +25,9 @@ OPTIONS = {
     *("preset", "rows", "moments", "fused", "init_l0", "matryoshka", "kind", "affine", "dtype"),
     "autocast",
 }
-ROW_COPIES, FUSED_COPIES, GROUP_COPIES = 4, 3, 2
-"""Matrices of a batch that exist at once: raw, scaled, reconstruction, its error and gradient; in
-a fused step; and for every further prefix of a Matryoshka run. Measured."""
+ROW_COPIES, GROUP_COPIES = 5, 2
+"""Matrices of a batch that exist at once: raw, scaled, reconstruction, its error and gradient; and
+for every prefix of a Matryoshka run. Measured."""
 
 MARGIN, MARGIN_BYTES = 0.02, 8 << 20
 """What allocators hold beyond what was asked for: a share, and a constant. Measured."""
@@ -177,8 +177,6 @@ def _step(s: Settings, device: torch.device, matrix: int, vectors: int) -> dict[
     fused = s.fused and blocks == 1
     if not fused or (s.activation != "jumprelu" and s.preset.auxk > 0):
         held["gradients"] = matrix * s.dtype.itemsize * (1 if blocks == 1 else 2)
-    else:
-        held["batch"] = FUSED_COPIES * wide * rows
     return held
 
 
