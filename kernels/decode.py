@@ -101,7 +101,7 @@ def column_parts(matrix: Tensor, capacity: int) -> Iterator[tuple[int, Tensor]]:
     if matrix.stride(1) == 1 or 32 * capacity <= copies_cost:
         yield 0, matrix
         return
-    width = max(COPY_ELEMENTS // features, 64)
+    width = max(COPY_ELEMENTS // max(features, 1), 64)
     for start in range(0, d, width):
         yield start, matrix[:, start : start + width].contiguous()
 

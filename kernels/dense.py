@@ -151,7 +151,7 @@ def entry_sum(
         span = offsets[start : start + count + 1]
         dense = buffer[: parts * count * features].view(parts, count, features).zero_()
         any_left = densify(span, indices, coefficients, finite, dense, left)
-        terms = _product(dense.flatten(0, 1), usable).unflatten(0, (parts, count))
+        terms = _product(dense.flatten(0, 1), usable).view(parts, count, d)
         total = functools.reduce(torch.add, reversed(terms.unbind()))  # the smallest first
         dense_remainder(span, left, coefficients, matrix, any_left, total)
         if bias is not None:

@@ -38,7 +38,7 @@ def sum_entries(
     """Weighted sum of the rows that entries [begin, end) name, at `column` [BLOCK_D]."""
     indices_ptr += begin
     coefficients_ptr += begin
-    count = (end - begin).to(tl.int32)  # at most PIECE
+    count = tl.maximum(end - begin, 0).to(tl.int32)  # at most PIECE
     slab = matrix_ptr + column[None, :] * stride_column
     inside = (column < d)[None, :]
     acc = tl.zeros([BLOCK_D], tl.float32)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import importlib
 import json
 import multiprocessing
-import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -45,7 +45,7 @@ TYPES = {
     torch.bool: "i1",
 }
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-TENSOR_CORE = re.compile(r"\b(HGMMA|UTCHMMA|UTCMMA|HMMA|v_mfma_\w+|tcgen05\.mma)\b|UTC\w*MMA")
+TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma_\w+)")
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,12 @@ class Report:
     instructions: int
     tensor_cores: bool
     narrow: list[str]
-    assembly: str
-    """Disassembly, for finer questions."""
+    binary: bytes
+
+    @property
+    def assembly(self) -> str:
+        """Disassembly of an NVIDIA kernel, for finer questions; it takes a second."""
+        return _run_tool("nvdisasm", self.binary, "-c")
 
 
 def compile_launches(target: str, run: Callable[[], Any]) -> list[Report]:
@@ -129,23 +133,28 @@ def _gpu(target: str) -> GPUTarget:
 
 
 def _nvidia_report(name: str, target: str, done: Any, narrow: list[str]) -> Report:
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = os.path.join(folder, "kernel.cubin")
-        Path(cubin).write_bytes(done.asm["cubin"])
-        usage = _run_tool("cuobjdump", "-res-usage", cubin)
-        sass = _run_tool("nvdisasm", "-c", cubin)
-    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*);", sass, re.MULTILINE)
+    cubin = done.asm["cubin"]
+    usage = _run_tool("cuobjdump", cubin, "-res-usage")
     return Report(
         name,
         target,
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        spills=sum(bool(re.search(r"\b(STL|LDL)\b", line)) for line in lines),
+        spills=sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)),
         shared=done.metadata.shared,
-        instructions=len(lines),
-        tensor_cores=bool(TENSOR_CORE.search(sass)),
+        instructions=_text_bytes(cubin) // 16,
+        tensor_cores=bool(TENSOR_CORE.search(done.asm["ptx"])),
         narrow=narrow,
-        assembly=sass,
+        binary=cubin,
     )
+
+
+def _text_bytes(elf: bytes) -> int:
+    """Size of the code in a 64-bit ELF file."""
+    (table,) = struct.unpack_from("<Q", elf, 0x28)
+    size, count, names_at = struct.unpack_from("<HHH", elf, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", elf, table + i * size) for i in range(count)]
+    names = sections[names_at][4]
+    return sum(s[5] for s in sections if elf.startswith(b".text", names + s[0]))
 
 
 def _amd_report(name: str, target: str, done: Any, narrow: list[str]) -> Report:
@@ -163,12 +172,16 @@ def _amd_report(name: str, target: str, done: Any, narrow: list[str]) -> Report:
         instructions=len(re.findall(r"^\t[vsdgb]\w*_\w+", text, re.MULTILINE)),
         tensor_cores=bool(TENSOR_CORE.search(text)),
         narrow=narrow,
-        assembly=text,
+        binary=text.encode(),
     )
 
 
-def _run_tool(tool: str, *args: str) -> str:
-    return subprocess.run([NVIDIA / tool, *args], capture_output=True, text=True, check=True).stdout
+def _run_tool(tool: str, cubin: bytes, option: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [NVIDIA / tool, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def narrow_products(ttir: str) -> list[str]:

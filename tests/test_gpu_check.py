@@ -242,3 +242,13 @@ def test_every_measuring_part_runs_on_toy_sizes(part: str, path: Path) -> None:
         assert r["status"] == "done" or r["reason"] == "streams and graphs are a GPU's"
         if "ratios" in r:
             assert r["ratios"] and r["error"] < 0.01 and r["line"]
+
+
+def test_lists_of_tensors_move_too() -> None:
+    from gpu.sanitized import moved_to
+
+    state = [torch.ones(3), torch.ones(2, 3).t()]
+    moved = moved_to(state, "meta")
+    assert [t.device.type for t in moved] == ["meta"] * 2
+    assert [t.stride() for t in moved] == [(1,), (1, 3)]
+    assert moved_to([1, 0.5], "meta") == [1, 0.5]

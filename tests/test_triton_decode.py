@@ -212,3 +212,18 @@ def test_in_place_refuses_a_target_that_overlaps_itself(strides):
     with pytest.raises(RuntimeError, match="decode_: recon must not overlap itself, .*clone"):
         decode_(recon, offsets, indices, values, torch.zeros(F, 19))
     assert not recon.any()
+
+
+def test_padding_beside_no_latents_at_all():
+    offsets, indices = torch.zeros(3, dtype=torch.int64), torch.zeros(5, dtype=torch.int32)
+    W = torch.ones(4, 3)[:, :0].t()  # [0, 4], columns apart
+    recon = decode(offsets, indices, torch.zeros(5), W, torch.ones(4), None, None, torch.float32)
+    assert recon.tolist() == [[1.0] * 4] * 2
+
+
+def test_offsets_that_make_no_sense_reach_no_memory_outside():
+    W = torch.randn(5, 8)
+    indices, values = torch.arange(4, dtype=torch.int32), torch.ones(4)
+    for wrong in ([0, 2**33, 4], [0, -(2**33), 4], [-5, 2, 2**40], [3, 1, 0]):
+        recon = decode(torch.tensor(wrong), indices, values, W, None, None, None, torch.float32)
+        assert recon.shape == (2, 8) and recon.isfinite().all(), wrong

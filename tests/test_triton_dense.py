@@ -174,8 +174,9 @@ def test_repeated_and_unsorted_indices_are_summed(forced):
 @runs_kernels
 def test_indices_out_of_range_contribute_nothing(forced):
     offsets, indices, coefficients, rows = entries()
-    for at, bad in ((1, -1), (32, F), (70, 2**31 - 1), (90, -(2**31))):
+    for at, bad in ((1, -1), (31, F), (70, 2**31 - 1), (90, -(2**31))):
         indices[at], coefficients[at] = bad, float("nan")
+    indices[63], coefficients[63] = F, 3.0  # the last of row 3, where indices ascend
     W, g = torch.randint(-2, 3, (F, D)).float(), torch.randint(-2, 3, (N, D)).float()
     out = spread(offsets, indices, coefficients, W)
     assert_same(out, summed(rows, indices, coefficients, W).float())

@@ -35,7 +35,9 @@ def main(device: str) -> int:
 
 
 def moved_to(value: Any, device: str) -> Any:
-    """Tensors on the device, in the strides they had."""
+    """Tensors, alone or in a list, on the device, in the strides they had."""
+    if isinstance(value, list):
+        return [moved_to(v, device) for v in value]
     if not isinstance(value, torch.Tensor):
         return value
     moved = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
