@@ -86,7 +86,9 @@ def test_encoders_of_16_bit_weights_use_tensor_cores(compiled, target: str) -> N
         specimen: report.tensor_cores
         for specimen, found in compiled.of(target).items()
         for report in found
-        if report.kernel == "_encode_tiles_kernel" and "fp32" not in specimen
+        if report.kernel == "_encode_tiles_kernel"
+        and "fp32" not in specimen
+        and specimen != "bf16 x, fp16 W"  # no common 16-bit format: products in float32
     }
     assert len(encoders) > 5 and all(encoders.values()), encoders
 
