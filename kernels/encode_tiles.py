@@ -209,7 +209,7 @@ def encode_tiles(
     new: dict[str, Any] = {"device": x.device}
     tiles = Tiles(
         counts=torch.empty((column_blocks, n), dtype=torch.int32, **new),
-        chunk_start=torch.empty(row_blocks * column_blocks, dtype=torch.int64, **new),
+        chunk_start=torch.zeros(row_blocks * column_blocks, dtype=torch.int64, **new),
         chunk_count=torch.empty(row_blocks * column_blocks, dtype=torch.int32, **new),
         arena=torch.empty(capacity, dtype=torch.int64, **new),
         used=torch.zeros((), dtype=torch.int64, **new),
