@@ -352,3 +352,9 @@ def test_model_sources_that_do_not_fit() -> None:
             ModelSource(model, *args, **options)
     with pytest.raises(TypeError, match="input_ids must be a tensor of integers"):
         ModelSource(model, ids.float(), point)
+
+
+def test_a_folder_without_shards_is_named(tmp_path: Path) -> None:
+    for folder in tmp_path, tmp_path / "nowhere":
+        with pytest.raises(FileNotFoundError, match=f"train: source must be a folder .*{folder}"):
+            ShardSource(folder)

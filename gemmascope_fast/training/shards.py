@@ -199,7 +199,11 @@ def _check_part(number: int, tensors: Mapping[str, Tensor]) -> tuple[int, int | 
 
 def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
     path = folder / MANIFEST
-    if path.is_file() and path.stat().st_size > MANIFEST_LIMIT:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"train: source must be a folder of shards with a {MANIFEST}, there is none in {folder}"
+        )
+    if path.stat().st_size > MANIFEST_LIMIT:
         raise ValueError(f"train: {path} must be at most {MANIFEST_LIMIT} bytes")
     text = path.read_bytes()
     try:
