@@ -3,6 +3,7 @@
 from . import losses, optim, reference, sources
 from .activations import BatchTopK, JumpReLU, TopK
 from .artefacts import load
+from .explaining import Explanation, explain
 from .functional import (
     batchtopk_encode,
     decode,
@@ -13,6 +14,7 @@ from .functional import (
 )
 from .modules import SAE, Transcoder
 from .optim import clip_grad_norm_
+from .packing import PackedEncoder, pack
 from .reference import CapacityError
 from .semantics import Semantics
 from .sparse import SparseActs
@@ -29,9 +31,11 @@ __all__ = [
     "BatchTopK",
     "CapacityError",
     "Evaluation",
+    "Explanation",
     "JumpReLU",
     "MemoryEstimate",
     "NonFiniteError",
+    "PackedEncoder",
     "Preset",
     "Semantics",
     "SparseActs",
@@ -43,10 +47,12 @@ __all__ = [
     "decode_",
     "estimate_memory",
     "evaluate",
+    "explain",
     "jumprelu_encode",
     "load",
     "losses",
     "optim",
+    "pack",
     "pre_at",
     "reference",
     "sources",

@@ -42,7 +42,7 @@ def gradients(ops: Any) -> dict[str, Gradient]:
         ctx.has_threshold = threshold is not None
         ctx.bandwidth = inputs[4] if threshold is not None else 0.0
         offsets, indices, values, gate = output[:4]
-        transpose = output[-2:] if inputs[-1] else (None, None)
+        transpose = output[-2:] if inputs[-2] else (None, None)  # by_feature, then packed
         ctx.save_for_backward(
             inputs[0], inputs[1], threshold, offsets, indices, values, gate, *transpose
         )

@@ -19,6 +19,7 @@ from torch import Tensor
 from .activations import Activation, BatchTopK, JumpReLU
 from .arguments import check_number
 from .functional import batchtopk_encode, decode, jumprelu_encode, pre_at, topk_encode
+from .packing import PackedEncoder
 from .semantics import Semantics
 from .sparse import SparseActs
 
@@ -61,7 +62,8 @@ def effective(module: SAE, x: Tensor, training: bool | None = None) -> Effective
         x = x - module.b_dec
     if semantics.rescale and not isinstance(activation, JumpReLU):
         norms = decoder_norms(module.W_dec)
-        W_enc, b_enc = W_enc * norms, b_enc * norms
+        b_enc = b_enc * norms
+        W_enc = W_enc * norms if module.packed is None else module.packed.W_enc
     if isinstance(activation, JumpReLU):
         threshold = gate_threshold(semantics, module.theta())
     elif isinstance(activation, BatchTopK) and module.ema_threshold is not None:
@@ -75,6 +77,8 @@ def encode(module: SAE, x: Tensor, max_nnz: int | None = None) -> SparseActs:
     """Sparse activations of x under the module's semantics."""
     semantics, given = module.semantics, effective(module, x)
     encoder, activation = (given.x, given.W_enc, given.b_enc), given.activation
+    if module.packed is not None:
+        return packed_encode(module.packed, given, max_nnz)
     if isinstance(activation, JumpReLU):
         assert given.threshold is not None
         threshold, bandwidth = given.threshold, activation.bandwidth
@@ -94,6 +98,19 @@ def encode(module: SAE, x: Tensor, max_nnz: int | None = None) -> SparseActs:
     else:
         acts = topk_encode(*encoder, activation.k)
     return pass_zeros(acts, encoder) if semantics.zero_gradient else acts
+
+
+def packed_encode(
+    packed: PackedEncoder, given: Effective, max_nnz: int | None = None
+) -> SparseActs:
+    """Sparse activations of a frozen module."""
+    encoder, activation = (given.x, packed, given.b_enc), given.activation
+    if isinstance(activation, JumpReLU):
+        assert given.threshold is not None
+        return jumprelu_encode(*encoder, given.threshold, max_nnz=max_nnz)
+    if isinstance(activation, BatchTopK):
+        return batchtopk_encode(*encoder, activation.k, max_nnz=max_nnz)
+    return topk_encode(*encoder, activation.k)
 
 
 def encoded(module: SAE, x: Tensor, max_nnz: int | None) -> SparseActs:

@@ -37,6 +37,7 @@ def _jumprelu_encode(
     bandwidth: float,
     max_nnz: int | None,
     by_feature: bool,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     capacity = _capacity(max_nnz)
     return (
@@ -47,7 +48,12 @@ def _jumprelu_encode(
 
 
 def _topk_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, by_feature: bool
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    by_feature: bool,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     capacity = x.shape[0] * k
     return (
@@ -64,6 +70,7 @@ def _batchtopk_encode(
     guess: float | None,
     max_nnz: int | None,
     by_feature: bool,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     capacity = _capacity(max_nnz)
     dtype = _accumulate(x, W_enc, b_enc)

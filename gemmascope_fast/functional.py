@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,13 +19,15 @@ from .checks import (
     check_vector,
     recon_2d,
 )
+from .operands import autocast, codes_of, encoder_args, weights_need_grad, widen
+from .packing import PackedEncoder, unpacked
 from .reference import CapacityError
 from .sparse import SparseActs
 
 
 def jumprelu_encode(
     x: Tensor,
-    W_enc: Tensor,
+    W_enc: Tensor | PackedEncoder,
     b_enc: Tensor,
     threshold: Tensor,
     *,
@@ -42,7 +43,7 @@ def jumprelu_encode(
 
     Args:
         x: `[*batch, d_in]` float32, bfloat16, float16 or float64, any strides.
-        W_enc: `[d_in, d_sae]`, same dtypes; fastest when `W_enc.t()` is contiguous.
+        W_enc: `[d_in, d_sae]`, same dtypes; fastest when `W_enc.t()` is contiguous. Or `pack`ed.
         b_enc: `[d_sae]`, used in float32.
         threshold: `[d_sae]`, used in float32.
         bandwidth: width of the window, in units of `pre`; > 0 when `threshold` requires grad.
@@ -60,6 +61,7 @@ def jumprelu_encode(
     Source: Rajamanoharan et al. 2024, arXiv 2407.14435, section 3.
     """
     op = "jumprelu_encode"
+    W_enc, packed = unpacked(W_enc)
     check_encoder(op, x, W_enc, b_enc)
     check_vector(op, "threshold", threshold, W_enc.shape[1], W_enc)
     bandwidth = check_number(op, "bandwidth", bandwidth)
@@ -70,15 +72,17 @@ def jumprelu_encode(
             f"{op}: threshold requires grad but bandwidth is 0: pass bandwidth > 0, or "
             "threshold.detach()"
         )
-    args = _encoder_args(x, W_enc, b_enc)
-    transpose = _weights_need_grad(W_enc, b_enc, threshold)
+    args = encoder_args(x, W_enc, b_enc)
+    transpose = weights_need_grad(W_enc, b_enc, threshold)
     width = bandwidth if window else 0.0
-    theta = _widen(threshold)
-    result = _call(ops.overload(op, *args, theta), *args, theta, width, max_nnz, transpose)
+    theta = widen(threshold)
+    codes = codes_of(packed, W_enc, args[1])
+    serve = ops.overload(op, *args, theta)
+    result = _call(serve, *args, theta, width, max_nnz, transpose, codes)
     return _acts(result, x, W_enc, transpose, max_nnz)
 
 
-def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> SparseActs:
+def topk_encode(x: Tensor, W_enc: Tensor | PackedEncoder, b_enc: Tensor, k: int) -> SparseActs:
     """Encode keeping the k largest of `relu(x @ W_enc + b_enc)` per token.
 
     Every token stores exactly k entries (`SparseActs.as_topk` views them as matrices); a selected
@@ -87,7 +91,7 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> SparseActs:
 
     Args:
         x: `[*batch, d_in]` float32, bfloat16, float16 or float64, any strides.
-        W_enc: `[d_in, d_sae]`, same dtypes; fastest when `W_enc.t()` is contiguous.
+        W_enc: `[d_in, d_sae]`, same dtypes; fastest when `W_enc.t()` is contiguous. Or `pack`ed.
         b_enc: `[d_sae]`, used in float32.
         k: entries per token, in `[0, d_sae]`.
 
@@ -101,17 +105,19 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> SparseActs:
     Source: Gao et al. 2024, arXiv 2406.04093, section 2.3.
     """
     op = "topk_encode"
+    W_enc, packed = unpacked(W_enc)
     check_encoder(op, x, W_enc, b_enc)
     check_count(op, "k", k, W_enc.shape[1], "d_sae")
-    args = _encoder_args(x, W_enc, b_enc)
-    transpose = _weights_need_grad(W_enc, b_enc)
-    result = _call(ops.overload(op, *args), *args, k, transpose)
+    args = encoder_args(x, W_enc, b_enc)
+    transpose = weights_need_grad(W_enc, b_enc)
+    codes = codes_of(packed, W_enc, args[1])
+    result = _call(ops.overload(op, *args), *args, k, transpose, codes)
     return _acts(result, x, W_enc, transpose)
 
 
 def batchtopk_encode(
     x: Tensor,
-    W_enc: Tensor,
+    W_enc: Tensor | PackedEncoder,
     b_enc: Tensor,
     k: float,
     *,
@@ -125,7 +131,7 @@ def batchtopk_encode(
 
     Args:
         x: `[*batch, d_in]` float32, bfloat16, float16 or float64, any strides.
-        W_enc: `[d_in, d_sae]`, same dtypes; fastest when `W_enc.t()` is contiguous.
+        W_enc: `[d_in, d_sae]`, same dtypes; fastest when `W_enc.t()` is contiguous. Or `pack`ed.
         b_enc: `[d_sae]`, used in float32.
         k: mean entries per token, finite and >= 0; may be fractional.
         guess: expected threshold (the last batch's, say); changes the speed, never the result.
@@ -142,13 +148,15 @@ def batchtopk_encode(
     Source: Bussmann et al. 2024, arXiv 2412.06410, section 3.
     """
     op = "batchtopk_encode"
+    W_enc, packed = unpacked(W_enc)
     check_encoder(op, x, W_enc, b_enc)
     k = check_number(op, "k", k)
     check_guess(op, guess)
     check_max_nnz(op, max_nnz)
-    args = _encoder_args(x, W_enc, b_enc)
-    transpose = _weights_need_grad(W_enc, b_enc)
-    result = _call(ops.overload(op, *args), *args, k, guess, max_nnz, transpose)
+    args = encoder_args(x, W_enc, b_enc)
+    transpose = weights_need_grad(W_enc, b_enc)
+    codes = codes_of(packed, W_enc, args[1])
+    result = _call(ops.overload(op, *args), *args, k, guess, max_nnz, transpose, codes)
     return _acts(result, x, W_enc, transpose, max_nnz, threshold=result[5])
 
 
@@ -183,9 +191,9 @@ def decode(
     transpose: tuple[Tensor | None, Tensor | None] = (None, None)
     if torch.is_grad_enabled() and W_dec.requires_grad:
         transpose = acts.by_feature()
-    (W_dec,) = _autocast(W_dec)
-    values = _widen(acts.values)
-    bias = None if b_dec is None else _widen(b_dec)
+    (W_dec,) = autocast(W_dec)
+    values = widen(acts.values)
+    bias = None if b_dec is None else widen(b_dec)
     operands = [t for t in (values, W_dec, bias) if t is not None]
     wide = dtype != torch.float64 or any(t.dtype == torch.float64 for t in operands)
     entries = (acts.offsets, acts.indices, values, W_dec, bias, *transpose)
@@ -209,7 +217,7 @@ def decode_(recon: Tensor, acts: SparseActs, W_dec: Tensor) -> Tensor:
     check_decoder("decode_", acts, W_dec)
     flat = recon_2d("decode_", recon, acts, W_dec)
     with torch.no_grad():
-        values = _widen(acts.values.detach())
+        values = widen(acts.values.detach())
         op = ops.overload("decode_", values, W_dec, recon)
         op(flat, acts.offsets, acts.indices, values, W_dec.detach())
     return recon
@@ -236,7 +244,7 @@ def pre_at(x: Tensor, W_enc: Tensor, b_enc: Tensor, rows: Tensor, latents: Tenso
     op = "pre_at"
     check_encoder(op, x, W_enc, b_enc)
     check_pairs(op, rows, latents, W_enc)
-    args = _encoder_args(x, W_enc, b_enc)
+    args = encoder_args(x, W_enc, b_enc)
     result = ops.overload(op, *args)(*args, rows.to(torch.int64), latents.to(torch.int64))
     return result  # type: ignore[no-any-return]
 
@@ -275,26 +283,3 @@ def _acts(
         permutation=permutation,
         padded=fixed,
     )
-
-
-def _encoder_args(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    flat, W_enc = _autocast(flat, W_enc)
-    return flat, W_enc, _widen(b_enc)
-
-
-def _widen(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast x and weights as an enclosing `torch.autocast` asks; float64 is left alone."""
-    device = tensors[0].device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
-
-
-def _weights_need_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .activations import Activation, BatchTopK, JumpReLU, TopK
 from .effective import decoded, encoded, folded
+from .freezing import Frozen
 from .pretrained import Pretrained
 from .semantics import Semantics, as_semantics
 from .sparse import SparseActs
@@ -18,7 +19,7 @@ from .training.losses import DEFAULT_TERMS, LossTerm
 __all__ = ["SAE", "Activation", "BatchTopK", "JumpReLU", "TopK", "Transcoder"]
 
 
-class SAE(Pretrained, nn.Module):
+class SAE(Pretrained, Frozen):
     """Sparse autoencoder: `recon = act(x @ W_enc + b_enc) @ W_dec + b_dec`.
 
     Args:
@@ -39,8 +40,8 @@ class SAE(Pretrained, nn.Module):
             one, else None; negative before the first batch where it starts with that.
         metadata: what `load` found beyond the weights; `save_pretrained` writes it.
 
-    W_dec starts He-uniform with rows scaled to unit norm, W_enc as its transpose (when the widths
-    agree), the biases at 0: Gemma Scope's recipe, arXiv 2408.05147, section 3.2.
+    W_dec starts He-uniform with unit rows, W_enc as its transpose (when the widths agree), the biases
+    at 0: Gemma Scope's recipe, arXiv 2408.05147, section 3.2.
     """
 
     W_enc: nn.Parameter
@@ -162,6 +163,7 @@ class SAE(Pretrained, nn.Module):
             kept = torch.float32 if t.dtype == torch.float64 else t.dtype
             return t.to(moved.device, kept) if rounded else moved
 
+        self.packed = None
         return super()._apply(keep_vectors, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def encode(self, x: Tensor, *, max_nnz: int | None = None) -> SparseActs:
@@ -214,10 +216,9 @@ class SAE(Pretrained, nn.Module):
             ValueError: shapes or devices disagree, target is missing, terms are empty or share a
                 name, k is out of range, or bandwidth is 0 while `threshold` requires grad.
         """
-        from .training.blocked import sae_loss  # which needs this module
+        from .training import blocked  # which needs this module
 
-        result: tuple[Tensor, dict[str, Tensor]] = sae_loss(self, x, target, terms)
-        return result
+        return cast("tuple[Tensor, dict[str, Tensor]]", blocked.sae_loss(self, x, target, terms))
 
     def count_latents(self, x: Tensor) -> tuple[Tensor, int]:
         """Tokens of x on which each latent is active, `[d_sae]` int64, and tokens, in blocks."""

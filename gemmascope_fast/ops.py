@@ -30,17 +30,18 @@ REFERENCE = "gemmascope_fast_reference"
 SCHEMAS: dict[str, str] = {
     "jumprelu_encode": (
         "(Tensor x, Tensor W_enc, Tensor b_enc, Tensor threshold, float bandwidth, "
-        "int? max_nnz, bool by_feature) -> (Tensor offsets, Tensor indices, Tensor values, "
-        "Tensor gate, Tensor needed, Tensor feature_offsets, Tensor permutation)"
+        "int? max_nnz, bool by_feature, Tensor? packed=None) -> (Tensor offsets, Tensor indices, "
+        "Tensor values, Tensor gate, Tensor needed, Tensor feature_offsets, Tensor permutation)"
     ),
     "topk_encode": (
-        "(Tensor x, Tensor W_enc, Tensor b_enc, int k, bool by_feature) -> (Tensor offsets, "
-        "Tensor indices, Tensor values, Tensor gate, Tensor feature_offsets, Tensor permutation)"
+        "(Tensor x, Tensor W_enc, Tensor b_enc, int k, bool by_feature, Tensor? packed=None) -> "
+        "(Tensor offsets, Tensor indices, Tensor values, Tensor gate, Tensor feature_offsets, "
+        "Tensor permutation)"
     ),
     "batchtopk_encode": (
         "(Tensor x, Tensor W_enc, Tensor b_enc, float k, float? guess, int? max_nnz, "
-        "bool by_feature) -> (Tensor offsets, Tensor indices, Tensor values, Tensor gate, "
-        "Tensor needed, Tensor threshold, Tensor feature_offsets, Tensor permutation)"
+        "bool by_feature, Tensor? packed=None) -> (Tensor offsets, Tensor indices, Tensor values, "
+        "Tensor gate, Tensor needed, Tensor threshold, Tensor feature_offsets, Tensor permutation)"
     ),
     "decode": (
         "(Tensor offsets, Tensor indices, Tensor values, Tensor W_dec, Tensor? b_dec, "

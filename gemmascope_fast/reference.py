@@ -44,6 +44,7 @@ def jumprelu_encode(
     bandwidth: float = 0.0,
     max_nnz: int | None = None,
     by_feature: bool = False,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """`pre * H(pre - threshold)`, with the entries of the straight-through window when asked."""
     pre = _pre(x, W_enc, b_enc)
@@ -64,7 +65,12 @@ def jumprelu_encode(
 
 
 def topk_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, by_feature: bool = False
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    by_feature: bool = False,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Keep the k largest of `relu(pre)` per row; ties go to the smaller latent."""
     acts = _relu(_pre(x, W_enc, b_enc))
@@ -83,6 +89,7 @@ def batchtopk_encode(
     guess: float | None = None,
     max_nnz: int | None = None,
     by_feature: bool = False,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Keep the `int(k * n)` largest positive entries of the batch; ties go to (row, latent)."""
     acts = _relu(_pre(x, W_enc, b_enc))

@@ -66,6 +66,7 @@ def batchtopk_encode(
     guess: float | None,
     max_nnz: int | None,
     by_feature: bool,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Encode; see `ops.SCHEMAS` and docs/design.md.
 

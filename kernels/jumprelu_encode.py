@@ -32,11 +32,13 @@ def jumprelu_encode(
     bandwidth: float,
     max_nnz: int | None,
     by_feature: bool,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Return offsets, indices, values, gate, needed and, when asked, the feature-major view.
 
     Without `max_nnz` the host waits once, for the size of the result. With it nothing waits, and
     more entries than `max_nnz` make every value NaN (indices 0, gate 1); `needed` is always true.
+    `packed` is for CPUs.
     """
     n = x.shape[0]
     guess = max(SMALLEST_ARENA, GUESSED_PER_ROW * n)

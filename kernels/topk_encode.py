@@ -39,7 +39,12 @@ class RowBest:
 
 
 def topk_encode(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, by_feature: bool
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    k: int,
+    by_feature: bool,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Encode; see `ops.SCHEMAS` and docs/design.md.
 

@@ -94,39 +94,27 @@ class Pool {
   bool cut_once_ = false;
 };
 
-struct Collector {
-  std::vector<int32_t> position;
-  std::vector<float> pre;
-  std::vector<Entry> entries;
-
-  explicit Collector(const EncodeTiles& tiles)
-      : position(static_cast<size_t>(tiles.block() + 16)), pre(position.size()) {}
-};
-
-void visit(const DotTable& table, const float* bias, int64_t row, int64_t latent, int64_t count,
-           const float* dots, Pool& pool, Collector& own) {
+// Entries below this cannot be selected; those equal to the bound may be, by their row.
+float limit_of(const Pool& pool) {
   const float bound = pool.bound();
-  const float limit = bound > 0 ? std::nextafter(bound, 0.0f) : 0.0f;
-  const int64_t found =
-      table.above(dots, bias + latent, &limit, 0, count, own.position.data(), own.pre.data());
-  for (int64_t i = 0; i < found; ++i) {
-    const float value = own.pre[static_cast<size_t>(i)];
-    own.entries.push_back({std::isnan(value) ? kNaN : value,
-                           static_cast<int32_t>(latent) + own.position[static_cast<size_t>(i)],
-                           row});
-  }
-  if (own.entries.size() >= kFlush) pool.add(own.entries);
+  return bound > 0 ? std::nextafter(bound, 0.0f) : 0.0f;
 }
 
 void collect(EncodeTiles& tiles, const float* bias, Pool& pool) {
-  std::vector<Collector> collectors(static_cast<size_t>(tiles.slots()), Collector(tiles));
+  std::vector<std::vector<Entry>> found(static_cast<size_t>(tiles.slots()));
+  const EncodeLimits limits = {bias, nullptr, [&](int64_t) { return limit_of(pool); }};
   parallel_tasks(tiles.tasks(), tiles.slots(), [&](int64_t t, int64_t slot) {
-    Collector& own = collectors[static_cast<size_t>(slot)];
-    tiles.run(tiles.task(t), slot,
-              [&](int64_t row, int64_t latent, int64_t count, const float* dots) {
-                visit(tiles.table(), bias, row, latent, count, dots, pool, own);
-              });
-    pool.add(own.entries);
+    std::vector<Entry>& own = found[static_cast<size_t>(slot)];
+    tiles.run(
+        tiles.task(t), slot, limits,
+        [&](int64_t row, int64_t latent, int64_t count, const int32_t* position, const float* pre) {
+          for (int64_t i = 0; i < count; ++i) {
+            const float value = std::isnan(pre[i]) ? kNaN : pre[i];
+            own.push_back({value, static_cast<int32_t>(latent) + position[i], row});
+          }
+          if (own.size() >= kFlush) pool.add(own);
+        });
+    pool.add(own);
   });
 }
 
@@ -177,7 +165,8 @@ float smallest(const std::vector<Entry>& entries) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batchtopk_encode_cpu(
     const Tensor& x, const Tensor& W_enc, const Tensor& b_enc, double k,
-    std::optional<double> guess, std::optional<int64_t> max_nnz, bool by_feature) {
+    std::optional<double> guess, std::optional<int64_t> max_nnz, bool by_feature,
+    std::optional<Tensor> packed) {
   check_encode(kOp, x, W_enc, b_enc);
   const int64_t n = x.size(0), d_sae = W_enc.size(1);
   if (!(k >= 0) || !std::isfinite(k)) fail(kOp, "k must be finite and >= 0, got ", k);
@@ -187,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch
   const int64_t all = n * d_sae;
   const int64_t count = wanted >= static_cast<double>(all) ? all : static_cast<int64_t>(wanted);
   const FloatVector bias(b_enc);
-  EncodeTiles tiles(matrix_of(x), features(W_enc));
+  EncodeTiles tiles(kOp, matrix_of(x), features(W_enc), packed_encoder(kOp, packed, W_enc));
   const std::vector<Entry> entries = select(tiles, bias.data(), count, guess);
 
   const int64_t needed = static_cast<int64_t>(entries.size());

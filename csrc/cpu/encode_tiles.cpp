@@ -1,33 +1,14 @@
 #include "cpu/encode_tiles.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 
+#include "cpu/encode_report.h"
 #include "cpu/parallel.h"
 
 namespace gemmascope_fast {
-
-namespace generic {
-extern const DotTable kDotTable;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const DotTable kDotTable;
-}
-namespace avx512 {
-extern const DotTable kDotTable;
-}
-#endif
-
-const DotTable& dot_table(SimdTarget target) {
-#if defined(__x86_64__)
-  if (target == SimdTarget::kAvx512) return avx512::kDotTable;
-  if (target == SimdTarget::kAvx2) return avx2::kDotTable;
-#endif
-  (void)target;
-  return generic::kDotTable;
-}
 
 namespace {
 
@@ -42,19 +23,32 @@ constexpr int64_t kMaxBlock = 256;
 // Enough tasks per thread that the last ones even out.
 constexpr int64_t kTasksPerSlot = 8;
 
+// Rows from which making the latents' codes pays: about 1.4 cycles a weight, against n / 16 of the float32 product.
+constexpr int64_t kScreenedRows = 32;
+// Latents below which the two passes' set-up costs more than the product.
+constexpr int64_t kScreenedLatents = 4 * kScreenBlock;
+constexpr int64_t kScreenedWidth = 128;
+// int32 holds q . p + 128 sum p up to here.
+constexpr int64_t kWidestScreen = 65536;
+
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-// Elements of any stride, gathered to where table.widen can read them.
-template <typename T>
-void widen_strided(const DotTable& table, const T* source, Dtype dtype, int64_t stride,
-                   int64_t count, float* target) {
-  T raw[64];
-  for (int64_t i = 0; i < count; i += 64) {
-    const int64_t part = std::min<int64_t>(64, count - i);
-    for (int64_t e = 0; e < part; ++e) raw[e] = source[(i + e) * stride];
-    table.widen(raw, static_cast<int>(dtype), part, target + i);
+// Why entries are not screened, or null. GEMMASCOPE_FAST_SCREEN=always|never overrules what pays, not what is possible.
+const char* why_direct(const Matrix& x, const Matrix& w, bool packed) {
+  const char* wanted = std::getenv("GEMMASCOPE_FAST_SCREEN");
+  const std::string mode = wanted == nullptr ? "" : wanted;
+  if (mode == "never") return "GEMMASCOPE_FAST_SCREEN=never";
+  if (x.cols == 0 || x.rows == 0 || w.rows == 0) return "empty";
+  if (x.cols > kWidestScreen) return "d_in exceeds what int32 sums of int8 products hold";
+  if (mode == "always") return nullptr;
+  if (!mode.empty()) {
+    throw std::runtime_error("GEMMASCOPE_FAST_SCREEN=" + mode + ": expected always or never");
   }
+  if (!screens().fast) return "this processor, or the chosen target, has no int8 dot products";
+  if (w.rows < kScreenedLatents || x.cols < kScreenedWidth) return "the dictionary is small";
+  if (!packed && x.rows < kScreenedRows) return "few rows and W_enc is not packed";
+  return nullptr;
 }
 
 }  // namespace
@@ -74,92 +68,71 @@ void check_encode(const char* op, const Tensor& x, const Tensor& W_enc, const Te
   }
 }
 
-FloatVector::FloatVector(const Tensor& t) : data_(static_cast<const float*>(t.data_ptr())) {
-  const int64_t size = t.size(0), stride = t.stride(0);
-  if (stride == 1 || size <= 1) return;
-  copy_.resize(static_cast<size_t>(size));
-  for (int64_t i = 0; i < size; ++i) copy_[static_cast<size_t>(i)] = data_[i * stride];
-  data_ = copy_.data();
-}
-
-float* FloatBuffer::reserve(int64_t size) {
-  if (size > size_ || aligned_ == nullptr) {
-    storage_.reset(new float[static_cast<size_t>(size + kLanes)]);
-    const auto address = reinterpret_cast<uintptr_t>(storage_.get());
-    aligned_ = reinterpret_cast<float*>((address + 63) / 64 * 64);
-    size_ = size;
+EncodeTiles::EncodeTiles(const char* op, const Matrix& x, const Matrix& w,
+                         const std::optional<PackedEncoder>& packed)
+    : op_(op),
+      table_(dot_table(simd_target())),
+      x_rows_(x),
+      w_rows_(w),
+      n_(x.rows),
+      d_sae_(w.rows),
+      why_direct_(why_direct(x, w, packed.has_value())),
+      packed_(packed) {
+  partition();
+  convert_x();
+  if (why_direct_ != nullptr || tasks() == 0) return;
+  if (packed_) {
+    tokens_ = std::make_unique<ScreenedTokens>(x_, x_stride_, n_, x.cols, packed_->center());
+    return;
   }
-  return aligned_;
+  center_ = choose_center(x_, x_stride_, n_, x.cols);
+  const float* center = center_.empty() ? nullptr : center_.data();
+  tokens_ = std::make_unique<ScreenedTokens>(x_, x_stride_, n_, x.cols, center);
 }
 
-PaddedRows::PaddedRows(const Matrix& m)
-    : m_(m), padded_(round_up(m.cols, kLanes)), table_(dot_table(simd_target())) {
-  const bool unit = m.col_stride == 1 || m.cols <= 1;
-  in_place_ = m.dtype == Dtype::kFloat32 && unit && padded_ == m.cols;
-  transposed_ = !unit && (m.row_stride == 1 || m.rows <= 1);
-}
-
-const float* PaddedRows::rows(int64_t begin, int64_t count, FloatBuffer& buffer,
-                              int64_t* stride) const {
-  if (in_place_) {
-    *stride = m_.row_stride;
-    return static_cast<const float*>(m_.row(begin));
+EncodeTiles::~EncodeTiles() {
+  EncodeReport report;
+  report.op = op_;
+  report.why_direct = why_direct_;
+  report.packed = packed_.has_value();
+  report.centered = tokens_ && tokens_->center() != nullptr;
+  report.n = n_;
+  report.d_in = x_rows_.cols();
+  report.d_sae = d_sae_;
+  for (const Scratch& scratch : scratch_) {
+    report.screened_blocks += scratch.screened_blocks;
+    report.direct_blocks += scratch.direct_blocks;
+    report.candidates += scratch.candidate_count;
   }
-  *stride = padded_;
-  float* target = buffer.reserve(count * padded_);
-  convert(begin, count, target);
-  return target;
+  set_encode_report(report);
 }
 
-void PaddedRows::convert(int64_t begin, int64_t count, float* target) const {
-  const int dtype = static_cast<int>(m_.dtype);
-  if (transposed_) {
-    table_.transpose(m_.row(begin), m_.col_stride, dtype, m_.cols, count, target, padded_);
-  }
-  for (int64_t r = 0; r < count; ++r) {
-    float* row = target + r * padded_;
-    const void* source = m_.row(begin + r);
-    if (!transposed_ && (m_.col_stride == 1 || m_.cols <= 1)) {
-      table_.widen(source, dtype, m_.cols, row);
-    } else if (!transposed_ && m_.dtype == Dtype::kFloat32) {
-      widen_strided(table_, static_cast<const float*>(source), m_.dtype, m_.col_stride, m_.cols,
-                    row);
-    } else if (!transposed_) {
-      widen_strided(table_, static_cast<const uint16_t*>(source), m_.dtype, m_.col_stride, m_.cols,
-                    row);
-    }
-    std::fill(row + m_.cols, row + padded_, 0.0f);
-  }
-}
-
-void PaddedRows::prefetch(int64_t begin, int64_t count, int64_t share, int64_t shares) const {
-  if (!in_place_ || m_.row_stride != m_.cols) return;
-  const char* base = static_cast<const char*>(m_.row(begin));
-  const int64_t lines = divide_up(count * m_.cols * 4, 64);
-  const int64_t end = lines * (share + 1) / shares;
-  for (int64_t line = lines * share / shares; line < end; ++line) {
-    __builtin_prefetch(base + line * 64, 0, 2);
-  }
-}
-
-EncodeTiles::EncodeTiles(const Matrix& x, const Matrix& w)
-    : table_(dot_table(simd_target())), x_rows_(x), w_rows_(w), n_(x.rows), d_sae_(w.rows) {
+void EncodeTiles::partition() {
   const int64_t row_bytes = std::max<int64_t>(64, x_rows_.padded_cols() * 4);
   const int64_t rows = std::clamp<int64_t>(kRowBlockBytes / row_bytes, 48, kMaxRowBlock);
+  const int64_t unit = why_direct_ == nullptr ? kGroupRows : table_.tile_rows;
   row_blocks_ = divide_up(n_, rows);
-  row_block_ = round_up(divide_up(n_, std::max<int64_t>(row_blocks_, 1)), table_.tile_rows);
+  row_block_ = round_up(divide_up(n_, std::max<int64_t>(row_blocks_, 1)), unit);
   row_blocks_ = row_block_ == 0 ? 0 : divide_up(n_, row_block_);
   // At least 16: fewer would read x from L3 too often, and split the cache lines of a transposed
   // W_enc.
   block_ = std::clamp<int64_t>(kBlockBytes / row_bytes, kLanes, kMaxBlock) / kLanes * kLanes;
   // Used once, it need not stay in L2: longer stretches of each page are worth more.
   if (w_rows_.transposed() && n_ <= table_.tile_rows) block_ = kMaxBlock;
+  if (why_direct_ == nullptr) block_ = kScreenBlock;
   const int64_t wanted = torch::stable::get_num_threads() * kTasksPerSlot;
   const int64_t ranges = divide_up(wanted, std::max<int64_t>(row_blocks_, 1));
   range_ = std::min(round_up(divide_up(d_sae_, ranges), block_), kMaxSide / block_ * block_);
   ranges_ = range_ == 0 ? 0 : divide_up(d_sae_, range_);
   slots_ = parallel_slots(tasks());
   scratch_.resize(static_cast<size_t>(slots_));
+  for (Scratch& scratch : scratch_) {
+    scratch.position.resize(static_cast<size_t>(block_ + 16));
+    scratch.pre.resize(scratch.position.size());
+  }
+}
+
+void EncodeTiles::convert_x() {
   x_ = x_rows_.rows(0, 0, x_buffer_, &x_stride_);
   if (x_rows_.in_place() || tasks() == 0) return;
   float* target = x_buffer_.reserve(n_ * x_stride_);
@@ -174,15 +147,23 @@ EncodeTiles::Task EncodeTiles::task(int64_t index) const {
   return {row, std::min(n_, row + row_block_), latent, std::min(d_sae_, latent + range_)};
 }
 
-void EncodeTiles::run(const Task& task, int64_t slot, const Visit& visit) {
+void EncodeTiles::run(const Task& task, int64_t slot, const EncodeLimits& limits,
+                      const Visit& visit) {
   Scratch& scratch = scratch_[static_cast<size_t>(slot)];
+  if (why_direct_ == nullptr) return run_screened(task, scratch, limits, visit);
+  run_direct(task, task.latent_begin, task.latent_end, scratch, limits, visit);
+}
+
+void EncodeTiles::run_direct(const Task& task, int64_t begin, int64_t end, Scratch& scratch,
+                             const EncodeLimits& limits, const Visit& visit) {
   const int64_t step = table_.tile_rows, d = x_rows_.padded_cols();
   float* dots = scratch.dots.reserve(step * block_);
   float* state = scratch.state.reserve(step * block_ * kLanes);
+  int32_t* position = scratch.position.data();
   const int64_t panels = divide_up(task.rows(), step);
-  for (int64_t j = task.latent_begin; j < task.latent_end; j += block_) {
-    const int64_t count = std::min(block_, task.latent_end - j);
-    const int64_t next = std::min(block_, task.latent_end - j - count);
+  for (int64_t j = begin; j < end; j += block_) {
+    const int64_t count = std::min(block_, end - j);
+    const int64_t next = std::min(block_, end - j - count);
     int64_t w_stride = 0;
     const float* w = w_rows_.rows(j, count, scratch.weights, &w_stride);
     for (int64_t p = 0; p < panels; ++p) {
@@ -191,8 +172,16 @@ void EncodeTiles::run(const Task& task, int64_t slot, const Visit& visit) {
       if (panels > 1 && next > 0) w_rows_.prefetch(j + count, next, p, panels);
       table_.panel(x_ + row * x_stride_, x_stride_, rows, w, w_stride, count, d, state, dots,
                    block_);
-      for (int64_t r = 0; r < rows; ++r) visit(row + r, j, count, dots + r * block_);
+      for (int64_t r = 0; r < rows; ++r) {
+        const float own = limits.latent == nullptr ? limits.row(row + r) : 0.0f;
+        const float* limit = limits.latent == nullptr ? &own : limits.latent + j;
+        const int64_t found =
+            table_.above(dots + r * block_, limits.bias + j, limit, limits.latent != nullptr, count,
+                         position, scratch.pre.data());
+        if (found > 0) visit(row + r, j, found, position, scratch.pre.data());
+      }
     }
+    ++scratch.direct_blocks;
   }
 }
 

@@ -1,68 +1,28 @@
-// The loop all encoders share: canonical dots of rows of x with blocks of latents, never held for
-// more than one tile.
+// The loop all encoders share: the entries of x @ W_enc + b_enc above a limit, never held for more than one tile.
 //
-// Tasks are (row block, latent range) pairs. Within a task blocks of latents that fit half an L2
-// are streamed, converted and transposed first where W_enc's dtype or layout asks for it, and every
-// panel of rows visits each block.
+// Tasks are (row block, latent range) pairs. Within a task, blocks of latents are visited by every panel of rows:
+//
+//   direct    canonical float32 dots of all entries; a block fits half an L2, converted and transposed first where W_enc's
+//             dtype or layout asks for it
+//   screened  int8 products with a rigorous margin (screen.h) find candidates, canonical float32 dots of those decide;
+//             a block in which too many are candidates is computed directly
+//
+// Both give the same bits, since the same dot decides. Screening pays where the processor multiplies int8 several times
+// faster than float32 and either the latents' codes exist (a packed encoder) or enough rows share the work of making them.
 #pragma once
 
-#include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 
-#include "common/matrix.h"
-#include "cpu/simd/dot.h"
+#include "cpu/packed_encoder.h"
+#include "cpu/padded_rows.h"
+#include "cpu/screen.h"
 
 namespace gemmascope_fast {
 
 // Checks x [n, d_in], W_enc [d_in, d_sae], b_enc [d_sae] and that 32-bit indices suffice.
 void check_encode(const char* op, const Tensor& x, const Tensor& W_enc, const Tensor& b_enc);
-
-// A 1-D float32 tensor as a contiguous array, copied only where it is strided.
-class FloatVector {
- public:
-  explicit FloatVector(const Tensor& t);
-  FloatVector(const FloatVector&) = delete;
-  const float* data() const { return data_; }
-
- private:
-  std::vector<float> copy_;
-  const float* data_;
-};
-
-// Uninitialised floats on a cache line boundary; grows only.
-class FloatBuffer {
- public:
-  float* reserve(int64_t size);
-
- private:
-  std::unique_ptr<float[]> storage_;
-  int64_t size_ = 0;
-  float* aligned_ = nullptr;
-};
-
-// Rows of a matrix as zero-padded contiguous float32, in place where they already are.
-class PaddedRows {
- public:
-  explicit PaddedRows(const Matrix& m);
-
-  int64_t padded_cols() const { return padded_; }
-  bool in_place() const { return in_place_; }
-  // True when a column of rows, not a row, is contiguous in memory.
-  bool transposed() const { return transposed_; }
-  // Rows [begin, begin + count), *stride floats apart, in place or written to buffer.
-  const float* rows(int64_t begin, int64_t count, FloatBuffer& buffer, int64_t* stride) const;
-  // Starts the read of a share of what rows(begin, count) would touch, if that is a plain stretch
-  // of memory.
-  void prefetch(int64_t begin, int64_t count, int64_t share, int64_t shares) const;
-  void convert(int64_t begin, int64_t count, float* target) const;
-
- private:
-  Matrix m_;
-  int64_t padded_;
-  bool in_place_, transposed_;
-  const DotTable& table_;
-};
 
 class EncodeTiles {
  public:
@@ -71,40 +31,68 @@ class EncodeTiles {
     int64_t rows() const { return row_end - row_begin; }
     int64_t latents() const { return latent_end - latent_begin; }
   };
-  // Called with the dots of one row and `count` latents from `latent` on; latents ascend within a
-  // task.
-  using Visit = std::function<void(int64_t row, int64_t latent, int64_t count, const float* dots)>;
+  // Called with entries of one row whose pre = dot + bias is above the limit or NaN: latents latent + position[i], i < count.
+  // Within a task the latents of a row ascend.
+  using Visit = std::function<void(int64_t row, int64_t latent, int64_t count,
+                                   const int32_t* position, const float* pre)>;
 
   // Neither side of a task exceeds this, so that 16 bits hold a position inside it.
   static constexpr int64_t kMaxSide = 65536;
 
-  EncodeTiles(const Matrix& x, const Matrix& w);
+  // packed: codes of w, or none. The report of the calling thread's encode is written when this goes out of scope.
+  EncodeTiles(const char* op, const Matrix& x, const Matrix& w,
+              const std::optional<PackedEncoder>& packed);
+  ~EncodeTiles();
 
-  const DotTable& table() const { return table_; }
   int64_t rows() const { return n_; }
   int64_t row_blocks() const { return row_blocks_; }
   int64_t row_block() const { return row_block_; }
   int64_t ranges() const { return ranges_; }
   int64_t range() const { return range_; }
   int64_t tasks() const { return row_blocks_ * ranges_; }
-  // Latents of one visit at most.
-  int64_t block() const { return block_; }
   // Thread slots to run the tasks with.
   int64_t slots() const { return slots_; }
   Task task(int64_t index) const;
-  void run(const Task& task, int64_t slot, const Visit& visit);
+  void run(const Task& task, int64_t slot, const EncodeLimits& limits, const Visit& visit);
 
  private:
+  struct Candidate {
+    int32_t row, latent;  // relative to the task and to the block
+  };
   struct Scratch {
     FloatBuffer weights, state, dots;
+    std::vector<int32_t> position;
+    std::vector<float> pre;
+    LatentScratch latents;
+    std::vector<Candidate> candidates;
+    std::vector<int32_t> sorted;
+    int64_t screened_blocks = 0, direct_blocks = 0, candidate_count = 0;
   };
 
+  void partition();
+  void convert_x();
+  void run_direct(const Task& task, int64_t begin, int64_t end, Scratch& scratch,
+                  const EncodeLimits& limits, const Visit& visit);
+  void run_screened(const Task& task, Scratch& scratch, const EncodeLimits& limits,
+                    const Visit& visit);
+  LatentBlock latent_block(int64_t begin, int64_t count, Scratch& scratch);
+  bool find_candidates(const Task& task, int64_t begin, int64_t count, Scratch& scratch,
+                       const EncodeLimits& limits);
+  void rescore(const Task& task, int64_t begin, int64_t count, Scratch& scratch,
+               const EncodeLimits& limits, const Visit& visit);
+
+  const char* op_;
   const DotTable& table_;
   PaddedRows x_rows_, w_rows_;
-  int64_t n_, d_sae_, row_block_, row_blocks_, block_, range_, ranges_, slots_;
+  int64_t n_, d_sae_, row_block_ = 0, row_blocks_ = 0, block_ = 0, range_ = 0, ranges_ = 0;
+  int64_t slots_ = 1;
   FloatBuffer x_buffer_;
-  const float* x_;
-  int64_t x_stride_;
+  const float* x_ = nullptr;
+  int64_t x_stride_ = 0;
+  const char* why_direct_;  // null: screened
+  std::optional<PackedEncoder> packed_;
+  std::vector<float> center_;
+  std::unique_ptr<ScreenedTokens> tokens_;
   std::vector<Scratch> scratch_;
 };
 

@@ -5,8 +5,8 @@
 //   x [n, d_in], W_enc [d_in, d_sae], b_enc and threshold [d_sae]
 //
 // Source: JumpReLU SAEs, arXiv 2407.14435, section 3.
-// Algorithm: each (row block, latent range) task compares its dots with one limit per latent, eight
-// at a time, and keeps what passes as 8-byte records with a count per row. A prefix sum over (row,
+// Algorithm: each (row block, latent range) task keeps what exceeds one limit per latent (encode_tiles.h) as 8-byte records
+// with a count per row. A prefix sum over (row,
 // range) then gives every task the place of its entries in the CSR, which all tasks write
 // independently: the result cannot depend on the schedule.
 // Bound: the dot products (fma ports); at n = 1 the read of W_enc.
@@ -66,19 +66,9 @@ struct TaskEntries {
   std::vector<char> invalid;   // per row: 1 when an invalid latent is among them
 };
 
-struct Gate {
-  const float* bias;
-  const float* threshold;
-  const float* limit;
-};
-
 class Collector {
  public:
-  Collector(const EncodeTiles& tiles, const Gate& gate)
-      : above_(tiles.table().above),
-        gate_(gate),
-        position_(static_cast<size_t>(tiles.block() + 16)),
-        pre_(position_.size()) {}
+  explicit Collector(const float* threshold) : threshold_(threshold) {}
 
   void start(const EncodeTiles::Task& task, TaskEntries& entries) {
     task_ = task;
@@ -87,18 +77,14 @@ class Collector {
     entries.invalid.assign(static_cast<size_t>(task.rows()), 0);
   }
 
-  void visit(int64_t row, int64_t latent, int64_t count, const float* dots) {
-    const int64_t found = above_(dots, gate_.bias + latent, gate_.limit + latent, 1, count,
-                                 position_.data(), pre_.data());
-    for (int64_t i = 0; i < found; ++i) {
-      keep(row - task_.row_begin, latent + position_[static_cast<size_t>(i)],
-           pre_[static_cast<size_t>(i)]);
-    }
+  void visit(int64_t row, int64_t latent, int64_t count, const int32_t* position,
+             const float* pre) {
+    for (int64_t i = 0; i < count; ++i) keep(row - task_.row_begin, latent + position[i], pre[i]);
   }
 
  private:
   void keep(int64_t row, int64_t latent, float pre) {
-    if (std::isnan(pre) || std::isnan(gate_.threshold[latent])) {
+    if (std::isnan(pre) || std::isnan(threshold_[latent])) {
       char& invalid = entries_->invalid[static_cast<size_t>(row)];
       if (invalid != 0) return;
       invalid = 1;
@@ -109,24 +95,21 @@ class Collector {
     ++entries_->place[static_cast<size_t>(row)];
   }
 
-  decltype(DotTable::above) above_;
-  Gate gate_;
+  const float* threshold_;
   EncodeTiles::Task task_{};
   TaskEntries* entries_ = nullptr;
-  std::vector<int32_t> position_;
-  std::vector<float> pre_;
 };
 
-std::vector<TaskEntries> collect(EncodeTiles& tiles, const Gate& gate) {
+std::vector<TaskEntries> collect(EncodeTiles& tiles, const EncodeLimits& limits,
+                                 const float* threshold) {
   std::vector<TaskEntries> entries(static_cast<size_t>(tiles.tasks()));
-  std::vector<Collector> collectors(static_cast<size_t>(tiles.slots()), Collector(tiles, gate));
+  std::vector<Collector> collectors(static_cast<size_t>(tiles.slots()), Collector(threshold));
   parallel_tasks(tiles.tasks(), tiles.slots(), [&](int64_t t, int64_t slot) {
     Collector& collector = collectors[static_cast<size_t>(slot)];
     collector.start(tiles.task(t), entries[static_cast<size_t>(t)]);
-    tiles.run(tiles.task(t), slot,
-              [&](int64_t row, int64_t latent, int64_t count, const float* dots) {
-                collector.visit(row, latent, count, dots);
-              });
+    tiles.run(tiles.task(t), slot, limits,
+              [&](int64_t row, int64_t latent, int64_t count, const int32_t* position,
+                  const float* pre) { collector.visit(row, latent, count, position, pre); });
   });
   return entries;
 }
@@ -155,8 +138,8 @@ int64_t place_entries(const EncodeTiles& tiles, std::vector<TaskEntries>& entrie
   return total;
 }
 
-void write_entries(const EncodeTiles& tiles, std::vector<TaskEntries>& entries, const Gate& gate,
-                   int32_t* indices, float* values, float* gates) {
+void write_entries(const EncodeTiles& tiles, std::vector<TaskEntries>& entries,
+                   const float* threshold, int32_t* indices, float* values, float* gates) {
   parallel_tasks(tiles.tasks(), [&](int64_t t, int64_t) {
     TaskEntries& task = entries[static_cast<size_t>(t)];
     const int64_t begin = tiles.task(t).latent_begin;
@@ -164,7 +147,7 @@ void write_entries(const EncodeTiles& tiles, std::vector<TaskEntries>& entries, 
       const bool invalid = std::isnan(record.value);
       if (invalid && task.invalid[record.row] == 0) return;
       const int64_t latent = begin + record.latent, at = task.place[record.row]++;
-      const bool active = invalid || record.value > gate.threshold[latent];
+      const bool active = invalid || record.value > threshold[latent];
       indices[at] = static_cast<int32_t>(latent);
       values[at] = active ? record.value + 0.0f : 0.0f;  // -0.0 + 0.0 is 0.0
       gates[at] = active ? 1.0f : 0.0f;
@@ -173,7 +156,7 @@ void write_entries(const EncodeTiles& tiles, std::vector<TaskEntries>& entries, 
   });
 }
 
-std::vector<float> limits(const float* threshold, int64_t d_sae, double bandwidth) {
+std::vector<float> lower_limits(const float* threshold, int64_t d_sae, double bandwidth) {
   const float half = bandwidth > 0 ? static_cast<float>(bandwidth / 2) : 0.0f;
   std::vector<float> limit(static_cast<size_t>(d_sae));
   for (int64_t j = 0; j < d_sae; ++j) limit[static_cast<size_t>(j)] = threshold[j] - half;
@@ -184,7 +167,8 @@ std::vector<float> limits(const float* threshold, int64_t d_sae, double bandwidt
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> jumprelu_encode_cpu(
     const Tensor& x, const Tensor& W_enc, const Tensor& b_enc, const Tensor& threshold,
-    double bandwidth, std::optional<int64_t> max_nnz, bool by_feature) {
+    double bandwidth, std::optional<int64_t> max_nnz, bool by_feature,
+    std::optional<Tensor> packed) {
   check_encode(kOp, x, W_enc, b_enc);
   const int64_t n = x.size(0), d_sae = W_enc.size(1);
   check_dtype(kOp, "threshold", threshold, ScalarType::Float);
@@ -196,10 +180,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> jumprelu_enco
   if (max_nnz && *max_nnz < 0) fail(kOp, "max_nnz must be >= 0, got ", *max_nnz);
 
   const FloatVector bias(b_enc), theta(threshold);
-  const std::vector<float> limit = limits(theta.data(), d_sae, bandwidth);
-  const Gate gate = {bias.data(), theta.data(), limit.data()};
-  EncodeTiles tiles(matrix_of(x), features(W_enc));
-  std::vector<TaskEntries> entries = collect(tiles, gate);
+  const std::vector<float> limit = lower_limits(theta.data(), d_sae, bandwidth);
+  const EncodeLimits limits = {bias.data(), limit.data(), nullptr};
+  EncodeTiles tiles(kOp, matrix_of(x), features(W_enc), packed_encoder(kOp, packed, W_enc));
+  std::vector<TaskEntries> entries = collect(tiles, limits, theta.data());
 
   Tensor offsets = new_tensor(x, {n + 1}, ScalarType::Long);
   const int64_t needed =
@@ -211,7 +195,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> jumprelu_enco
                              " entries are needed; pass max_nnz >= " + std::to_string(needed));
   }
   const EncodeOutput out(x, capacity, needed);
-  write_entries(tiles, entries, gate, out.indices_data(), out.values_data(), out.gate_data());
+  write_entries(tiles, entries, theta.data(), out.indices_data(), out.values_data(),
+                out.gate_data());
   auto [feature_offsets, permutation] = feature_view(by_feature, x, offsets, out.indices, d_sae);
   return {offsets,         out.indices, out.values, out.gate, int64_scalar(x, needed),
           feature_offsets, permutation};

@@ -67,15 +67,11 @@ struct TaskCandidates {
 
 class Collector {
  public:
-  Collector(const EncodeTiles& tiles, const float* bias, int64_t k, SharedBounds& shared)
-      : above_(tiles.table().above),
-        bias_(bias),
-        k_(k),
+  Collector(const EncodeTiles& tiles, int64_t k, SharedBounds& shared)
+      : k_(k),
         shared_(&shared),
         capacity_(std::min(tiles.range(), k > tiles.range() ? k : std::max(2 * k, k + 64))),
-        buffer_(static_cast<size_t>(std::min(tiles.row_block(), tiles.rows()) * capacity_)),
-        position_(static_cast<size_t>(tiles.block() + 16)),
-        pre_(position_.size()) {}
+        buffer_(static_cast<size_t>(std::min(tiles.row_block(), tiles.rows()) * capacity_)) {}
 
   void start(const EncodeTiles::Task& task) {
     task_ = task;
@@ -83,18 +79,19 @@ class Collector {
     bound_.assign(static_cast<size_t>(task.rows()), 0.0f);
   }
 
-  void visit(int64_t row, int64_t latent, int64_t count, const float* dots) {
+  // What does not exceed this can no longer be selected.
+  float limit(int64_t row) const {
+    return std::max(bound_[static_cast<size_t>(row - task_.row_begin)], others_limit(row));
+  }
+
+  void visit(int64_t row, int64_t latent, int64_t count, const int32_t* position,
+             const float* pre) {
     const int64_t r = row - task_.row_begin;
     const size_t local = static_cast<size_t>(r);
-    const float limit = std::max(bound_[local], others_limit(row));
-    const int64_t found =
-        above_(dots, bias_ + latent, &limit, 0, count, position_.data(), pre_.data());
-    for (int64_t i = 0; i < found; ++i) {
-      const float value = pre_[static_cast<size_t>(i)];
-      if (value <= bound_[local]) continue;  // the bound may have risen since
+    for (int64_t i = 0; i < count; ++i) {
+      if (pre[i] <= bound_[local]) continue;  // the bound may have risen since
       if (size_[local] == capacity_) cut(row);
-      row_buffer(r)[size_[local]++] = {
-          value, static_cast<int32_t>(latent) + position_[static_cast<size_t>(i)]};
+      row_buffer(r)[size_[local]++] = {pre[i], static_cast<int32_t>(latent) + position[i]};
     }
   }
 
@@ -135,8 +132,6 @@ class Collector {
     shared_->raise(row, bound_[local]);
   }
 
-  decltype(DotTable::above) above_;
-  const float* bias_;
   int64_t k_;
   SharedBounds* shared_;
   int64_t capacity_;
@@ -144,8 +139,6 @@ class Collector {
   std::vector<Candidate> buffer_;
   std::vector<int64_t> size_;
   std::vector<float> bound_;
-  std::vector<int32_t> position_;
-  std::vector<float> pre_;
 };
 
 std::vector<TaskCandidates> collect(EncodeTiles& tiles, const float* bias, int64_t k, int64_t n) {
@@ -154,12 +147,12 @@ std::vector<TaskCandidates> collect(EncodeTiles& tiles, const float* bias, int64
   std::vector<std::unique_ptr<Collector>> collectors(static_cast<size_t>(tiles.slots()));
   parallel_tasks(tiles.tasks(), tiles.slots(), [&](int64_t t, int64_t slot) {
     auto& collector = collectors[static_cast<size_t>(slot)];
-    if (!collector) collector = std::make_unique<Collector>(tiles, bias, k, shared);
+    if (!collector) collector = std::make_unique<Collector>(tiles, k, shared);
     collector->start(tiles.task(t));
-    tiles.run(tiles.task(t), slot,
-              [&](int64_t row, int64_t latent, int64_t count, const float* dots) {
-                collector->visit(row, latent, count, dots);
-              });
+    const EncodeLimits limits = {bias, nullptr, [&](int64_t row) { return collector->limit(row); }};
+    tiles.run(tiles.task(t), slot, limits,
+              [&](int64_t row, int64_t latent, int64_t count, const int32_t* position,
+                  const float* pre) { collector->visit(row, latent, count, position, pre); });
     results[static_cast<size_t>(t)] = collector->finish();
   });
   return results;
@@ -208,7 +201,8 @@ void write_entries(const EncodeTiles& tiles, const std::vector<TaskCandidates>& 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_encode_cpu(
-    const Tensor& x, const Tensor& W_enc, const Tensor& b_enc, int64_t k, bool by_feature) {
+    const Tensor& x, const Tensor& W_enc, const Tensor& b_enc, int64_t k, bool by_feature,
+    std::optional<Tensor> packed) {
   check_encode(kOp, x, W_enc, b_enc);
   const int64_t n = x.size(0), d_sae = W_enc.size(1);
   if (k < 0 || k > d_sae) fail(kOp, "k must be in [0, d_sae=", d_sae, "], got ", k);
@@ -218,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_encode_cpu(
   const EncodeOutput out(x, n * k, n * k);
   if (n * k > 0) {
     const FloatVector bias(b_enc);
-    EncodeTiles tiles(matrix_of(x), features(W_enc));
+    EncodeTiles tiles(kOp, matrix_of(x), features(W_enc), packed_encoder(kOp, packed, W_enc));
     write_entries(tiles, collect(tiles, bias.data(), k, n), n, k, out);
   }
   auto [feature_offsets, permutation] = feature_view(by_feature, x, offsets, out.indices, d_sae);

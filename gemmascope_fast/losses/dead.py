@@ -15,7 +15,8 @@ from torch import Tensor
 from ..arguments import check_count
 from ..checks import check_device, check_encoder, check_float, check_vector
 from ..entries import latent_ids
-from ..functional import _encoder_args, decode, topk_encode
+from ..functional import decode, topk_encode
+from ..operands import encoder_args
 from .reconstruction import check_pair
 
 TILE_BYTES = 64 << 20
@@ -63,7 +64,7 @@ def pre_act(
         check_vector(op, "threshold", threshold, W_enc.shape[1], W_enc)
     _check_rows(op, W_dec, W_enc)
     ids = latent_ids(op, dead, W_enc.shape[1], W_enc.device)
-    x, W_enc, b_enc = _encoder_args(x, W_enc, b_enc)
+    x, W_enc, b_enc = encoder_args(x, W_enc, b_enc)
     wide = torch.promote_types(torch.promote_types(x.dtype, b_enc.dtype), W_enc.dtype)
     width = max(TILE_BYTES // (max(x.shape[0], 1) * wide.itemsize), 1)
     total = b_enc.new_zeros((), dtype=wide)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .. import ops
 from ..checks import check_decoder
-from ..functional import _autocast, _widen
 from ..modules import SAE, JumpReLU
+from ..operands import autocast, widen
 from ..sparse import SparseActs
 from .deferred import check_semantics
 
@@ -100,7 +100,7 @@ class CooGradients:
         module, activation = self.module, self.module.activation
         window = isinstance(activation, JumpReLU) and acts.gate.requires_grad
         bandwidth = activation.bandwidth if isinstance(activation, JumpReLU) and window else 0.0
-        (x,) = _autocast(x.reshape(-1, module.d_in))
+        (x,) = autocast(x.reshape(-1, module.d_in))
         threshold = module.threshold if window else None
         values, gate = _Encode.apply(  # type: ignore[no-untyped-call]
             x, module.W_enc, module.b_enc, threshold, bandwidth, acts.detach(), self.sizes
@@ -154,11 +154,11 @@ class _Encode(torch.autograd.Function):
             return (None,) * 7
         latents, (indices, starts, permutation) = _touched(acts)
         rows = W_enc.t()[latents]
-        theta = None if threshold is None else _widen(threshold)[latents]
+        theta = None if threshold is None else widen(threshold)[latents]
         needs = (*ctx.needs_input_grad[:3], threshold is not None and ctx.needs_input_grad[3])
         d_x, d_W, d_b, d_theta = ops.overload("encode_backward", x, W_enc, acts.values)(
             *(d_values, d_gate, x, rows.t(), theta, ctx.bandwidth, acts.offsets, indices),
-            *(_widen(acts.values), _widen(acts.gate), starts, permutation, *needs),
+            *(widen(acts.values), widen(acts.gate), starts, permutation, *needs),
         )
 
         def spread(part: Tensor) -> Tensor:
@@ -192,11 +192,11 @@ class _Decode(torch.autograd.Function):
         dtype: torch.dtype,
         sizes: dict[str, int],
     ) -> Tensor:
-        (weights,), bias = _autocast(W_dec), _widen(b_dec)
+        (weights,), bias = autocast(W_dec), widen(b_dec)
         ctx.save_for_backward(values, W_dec)
         ctx.acts, ctx.sizes = acts, sizes
         op = ops.overload("decode", values, weights, bias)
-        entries = (acts.offsets, acts.indices, _widen(values), weights, bias)
+        entries = (acts.offsets, acts.indices, widen(values), weights, bias)
         recon: Tensor = op(*entries, *acts.by_feature(), dtype)
         return recon
 
@@ -206,7 +206,7 @@ class _Decode(torch.autograd.Function):
         latents, (indices, starts, permutation) = _touched(acts)
         needs = ctx.needs_input_grad[:3]
         d_values, d_W, d_b = ops.overload("decode_backward", d_recon, values, W_dec)(
-            *(d_recon, acts.offsets, indices, _widen(values), W_dec[latents], starts, permutation),
+            *(d_recon, acts.offsets, indices, widen(values), W_dec[latents], starts, permutation),
             *needs,
         )
         d_W_dec = _sparse(latents[None], d_W, W_dec) if needs[1] else None

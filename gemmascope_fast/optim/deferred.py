@@ -19,8 +19,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import ops
 from ..checks import check_decoder
-from ..functional import _autocast, _widen
 from ..modules import SAE, JumpReLU
+from ..operands import autocast, widen
 from ..sparse import SparseActs
 
 OP = "Adam(fused=True)"
@@ -71,9 +71,9 @@ class Record:
                 threshold, bandwidth = module.threshold.detach(), module.activation.bandwidth
         operands = (self.x, module.W_enc, module.W_dec, acts.values, d_recon)
         d_b_enc, d_threshold, _ = ops.overload("fused_sparse_step", *operands)(
-            *(self.x, module.W_enc.detach(), None if threshold is None else _widen(threshold)),
+            *(self.x, module.W_enc.detach(), None if threshold is None else widen(threshold)),
             *(bandwidth, module.W_dec.detach(), d_recon, self.ends, acts.offsets),
-            *(acts.indices, _widen(acts.values), _widen(acts.gate)),
+            *(acts.indices, widen(acts.values), widen(acts.gate)),
             *(self.found.get("d_values"), self.found.get("d_gate"), *acts.by_feature()),
             *(*states, *rates, *rules),
         )
@@ -133,7 +133,7 @@ class Deferred:
         """`acts`, just encoded from x, with leaves as values and gates."""
         if x.requires_grad:
             raise ValueError(f"{OP}: x must not require grad: its gradient would not be computed")
-        (x,) = _autocast(x)
+        (x,) = autocast(x)
         record = Record(self, self.module, x, acts)
         leaves = {"values": acts.values.detach().requires_grad_()}
         if acts.gate.requires_grad:
@@ -223,10 +223,10 @@ class _Decode(torch.autograd.Function):
         ctx: Any, values: Tensor, b_dec: Tensor, W_dec: Tensor, record: Record, dtype: torch.dtype
     ) -> Tensor:
         ctx.record, ctx.W_dec = record, W_dec
-        acts, bias = record.acts, _widen(b_dec.detach())
-        (W_dec,) = _autocast(W_dec)
+        acts, bias = record.acts, widen(b_dec.detach())
+        (W_dec,) = autocast(W_dec)
         op = ops.overload("decode", values, W_dec, bias)
-        entries = (acts.offsets, acts.indices, _widen(values.detach()), W_dec, bias)
+        entries = (acts.offsets, acts.indices, widen(values.detach()), W_dec, bias)
         recon: Tensor = op(*entries, *acts.by_feature(), dtype)
         return recon
 
@@ -236,6 +236,6 @@ class _Decode(torch.autograd.Function):
         acts, d_b_dec = ctx.record.acts, None
         if ctx.needs_input_grad[1]:
             op = ops.overload("decode_backward", d_recon, acts.values, ctx.W_dec)
-            entries = (acts.offsets, acts.indices, _widen(acts.values), ctx.W_dec)
+            entries = (acts.offsets, acts.indices, widen(acts.values), ctx.W_dec)
             d_b_dec = op(d_recon, *entries, *acts.by_feature(), False, False, True)[2]
         return None, d_b_dec, None, None, None

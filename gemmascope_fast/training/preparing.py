@@ -11,9 +11,9 @@ from torch import Tensor
 from ..arguments import check_count, check_number
 from ..checks import check_device, check_encoder, check_float, check_vector
 from ..effective import effective
-from ..functional import _autocast, _widen
 from ..losses.sparsity import check_totals
 from ..modules import SAE, Activation, BatchTopK, JumpReLU, TopK, Transcoder
+from ..operands import autocast, widen
 from .evaluation import Inputs
 from .losses import LossTerm, Term
 from .losses_batch import BatchTerm
@@ -80,11 +80,11 @@ def tensors_of(module: SAE, x: Tensor, target: Tensor) -> tuple[dict[str, Tensor
     W_dec: Tensor = module.W_dec
     if given.norms is not None:
         W_dec = W_dec / given.norms[:, None]
-    flat, W_enc, W_dec = _autocast(given.x.reshape(n, module.d_in), given.W_enc, W_dec)
+    flat, W_enc, W_dec = autocast(given.x.reshape(n, module.d_in), given.W_enc, W_dec)
     tensors = {"x": flat, "target": target.reshape(n, module.d_out), "W_enc": W_enc, "W_dec": W_dec}
-    tensors |= {"b_enc": _widen(given.b_enc), "b_dec": _widen(module.b_dec)}
+    tensors |= {"b_enc": widen(given.b_enc), "b_dec": widen(module.b_dec)}
     if given.threshold is not None:
-        tensors["threshold"] = _widen(given.threshold)
+        tensors["threshold"] = widen(given.threshold)
     skip = getattr(module, "W_skip", None)
     if skip is not None:
         tensors["W_skip"] = skip

@@ -197,6 +197,47 @@ static void panel(const float* x, int64_t x_stride, int64_t rows, const float* w
   }
 }
 
+// kRows scattered rows against one w: as many loads as fma, so the more rows in flight the better a far cache is hidden.
+template <int kRows>
+static inline void gather_rows(const float* x, int64_t x_stride, const int32_t* rows,
+                               const int32_t* next, const float* w, int64_t d, float* out) {
+  const float* row[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    row[r] = x + rows[r] * x_stride;
+    __builtin_prefetch(x + next[r] * x_stride);
+    __builtin_prefetch(x + next[r] * x_stride + kLanes);
+  }
+  Vec acc[kRows][kParts];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows * kParts; ++i) acc[i / kParts][i % kParts] = zero_vec();
+  for (int64_t k = 0; k < d; k += kLanes) {
+#pragma GCC unroll 2
+    for (int part = 0; part < kParts; ++part) {
+      Vec wv = load_vec(w + k + part * kWidth);
+      pin(wv);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        acc[r][part] = fma_vec(load_vec(row[r] + k + part * kWidth), wv, acc[r][part]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) out[r] = reduce(lanes(acc[r]));
+}
+
+static void gather(const float* x, int64_t x_stride, const int32_t* rows, int64_t count,
+                   const float* w, int64_t d, float* out) {
+  constexpr int kRows = kParts == 1 ? 8 : 4;
+  int64_t i = 0;
+  for (; i + kRows <= count; i += kRows) {
+    const int32_t* next = i + 2 * kRows <= count ? rows + i + kRows : rows + i;
+    gather_rows<kRows>(x, x_stride, rows + i, next, w, d, out + i);
+  }
+  for (; i + 2 <= count; i += 2) gather_rows<2>(x, x_stride, rows + i, rows + i, w, d, out + i);
+  if (i < count) gather_rows<1>(x, x_stride, rows + i, rows + i, w, d, out + i);
+}
+
 static int64_t above(const float* dots, const float* bias, const float* limit, int64_t limit_stride,
                      int64_t count, int32_t* position, float* pre) {
   int64_t found = 0, j = 0;
@@ -226,7 +267,7 @@ static int64_t above(const float* dots, const float* bias, const float* limit, i
 }
 
 extern const DotTable kDotTable;
-const DotTable kDotTable = {kTileRows, panel, above, widen, transpose};
+const DotTable kDotTable = {kTileRows, panel, gather, above, widen, transpose};
 
 }  // namespace GSF_TARGET
 }  // namespace gemmascope_fast

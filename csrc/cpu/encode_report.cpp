@@ -1,0 +1,52 @@
+#include "cpu/encode_report.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <cstring>
+#include <sstream>
+#include <string>
+
+#include "cpu/memory.h"
+#include "cpu/screen.h"
+
+namespace gemmascope_fast {
+namespace {
+
+constexpr char kOp[] = "encode_report";
+
+thread_local EncodeReport last;
+
+std::string json() {
+  std::ostringstream text;
+  if (last.op == nullptr) return "{}";
+  text << "{\"op\": \"" << last.op << "\", \"target\": \"" << simd_target_name(simd_target())
+       << "\", \"int8\": " << (screens().fast ? "true" : "false") << ", \"path\": \""
+       << (last.why_direct == nullptr ? "screened" : "direct") << "\", \"reason\": \""
+       << (last.why_direct == nullptr ? "" : last.why_direct)
+       << "\", \"packed\": " << (last.packed ? "true" : "false")
+       << ", \"centered\": " << (last.centered ? "true" : "false") << ", \"n\": " << last.n
+       << ", \"d_in\": " << last.d_in << ", \"d_sae\": " << last.d_sae
+       << ", \"screened_blocks\": " << last.screened_blocks
+       << ", \"direct_blocks\": " << last.direct_blocks << ", \"candidates\": " << last.candidates
+       << "}";
+  return text.str();
+}
+
+}  // namespace
+
+void set_encode_report(const EncodeReport& report) { last = report; }
+
+// The report of this thread's last encoder as JSON bytes; `like` only chooses the device.
+Tensor encode_report_cpu(const Tensor& like) {
+  const std::string text = json();
+  Tensor bytes = new_tensor(like, {static_cast<int64_t>(text.size())}, ScalarType::Byte);
+  std::memcpy(bytes.data_ptr(), text.data(), text.size());
+  return bytes;
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(gemmascope_fast, m) { m.def("encode_report(Tensor like) -> Tensor"); }
+STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) {
+  GSF_CPU_IMPL(m, kOp, encode_report_cpu);
+}
+
+}  // namespace gemmascope_fast

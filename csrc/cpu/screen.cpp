@@ -1,0 +1,182 @@
+#include "cpu/screen.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/parallel.h"
+
+namespace gemmascope_fast {
+
+namespace generic {
+extern const ScreenTable kScreenTable;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const ScreenTable kScreenTable;
+}
+namespace avx512 {
+extern const ScreenTable kScreenTable, kVnniScreenTable;
+}
+#endif
+
+const ScreenTable& screen_table(SimdTarget target) {
+#if defined(__x86_64__)
+  if (target == SimdTarget::kAvx512) {
+    static const bool vnni = __builtin_cpu_supports("avx512vnni") != 0;
+    return vnni ? avx512::kVnniScreenTable : avx512::kScreenTable;
+  }
+  if (target == SimdTarget::kAvx2) return avx2::kScreenTable;
+#endif
+  (void)target;
+  return generic::kScreenTable;
+}
+
+namespace {
+
+constexpr double kUnit = 0x1p-24;  // rounding of one float32 operation, relative
+constexpr double kInf = std::numeric_limits<double>::infinity();
+// Sums of squares have a relative error of (d / 4 + 8) units, products and square roots a few.
+constexpr double kInflate = 1 + 0x1p-11;
+// Rounding of a transform: 8 stages, the subtraction of the centre, the multiplication by `inverse`.
+constexpr double kTransform = 12 * kUnit;
+// Arithmetic of the bound and the conversion of q . p, relative to |y_i| |y_j|.
+constexpr double kBound = 16 * kUnit;
+constexpr float kSmallest = 0x1p-40f, kLargest = 0x1p40f;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// False where rounding could be larger than the bounds assume: overflow, underflow, NaN.
+bool in_range(float largest, float raw_squared) {
+  if (!(raw_squared < 0x1p100f)) return false;
+  if (largest == 0.0f) return raw_squared == 0.0f || raw_squared > 0x1p-90f;
+  return largest >= kSmallest && largest <= kLargest;
+}
+
+float lower(double v) { return static_cast<float>(v - std::abs(v) * 0x1p-21); }
+
+}  // namespace
+
+int64_t screened_width(int64_t d_in) { return divide_up(d_in, kScreenUnit) * kScreenUnit; }
+
+ScreenedTokens::ScreenedTokens(const float* x, int64_t x_stride, int64_t n, int64_t d_in,
+                               const float* center)
+    : table_(screens()),
+      x_(x),
+      x_stride_(x_stride),
+      n_(n),
+      d_in_(d_in),
+      d_(screened_width(d_in)),
+      center_(center),
+      codes_(static_cast<size_t>(divide_up(n, kGroupRows) * kGroupRows * d_)),
+      tokens_(static_cast<size_t>(divide_up(n, kGroupRows) * kGroupRows / kScreenRows)) {
+  for (int64_t k = 0; center != nullptr && k < d_in; ++k) {
+    center_norm_ += static_cast<double>(center[k]) * center[k];
+  }
+  center_norm_ = std::sqrt(center_norm_);
+  parallel_ranges(n, kGroupRows, [&](int64_t begin, int64_t end) {
+    FloatBuffer lanes, work;
+    quantise(begin, end - begin, lanes.reserve(d_ * kGroupRows), work.reserve(d_ * kGroupRows));
+  });
+}
+
+void ScreenedTokens::quantise(int64_t row, int64_t count, float* lanes, float* work) {
+  if (count < kGroupRows) std::fill(lanes, lanes + d_in_ * kGroupRows, 0.0f);
+  dot_table(simd_target())
+      .transpose(x_ + row * x_stride_, x_stride_, 0, count, d_in_, lanes, kGroupRows);
+  QuantisedRows q;
+  table_.quantise(lanes, d_in_, d_, center_, nullptr, work, codes_.data() + row * d_, &q);
+  const double root = std::sqrt(static_cast<double>(hadamard_block(d_)));
+  const double dot_rounding = (static_cast<double>(d_in_) / 16 + 8) * kUnit;
+  const double center_rounding = (static_cast<double>(d_) / 16 + 16) * kUnit;
+  for (int64_t r = 0; r < kGroupRows; ++r) {
+    ScreenTokens& tokens = tokens_[static_cast<size_t>((row + r) / kScreenRows)];
+    const int64_t at = r % kScreenRows;
+    const bool real = r < count, ok = in_range(q.largest[r], q.raw_squared[r]);
+    const double inverse = ok ? q.inverse[r] : 1.0, size = std::sqrt(q.y_squared[r]);
+    const double b = std::sqrt(q.error_squared[r]) + (2 * kTransform + kBound) * size +
+                     dot_rounding * std::sqrt(q.raw_squared[r]) * root * inverse +
+                     center_rounding * center_norm_ * root * inverse;
+    tokens.inverse[at] = static_cast<float>(inverse);
+    tokens.a[at] = real && ok ? static_cast<float>(std::sqrt(q.p_squared[r]) * kInflate) : 0.0f;
+    tokens.b[at] = static_cast<float>(!real ? 0.0 : ok ? b * kInflate : kInf);
+    tokens.limit[at] = 0.0f;
+    tokens.sum[at] = q.sum[r];
+  }
+}
+
+void quantise_latents(const PaddedRows& w, int64_t begin, int64_t count, const float* center,
+                      LatentScratch& scratch, uint8_t* codes, LatentStats* stats) {
+  const int64_t d = screened_width(w.cols());
+  float* lanes = scratch.lanes.reserve(d * kGroupRows);
+  float* work = scratch.work.reserve(d * kGroupRows);
+  for (int64_t g = 0; g < kScreenGroups; ++g) {
+    const int64_t first = g * kGroupRows;
+    const int64_t rows = std::clamp<int64_t>(count - first, 0, kGroupRows);
+    uint8_t* own = codes + first * d;
+    QuantisedRows q = {};
+    if (rows > 0) {
+      w.lanes(begin + first, rows, scratch.rows, lanes);
+      screens().quantise(lanes, w.cols(), d, nullptr, center, work, reinterpret_cast<int8_t*>(own),
+                         &q);
+    }
+    for (int64_t i = 0; i < kGroupRows * d; ++i) own[i] ^= 0x80;
+    for (int64_t r = 0; r < rows; ++r) {
+      const bool ok = in_range(q.largest[r], q.raw_squared[r]) && std::isfinite(q.dot[r]);
+      const double size = std::sqrt(q.y_squared[r]);
+      const double error = std::sqrt(q.error_squared[r]) + kTransform * size;
+      stats[first + r] = {ok ? q.inverse[r] : 0.0f, static_cast<float>(size * kInflate),
+                          static_cast<float>(error * kInflate), q.dot[r]};
+    }
+  }
+}
+
+ScreenLatents screen_latents(const EncodeLimits& limits, const LatentStats* stats, int64_t begin,
+                             int64_t count, int64_t d) {
+  const double block = static_cast<double>(hadamard_block(d));
+  ScreenLatents out = {};
+  for (int64_t l = 0; l < count; ++l) {
+    const LatentStats& own = stats[l];
+    const double per_unit = block * own.inverse;
+    const double limit = limits.latent == nullptr ? 0.0 : limits.latent[begin + l];
+    // bias and limit are float32: their difference is exact, or one rounding of its own size away.
+    out.base[l] = lower((limit - limits.bias[begin + l] - own.dot) * per_unit);
+    out.slope[l] = limits.latent == nullptr ? lower(per_unit) : 0.0f;
+    out.alpha[l] = own.error;
+    out.beta[l] = own.size;
+    if (own.inverse == 0.0f) {
+      out.base[l] = out.slope[l] = out.alpha[l] = 0.0f;
+      out.beta[l] = std::numeric_limits<float>::infinity();
+    }
+  }
+  return out;
+}
+
+std::vector<float> choose_center(const float* x, int64_t x_stride, int64_t n, int64_t d) {
+  constexpr int64_t kSample = 256;
+  const int64_t count = std::min(n, kSample);
+  if (count < 2) return {};
+  std::vector<double> sum(static_cast<size_t>(d), 0.0);
+  double squares = 0, mean_squares = 0;
+  for (int64_t s = 0; s < count; ++s) {
+    const float* row = x + s * n / count * x_stride;
+    for (int64_t k = 0; k < d; ++k) {
+      const double v = row[k];
+      sum[static_cast<size_t>(k)] += v;
+      squares += v * v;
+    }
+  }
+  std::vector<float> center(static_cast<size_t>(d));
+  for (int64_t k = 0; k < d; ++k) {
+    const double mean = sum[static_cast<size_t>(k)] / static_cast<double>(count);
+    center[static_cast<size_t>(k)] = static_cast<float>(mean);
+    mean_squares += mean * mean;
+  }
+  // Rows without a common part have mean squares of squares / count / count.
+  const double share = mean_squares * static_cast<double>(count) / squares;
+  const bool worth = share > 0.1 + 2.0 / static_cast<double>(count) && mean_squares > 0x1p-60 &&
+                     mean_squares < 0x1p60;
+  return worth ? center : std::vector<float>();
+}
+
+}  // namespace gemmascope_fast

@@ -1,0 +1,92 @@
+// Which entries of x @ W_enc can pass a limit at all: int8 products with a rigorous margin.
+//
+//   x_i . w_j = c . w_j + (1 / B) H(x_i - c) . H w_j,   H(x_i - c) = s q + dx,  H w_j = r p + dw
+//   |x_i . w_j - c . w_j - (s r / B) q . p|  <=  (|s q| |dw| + |dx| |H w_j|) / B + rounding
+//
+// c is a centre, H a Hadamard transform of blocks of B elements, which spreads dimensions that are much larger than the
+// rest, q and p int8 codes with scales s and r. The rounding terms cover the transform, the norms, c . w_j, the bound's own
+// arithmetic and the canonical float32 dot itself, so an entry that is not a candidate cannot pass: nothing is missed, on
+// any data. Rows that are not finite or out of range (2^-40 .. 2^40) have every entry as a candidate.
+#pragma once
+
+#include <functional>
+#include <vector>
+
+#include "cpu/padded_rows.h"
+#include "cpu/simd/screen.h"
+
+namespace gemmascope_fast {
+
+// Limits of an encoder's entries: those with dot + bias[j] <= limit do not matter.
+struct EncodeLimits {
+  const float* bias;
+  const float* latent;  // limit of latent j, or null: `row` has one per token, >= 0
+  std::function<float(int64_t row)> row;
+};
+
+// A latent's share of the bounds, in units of its codes.
+struct LatentStats {
+  float inverse;  // codes per unit of H w; 0: every entry is a candidate
+  float size;     // >= |H w| inverse
+  float error;    // >= |H w inverse - p|, transform's rounding included
+  float dot;      // c . w
+};
+
+// Codes + 128 and stats of a block of kScreenBlock latents.
+struct LatentBlock {
+  const uint8_t* codes;
+  const LatentStats* stats;
+};
+
+// The tokens' side: codes and bounds of all rows of x, made once per call.
+class ScreenedTokens {
+ public:
+  // x: n rows of padded float32, x_stride apart; center [d_in] or null.
+  ScreenedTokens(const float* x, int64_t x_stride, int64_t n, int64_t d_in, const float* center);
+
+  int64_t d() const { return d_; }
+  const float* center() const { return center_; }
+  // The tile of rows [row, row + kScreenRows), row a multiple of kScreenRows.
+  const int8_t* codes(int64_t row) const {
+    return codes_.data() + row / kGroupRows * kGroupRows * d_ + row % kGroupRows * 4;
+  }
+  const ScreenTokens& tokens(int64_t row) const {
+    return tokens_[static_cast<size_t>(row / kScreenRows)];
+  }
+
+ private:
+  void quantise(int64_t row, int64_t count, float* lanes, float* work);
+
+  const ScreenTable& table_;
+  const float* x_;
+  int64_t x_stride_, n_, d_in_, d_;
+  const float* center_;
+  double center_norm_ = 0;
+  std::vector<int8_t> codes_;
+  std::vector<ScreenTokens> tokens_;
+};
+
+// Scratch of one thread that quantises latents.
+struct LatentScratch {
+  FloatBuffer lanes, work, rows;
+  std::vector<uint8_t> codes;
+  std::vector<LatentStats> stats;
+};
+
+// d_in padded as the codes are.
+int64_t screened_width(int64_t d_in);
+
+// Quantises latents [begin, begin + count) of w, count <= kScreenBlock, into codes (kScreenBlock * d bytes) and stats.
+void quantise_latents(const PaddedRows& w, int64_t begin, int64_t count, const float* center,
+                      LatentScratch& scratch, uint8_t* codes, LatentStats* stats);
+
+// The bounds of latents [begin, begin + count).
+ScreenLatents screen_latents(const EncodeLimits& limits, const LatentStats* stats, int64_t begin,
+                             int64_t count, int64_t d);
+
+// The mean of a sample of rows, if subtracting it shortens them; else empty. n rows of d floats.
+std::vector<float> choose_center(const float* x, int64_t x_stride, int64_t n, int64_t d);
+
+inline const ScreenTable& screens() { return screen_table(simd_target()); }
+
+}  // namespace gemmascope_fast

@@ -1,0 +1,293 @@
+// int8 codes of rotated rows, and the tile that compares their products with a bound per entry.
+//
+//   y = inverse * H(row - subtract),  p = round(y),  q . p = sum_k q_k p_k  (exact in int32)
+//   candidate unless  q . p <= inverse_i (base_j + limit_i slope_j) - a_i alpha_j - b_i beta_j
+//
+// Algorithm: 16 rows lie in the lanes, so a Hadamard butterfly is an addition and a subtraction of registers at any distance:
+// 16 points, then the remaining 4 to 16, in registers. Element k = t * (d / block) + c takes place t of transform c, so that
+// neighbouring large dimensions go to different transforms. The tile keeps 8 tokens x 48 latents in 24 accumulators.
+// Bound: the dot-product port (vpdpbusd, one per cycle on Zen 4, 93 % of it reached at d = 1152).
+// GCC 12 takes the deliberately undefined operands of its own AVX-512 intrinsics for mistakes (GCC bug 105593).
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include "cpu/simd/screen.h"
+
+#include "cpu/simd/f16x.h"
+
+namespace gemmascope_fast {
+namespace GSF_TARGET {
+
+#if defined(__AVX512F__)
+static inline F16x max_abs(F16x a, F16x m) { return {_mm512_max_ps(_mm512_abs_ps(a.v), m.v)}; }
+// Four vectors rounded to integers: codes of 16 rows, 4 elements each; the integers come back as floats.
+static inline void round4(F16x (&y)[4], int8_t* codes) {
+  __m512i packed = _mm512_setzero_si512();
+#pragma GCC unroll 4
+  for (int e = 0; e < 4; ++e) {
+    const __m512i p = _mm512_cvtps_epi32(y[e].v);
+    y[e].v = _mm512_cvtepi32_ps(p);
+    const __m512i byte = _mm512_and_si512(p, _mm512_set1_epi32(0xff));
+    packed = _mm512_or_si512(packed, _mm512_slli_epi32(byte, 8 * e));
+  }
+  _mm512_storeu_si512(codes, packed);
+}
+#elif defined(__AVX2__)
+static inline F16x max_abs(F16x a, F16x m) {
+  const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  return {_mm256_max_ps(_mm256_and_ps(a.lo, mask), m.lo),
+          _mm256_max_ps(_mm256_and_ps(a.hi, mask), m.hi)};
+}
+static inline __m256i round8(__m256& y, int e) {
+  const __m256i p = _mm256_cvtps_epi32(y);
+  y = _mm256_cvtepi32_ps(p);
+  return _mm256_slli_epi32(_mm256_and_si256(p, _mm256_set1_epi32(0xff)), 8 * e);
+}
+static inline void round4(F16x (&y)[4], int8_t* codes) {
+  __m256i lo = _mm256_setzero_si256(), hi = lo;
+#pragma GCC unroll 4
+  for (int e = 0; e < 4; ++e) {
+    lo = _mm256_or_si256(lo, round8(y[e].lo, e));
+    hi = _mm256_or_si256(hi, round8(y[e].hi, e));
+  }
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), lo);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + 32), hi);
+}
+#else
+static inline F16x max_abs(F16x a, F16x m) {
+  for (int l = 0; l < 16; ++l) {
+    const float v = __builtin_fabsf(a.v[l]);
+    m.v[l] = v > m.v[l] ? v : m.v[l];
+  }
+  return m;
+}
+static inline void round4(F16x (&y)[4], int8_t* codes) {
+  for (int e = 0; e < 4; ++e) {
+    for (int l = 0; l < 16; ++l) {
+      // Codes of rows that are not finite are never used; the conversion must be defined all the same.
+      const float r = y[e].v[l] >= -128.0f && y[e].v[l] <= 127.0f ? y[e].v[l] : 0.0f;
+      y[e].v[l] = __builtin_rintf(r);
+      codes[l * 4 + e] = static_cast<int8_t>(y[e].v[l]);
+    }
+  }
+}
+#endif
+
+// In-place Hadamard transform of kPoints registers.
+template <int kPoints>
+static inline void hadamard(F16x (&v)[kPoints]) {
+#pragma GCC unroll 4
+  for (int half = 1; half < kPoints; half *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kPoints; ++i) {
+      if ((i & half) != 0) continue;
+      const F16x a = v[i], b = v[i + half];
+      v[i] = add(a, b);
+      v[i + half] = sub(a, b);
+    }
+  }
+}
+
+struct Sums {
+  F16x raw[4], dot;
+};
+
+// 16 points of a transform, elements first, first + step, ...: read, measured, centred, transformed.
+static inline void first_points(const float* rows, int64_t count, int64_t first, int64_t step,
+                                const float* subtract, const float* with, Sums& sums, float* to) {
+  F16x v[16], dot[4] = {zero(), zero(), zero(), zero()};
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    const int64_t k = first + i * step;
+    v[i] = k < count ? load(rows + k * 16) : zero();
+    sums.raw[i % 4] = fma(v[i], v[i], sums.raw[i % 4]);
+    if (with != nullptr && k < count) dot[i % 4] = fma(v[i], broadcast(with[k]), dot[i % 4]);
+    if (subtract != nullptr && k < count) v[i] = sub(v[i], broadcast(subtract[k]));
+  }
+  if (with != nullptr) sums.dot = add(sums.dot, add(add(dot[0], dot[1]), add(dot[2], dot[3])));
+  hadamard(v);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) store(to + i * 16, v[i]);
+}
+
+// The remaining log2(kPoints) stages, over places 16 apart.
+template <int kPoints>
+static inline F16x last_points(float* block, F16x largest) {
+  for (int64_t i = 0; i < 16; ++i) {
+    F16x v[kPoints];
+#pragma GCC unroll 16
+    for (int p = 0; p < kPoints; ++p) v[p] = load(block + (p * 16 + i) * 16);
+    hadamard(v);
+#pragma GCC unroll 16
+    for (int p = 0; p < kPoints; ++p) {
+      largest = max_abs(v[p], largest);
+      store(block + (p * 16 + i) * 16, v[p]);
+    }
+  }
+  return largest;
+}
+
+static inline void inverses(F16x largest, QuantisedRows* out) {
+  store(out->largest, largest);
+  for (int r = 0; r < 16; ++r) {
+    out->inverse[r] = out->largest[r] > 0 ? 127.0f / out->largest[r] : 1.0f;
+  }
+}
+
+static inline void store_sum(float* to, const F16x (&part)[4]) {
+  store(to, add(add(part[0], part[1]), add(part[2], part[3])));
+}
+
+static void codes_of(const float* work, int64_t d, int8_t* codes, QuantisedRows* out) {
+  const F16x inverse = load(out->inverse);
+  F16x size[4] = {zero(), zero(), zero(), zero()}, code[4] = {zero(), zero(), zero(), zero()};
+  F16x error[4] = {zero(), zero(), zero(), zero()}, sum[4] = {zero(), zero(), zero(), zero()};
+  for (int64_t k = 0; k < d; k += 4) {
+    F16x y[4], p[4];
+#pragma GCC unroll 4
+    for (int e = 0; e < 4; ++e) p[e] = y[e] = mul(load(work + (k + e) * 16), inverse);
+    round4(p, codes + k * 16);
+#pragma GCC unroll 4
+    for (int e = 0; e < 4; ++e) {
+      const F16x rest = sub(y[e], p[e]);
+      size[e] = fma(y[e], y[e], size[e]);
+      code[e] = fma(p[e], p[e], code[e]);
+      error[e] = fma(rest, rest, error[e]);
+      sum[e] = add(sum[e], p[e]);  // integers below 2^24: exact up to d = 131072
+    }
+  }
+  store_sum(out->y_squared, size);
+  store_sum(out->p_squared, code);
+  store_sum(out->error_squared, error);
+  float sums[16];
+  store_sum(sums, sum);
+  for (int r = 0; r < 16; ++r) {
+    const bool finite = sums[r] > -1e9f && sums[r] < 1e9f;
+    out->sum[r] = finite ? static_cast<int32_t>(sums[r]) : 0;
+  }
+}
+
+static void quantise(const float* rows, int64_t count, int64_t d, const float* subtract,
+                     const float* with, float* work, int8_t* codes, QuantisedRows* out) {
+  const int64_t block = hadamard_block(d), step = d / block;
+  Sums sums = {{zero(), zero(), zero(), zero()}, zero()};
+  F16x largest = zero();
+  for (int64_t c = 0; c < step; ++c) {
+    float* to = work + c * block * 16;
+    for (int64_t t = 0; t < block; t += 16) {
+      first_points(rows, count, t * step + c, step, subtract, with, sums, to + t * 16);
+    }
+    if (block == 64) largest = last_points<4>(to, largest);
+    if (block == 128) largest = last_points<8>(to, largest);
+    if (block == 256) largest = last_points<16>(to, largest);
+  }
+  store_sum(out->raw_squared, sums.raw);
+  store(out->dot, sums.dot);
+  inverses(largest, out);
+  codes_of(work, d, codes, out);
+}
+
+// Latents the bound lets through, as one bit each. products[j] = q . p of token r.
+static inline uint64_t candidates(const float (&products)[kScreenBlock],
+                                  const ScreenLatents& latents, const ScreenTokens& tokens, int r) {
+  uint64_t mask = 0;
+  for (int j = 0; j < kScreenBlock; ++j) {
+    const float margin = tokens.a[r] * latents.alpha[j] + tokens.b[r] * latents.beta[j];
+    const float base = tokens.limit[r] * latents.slope[j] + latents.base[j];
+    const float bound = tokens.inverse[r] * base - margin;
+    mask |= static_cast<uint64_t>(!(products[j] <= bound)) << j;
+  }
+  return mask;
+}
+
+static void tile(const uint8_t* w, const int8_t* x, int64_t rows, int64_t d,
+                 const ScreenLatents& latents, const ScreenTokens& tokens, uint64_t* masks) {
+  for (int64_t r = 0; r < rows; ++r) {
+    int32_t sums[kScreenBlock];
+    for (int j = 0; j < kScreenBlock; ++j) sums[j] = -128 * tokens.sum[r];
+    for (int64_t g = 0; g < kScreenGroups; ++g) {
+      for (int64_t k = 0; k < d / 4; ++k) {
+        const uint8_t* codes = w + (g * d / 4 + k) * 64;
+        const int8_t* own = x + k * 64 + r * 4;
+        for (int j = 0; j < 16; ++j) {
+          for (int e = 0; e < 4; ++e) sums[g * 16 + j] += int{codes[j * 4 + e]} * int{own[e]};
+        }
+      }
+    }
+    float products[kScreenBlock];
+    for (int j = 0; j < kScreenBlock; ++j) products[j] = static_cast<float>(sums[j]);
+    masks[r] = candidates(products, latents, tokens, static_cast<int>(r));
+  }
+}
+
+#if defined(__AVX512F__)
+
+// sum += w . x, four unsigned by signed bytes per lane. As an intrinsic GCC 12 copies and spills the accumulators (480 instead
+// of 880 GOP/s on two cores); it would also need a translation unit with -mavx512vnni.
+static inline void dot4(__m512i& sum, __m512i w, __m512i x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+}
+
+template <int kRows>
+static inline void tile_rows(const uint8_t* w, const int8_t* x, int64_t d,
+                                      const ScreenLatents& latents, const ScreenTokens& tokens,
+                                      uint64_t* masks) {
+  __m512i acc[kRows][kScreenGroups];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
+    for (int g = 0; g < kScreenGroups; ++g) acc[r][g] = _mm512_set1_epi32(-128 * tokens.sum[r]);
+  }
+  for (int64_t k = 0; k < d * 16; k += 64) {
+    __m512i wv[kScreenGroups];
+#pragma GCC unroll 3
+    for (int g = 0; g < kScreenGroups; ++g) wv[g] = _mm512_loadu_si512(w + g * d * 16 + k);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      int32_t four;
+      memcpy(&four, x + k + r * 4, 4);
+      const __m512i xv = _mm512_set1_epi32(four);
+#pragma GCC unroll 3
+      for (int g = 0; g < kScreenGroups; ++g) dot4(acc[r][g], wv[g], xv);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    uint64_t mask = 0;
+#pragma GCC unroll 3
+    for (int g = 0; g < kScreenGroups; ++g) {
+      const __m512 alpha = _mm512_loadu_ps(latents.alpha + g * 16);
+      const __m512 beta = _mm512_loadu_ps(latents.beta + g * 16);
+      const __m512 slope = _mm512_loadu_ps(latents.slope + g * 16);
+      const __m512 base = _mm512_fmadd_ps(_mm512_set1_ps(tokens.limit[r]), slope,
+                                          _mm512_loadu_ps(latents.base + g * 16));
+      const __m512 margin = _mm512_fmadd_ps(_mm512_set1_ps(tokens.b[r]), beta,
+                                            _mm512_mul_ps(_mm512_set1_ps(tokens.a[r]), alpha));
+      const __m512 bound = _mm512_fmsub_ps(_mm512_set1_ps(tokens.inverse[r]), base, margin);
+      const __mmask16 above = _mm512_cmp_ps_mask(_mm512_cvtepi32_ps(acc[r][g]), bound, _CMP_NLE_UQ);
+      mask |= static_cast<uint64_t>(above) << (g * 16);
+    }
+    masks[r] = mask;
+  }
+}
+
+static void tile_vnni(const uint8_t* w, const int8_t* x, int64_t rows, int64_t d,
+                               const ScreenLatents& latents, const ScreenTokens& tokens,
+                               uint64_t* masks) {
+  if (rows == 1) return tile_rows<1>(w, x, d, latents, tokens, masks);
+  if (rows <= 2) return tile_rows<2>(w, x, d, latents, tokens, masks);
+  if (rows <= 4) return tile_rows<4>(w, x, d, latents, tokens, masks);
+  tile_rows<8>(w, x, d, latents, tokens, masks);
+}
+
+extern const ScreenTable kVnniScreenTable;
+const ScreenTable kVnniScreenTable = {true, quantise, tile_vnni};
+
+#endif
+
+extern const ScreenTable kScreenTable;
+const ScreenTable kScreenTable = {false, quantise, tile};
+
+}  // namespace GSF_TARGET
+}  // namespace gemmascope_fast

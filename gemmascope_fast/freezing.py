@@ -1,0 +1,46 @@
+"""`module.freeze()`: an encoder's codes, kept while its weights stay as they are."""
+
+from __future__ import annotations
+
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from .effective import effective
+from .packing import PackedEncoder, pack
+
+
+class Frozen(nn.Module):
+    """The part of a module that packs its encoder."""
+
+    W_enc: nn.Parameter
+    packed: PackedEncoder | None = None
+
+    def freeze(self, *, center: Tensor | None = None, check: bool = False) -> Self:
+        """Promise that the weights stay, so that `encode` can use codes made once (`pack`).
+
+        Parameters stop requiring gradients and the module goes to evaluation mode. Moving,
+        converting or loading weights undoes it, as `unfreeze` does; editing them in place breaks
+        the promise, which `check=True` finds out in every call.
+
+        Args:
+            center: as for `pack`.
+            check: as for `pack`.
+        """
+        self.unfreeze().eval().requires_grad_(False)
+        with torch.no_grad():
+            given = effective(cast("Any", self), self.W_enc.new_zeros(0, self.W_enc.shape[0]))
+            self.packed = pack(given.W_enc, center=center, check=check)
+        return self
+
+    def unfreeze(self) -> Self:
+        """Drop the codes of `freeze`; parameters require gradients again."""
+        if self.packed is not None:
+            self.packed = None
+            self.requires_grad_(True)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        self.packed = None
+        super()._load_from_state_dict(*args, **options)

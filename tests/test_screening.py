@@ -1,0 +1,494 @@
+"""Screened encoders give the bits of the direct ones: nothing is missed, whatever the data.
+
+`GEMMASCOPE_FAST_SCREEN=always` screens at every size and on every instruction set, `never` not at
+all; the direct path is compared with float64 in the encoders' own tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from conftest import native_absent
+from hypothesis import given, settings
+from oracle import assert_all_same
+from torch import Tensor
+
+import gemmascope_fast as gsf
+from gemmascope_fast import ops
+
+ENCODERS = ("jumprelu_encode", "topk_encode", "batchtopk_encode")
+ABSENT = native_absent(ENCODERS)
+pytestmark = pytest.mark.skipif(bool(ABSENT), reason=ABSENT)
+Data = tuple[Tensor, Tensor, Tensor, Tensor]  # x, W_enc, b_enc, threshold
+
+
+def call(name: str, data: Data, bandwidth: float = 0.3, packed: Tensor | None = None) -> Any:
+    """Run an encoder with about 6 entries per token where TopK selects."""
+    x, W_enc, b_enc, threshold = data
+    op = getattr(torch.ops.gemmascope_fast, name)
+    k = min(6, W_enc.shape[1])
+    options: dict[str, tuple[Any, ...]] = {
+        "jumprelu_encode": (threshold, bandwidth, None),
+        "topk_encode": (k,),
+        "batchtopk_encode": (k, None, None),
+    }
+    return op(x, W_enc, b_enc, *options[name], True, packed)
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    return lambda mode: monkeypatch.setenv("GEMMASCOPE_FAST_SCREEN", mode)
+
+
+def assert_bits(ours: Any, expected: Any, what: str) -> None:
+    assert_all_same(list(ours), list(expected), [f"{what}, output {i}" for i in range(len(ours))])
+
+
+def entries_of(acts: gsf.SparseActs) -> list[Tensor]:
+    return [acts.offsets, acts.indices, acts.values.detach(), acts.gate.detach()]
+
+
+def compare(screen: Callable[[str], None], data: Data, center: Tensor | None = None) -> None:
+    """All three encoders: screened and packed against direct."""
+    screen("always")
+    codes = torch.ops.gemmascope_fast.pack_encoder(data[1], center)
+    for name in ENCODERS:
+        screen("never")
+        expected = call(name, data)
+        screen("always")
+        found = call(name, data)
+        assert gsf.explain().path == "screened" or 0 in (data[0].numel(), data[1].numel())
+        assert_bits(found, expected, name)
+        assert_bits(call(name, data, packed=codes), expected, f"{name}, packed")
+
+
+def draw(n: int, d: int, f: int, seed: int = 0, rank: float = 1.5) -> Data:
+    """Gaussian data; thresholds so that a tenth fire."""
+    g = torch.Generator().manual_seed(seed)
+    x, W = torch.randn(n, d, generator=g), torch.randn(f, d, generator=g) / d**0.5
+    b = 0.2 * torch.randn(f, generator=g)
+    return x, W.t(), b, rank + 0.1 * torch.randn(f, generator=g)
+
+
+def at_the_ulp(data: Data, above: bool) -> Data:
+    """Each latent's largest pre-activation is its threshold, or one ulp above it."""
+    x, W_enc, b_enc, _ = data
+    latents = torch.arange(W_enc.shape[1]).repeat(x.shape[0])
+    rows = torch.arange(x.shape[0]).repeat_interleave(W_enc.shape[1])
+    pre = gsf.pre_at(x, W_enc, b_enc, rows, latents).view(x.shape[0], -1)
+    largest = pre.max(0).values
+    limit = torch.nextafter(largest, torch.tensor(-torch.inf)) if above else largest
+    return x, W_enc, b_enc, limit
+
+
+@pytest.mark.parametrize("d", [1, 3, 16, 64, 65, 100, 384, 640, 1152])
+@pytest.mark.parametrize(("n", "f"), [(1, 200), (7, 47), (8, 48), (9, 49), (33, 313), (50, 96)])
+def test_sizes(screen: Callable[[str], None], n: int, d: int, f: int) -> None:
+    compare(screen, draw(n, d, f))
+
+
+@pytest.mark.parametrize(("n", "d", "f"), [(0, 64, 50), (5, 0, 50), (5, 64, 0)])
+def test_empty(screen: Callable[[str], None], n: int, d: int, f: int) -> None:
+    compare(screen, draw(n, d, f))
+
+
+def test_several_row_blocks_and_ranges(screen: Callable[[str], None]) -> None:
+    compare(screen, draw(1100, 64, 4000, rank=2.5))
+
+
+def test_the_widest_models(screen: Callable[[str], None]) -> None:
+    compare(screen, draw(40, 5376, 480, rank=2.5))
+
+
+@pytest.mark.parametrize("above", [False, True])
+@pytest.mark.parametrize("d", [64, 384, 1152])
+def test_thresholds_within_an_ulp_of_the_largest_entry(
+    screen: Callable[[str], None], d: int, above: bool
+) -> None:
+    data = at_the_ulp(draw(40, d, 300), above)
+    screen("always")
+    entries = call("jumprelu_encode", data, bandwidth=0.0)
+    assert entries[1].numel() == (300 if above else 0)  # one token for each latent, or none
+    compare(screen, data)
+
+
+def outliers(scattered: bool) -> Data:
+    """8 dimensions 60 times the rest."""
+    x, W, b, t = draw(40, 640, 500)
+    at = torch.arange(8) * 79 if scattered else torch.arange(8)
+    x[:, at] *= 60
+    return x, W, b, t * x.norm(dim=1).mean() / 640**0.5
+
+
+def shifted(by: float) -> Data:
+    x, W, b, t = draw(40, 384, 500)
+    x = x + by * torch.randn(384, generator=torch.Generator().manual_seed(3))
+    return x, W, b, t + (x @ W).mean(0)
+
+
+def scaled(factor: float, weights: float = 1.0) -> Data:
+    x, W, b, t = draw(20, 128, 300)
+    return x * factor, W * weights, b * factor * weights, t * factor * weights
+
+
+def integers() -> Data:
+    g = torch.Generator().manual_seed(1)
+    x = torch.randint(-3, 4, (30, 96), generator=g).float()
+    W = torch.randint(-2, 3, (260, 96), generator=g).float()
+    return x, W.t(), torch.zeros(260), torch.full((260,), 12.0)
+
+
+def constant() -> Data:
+    return torch.ones(20, 64), torch.ones(64, 100), torch.zeros(100), torch.full((100,), 63.0)
+
+
+def one_row_differs() -> Data:
+    x, W, b, t = draw(20, 64, 200)
+    x[:] = x[0]
+    x[7] *= -1
+    return x, W, b, t
+
+
+def zeros() -> Data:
+    x, W, _, _ = draw(20, 64, 200)
+    x[3:9], W.t()[10:40] = 0, 0
+    b = torch.linspace(-1, 1, 200)
+    return x, W, b, torch.zeros(200)
+
+
+def huge_biases() -> Data:
+    x, W, b, t = draw(20, 128, 300)
+    b[::3], t[::3] = 1e30, 1e30
+    b[1::3], t[1::3] = -(2.0**24), -(2.0**24)
+    return x, W, b, t
+
+
+def every_row_its_own_size() -> Data:
+    x, W, b, t = draw(40, 256, 300)
+    x *= torch.logspace(-30, 30, 40)[:, None]
+    W = (W.t() * torch.logspace(-20, 20, 300)[:, None]).t()
+    return x, W, b, t
+
+
+CASES: dict[str, Callable[[], Data]] = {
+    "contiguous outliers": lambda: outliers(False),
+    "scattered outliers": lambda: outliers(True),
+    "common part": lambda: shifted(5.0),
+    "large common part": lambda: shifted(3000.0),
+    "integers": integers,
+    "constant": constant,
+    "one row differs": one_row_differs,
+    "zeros": zeros,
+    "tiny": lambda: scaled(1e-30),
+    "subnormal": lambda: scaled(1e-40),
+    "subnormal products": lambda: scaled(1e-22, 1e-22),
+    "huge": lambda: scaled(1e30),
+    "overflowing": lambda: scaled(1e30, 1e12),
+    "huge biases": huge_biases,
+    "every row its own size": every_row_its_own_size,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_awkward_data(screen: Callable[[str], None], case: str) -> None:
+    compare(screen, CASES[case]())
+
+
+@pytest.mark.parametrize("case", ["contiguous outliers", "common part", "one row differs", "tiny"])
+def test_awkward_data_at_the_ulp(screen: Callable[[str], None], case: str) -> None:
+    compare(screen, at_the_ulp(CASES[case](), above=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["x", "W_enc", "b_enc", "threshold"])
+def test_values_that_are_not_finite(
+    screen: Callable[[str], None], where: str, value: float
+) -> None:
+    x, W, b, t = draw(20, 96, 250)
+    place = {"x": x[4, 5:7], "W_enc": W.t()[[3, 100]], "b_enc": b[3:5], "threshold": t[200:203]}
+    if where == "W_enc":
+        W.t()[3, 7] = W.t()[100, 0] = value
+    else:
+        place[where].fill_(value)
+    compare(screen, (x, W, b, t))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("which", ["x", "W_enc", "both"])
+def test_16_bit_inputs(screen: Callable[[str], None], dtype: torch.dtype, which: str) -> None:
+    x, W, b, t = draw(40, 200, 300)
+    x = x if which == "W_enc" else x.to(dtype)
+    W = W if which == "x" else W.t().to(dtype).t()
+    compare(screen, (x, W, b, t))
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "row-major": lambda t: t.contiguous(),
+    "sliced": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
+    "stepped": lambda t: t.repeat_interleave(2, 0)[::2],
+    "flipped": lambda t: t.flip(0),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides(screen: Callable[[str], None], layout: str) -> None:
+    x, W, b, t = draw(40, 200, 300)
+    compare(screen, (LAYOUTS[layout](x), LAYOUTS[layout](W), b, t))
+
+
+def test_a_packed_centre_changes_no_result(screen: Callable[[str], None]) -> None:
+    data = shifted(5.0)
+    compare(screen, data, center=data[0].mean(0))
+    compare(screen, data, center=torch.zeros(384))
+    compare(screen, data, center=-data[0].mean(0))
+
+
+def test_when_everything_fires(screen: Callable[[str], None]) -> None:
+    """Blocks with too many candidates are computed directly."""
+    x, W, b, t = draw(100, 128, 2000)
+    compare(screen, (x, W, b, torch.full_like(t, -100)))
+    call("jumprelu_encode", (x, W, b, torch.full_like(t, -100)))
+    assert gsf.explain().direct_blocks > gsf.explain().screened_blocks
+    t[1000:] = 1e30  # and again when it pays
+    compare(screen, (x, W, b, t))
+
+
+def test_how_few_candidates_remain(screen: Callable[[str], None]) -> None:
+    """Screening would be exact without a margin worth its name too; it must also be tight."""
+    screen("always")
+    for case, most in (("gauss", 9.0), ("contiguous outliers", 9.0), ("scattered outliers", 9.0)):
+        x, W, b, _ = draw(200, 1152, 2000) if case == "gauss" else CASES[case]()
+        b = torch.zeros_like(b)
+        t = 3.1 * x.norm(dim=1).mean() / x.shape[1] ** 0.5
+        entries = call("jumprelu_encode", (x, W, b, t.expand(W.shape[1])), bandwidth=0.0)
+        assert 0 < gsf.explain().candidates < most * entries[1].numel(), case
+
+
+def test_edits_between_calls_are_seen(screen: Callable[[str], None]) -> None:
+    """Nothing is kept from call to call, and `.data` edits count no version."""
+    screen("always")
+    x, W, b, t = draw(40, 128, 300)
+    call("jumprelu_encode", (x, W, b, t))
+    W.data.mul_(-1)
+    found = call("jumprelu_encode", (x, W, b, t))
+    screen("never")
+    assert_bits(found, call("jumprelu_encode", (x, W, b, t)), "after the edit")
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    n=st.integers(1, 40),
+    d=st.integers(1, 150),
+    f=st.integers(1, 200),
+    seed=st.integers(0, 10**6),
+    spread=st.floats(0, 20),
+    shift=st.floats(-1e4, 1e4),
+    rank=st.floats(-1, 4),
+)
+def test_any_sizes_and_scales(
+    n: int, d: int, f: int, seed: int, spread: float, shift: float, rank: float
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x, W, b, t = draw(n, d, f, seed, rank)
+    x = x * torch.exp(spread * torch.rand(d, generator=g)) + shift
+    W = (W.t() * torch.exp(spread * torch.rand(f, 1, generator=g))).t()
+    with pytest.MonkeyPatch.context() as patch:
+        compare(lambda mode: patch.setenv("GEMMASCOPE_FAST_SCREEN", mode), (x, W, b, t * 10))
+
+
+# ---- one result on every instruction set and thread count
+
+SCRIPT = """
+import hashlib, torch
+import test_screening as t
+torch.set_num_threads({threads})
+digest = hashlib.sha256()
+for data in (t.draw(130, 640, 900), t.outliers(True), t.shifted(5.0), t.integers()):
+    codes = torch.ops.gemmascope_fast.pack_encoder(data[1], None)
+    for name in t.ENCODERS:
+        for packed in (None, codes):
+            for out in t.call(name, data, packed=packed):
+                digest.update(out.numpy().tobytes())
+print(digest.hexdigest(), t.gsf.explain().path)
+"""
+
+
+def test_targets_and_threads_agree(run_python: Callable[..., str]) -> None:
+    found = {}
+    for target in filter(available, ("generic", "avx2", "avx512")):
+        for threads in (1, 2, 3):
+            env = {"GEMMASCOPE_FAST_CPU": target, "GEMMASCOPE_FAST_SCREEN": "always"}
+            found[target, threads] = run_python(SCRIPT.format(threads=threads), **env)
+    direct = run_python(SCRIPT.format(threads=2), GEMMASCOPE_FAST_SCREEN="never")
+    expected = direct.replace("direct", "screened")
+    assert direct != expected and set(found.values()) == {expected}, found
+
+
+def available(target: str) -> bool:
+    testing: Any = pytest.importorskip("gemmascope_fast._testing")
+    return bool(testing.simd_target_available(getattr(testing.SimdTarget, target)))
+
+
+# ---- choosing
+
+
+def test_an_unknown_mode_is_an_error(screen: Callable[[str], None]) -> None:
+    screen("sometimes")
+    with pytest.raises(RuntimeError, match="GEMMASCOPE_FAST_SCREEN=sometimes: expected always"):
+        call("jumprelu_encode", draw(2, 16, 20))
+
+
+def test_explain(screen: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GEMMASCOPE_FAST_SCREEN", raising=False)
+    call("topk_encode", draw(2, 16, 20))
+    said = gsf.explain()
+    assert (said.op, said.path, said.n, said.d_in, said.d_sae) == (
+        "topk_encode",
+        "direct",
+        2,
+        16,
+        20,
+    )
+    assert said.reason in str(said) and said.reason
+    screen("always")
+    call("jumprelu_encode", draw(20, 16, 200))
+    assert "screened int8" in str(gsf.explain()) and "candidates per token" in str(gsf.explain())
+    assert gsf.explain().screened_blocks + gsf.explain().direct_blocks == 5
+
+
+def test_screening_is_the_default_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GEMMASCOPE_FAST_SCREEN", raising=False)
+    call("jumprelu_encode", draw(200, 256, 1000))
+    said = gsf.explain()
+    assert said.path == ("screened" if said.int8 else "direct"), str(said)
+
+
+# ---- pack
+
+
+def test_pack_in_place_of_the_weights(screen: Callable[[str], None]) -> None:
+    x, W, b, t = draw(30, 200, 300)
+    packed = gsf.pack(W)
+    screen("always")
+    pairs = [
+        (
+            gsf.jumprelu_encode(x, w, b, t),
+            gsf.topk_encode(x, w, b, 5),
+            gsf.batchtopk_encode(x, w, b, 5),
+        )
+        for w in (W, packed)
+    ]
+    for ours, plain in zip(*pairs, strict=True):
+        assert_bits(entries_of(ours), entries_of(plain), "packed")
+    assert packed.shape == W.shape and gsf.explain().packed
+
+
+def test_packed_bytes() -> None:
+    W = torch.empty(1152, 65536)
+    assert gsf.packing.packed_bytes(1152, 65536) <= 1.05 * W.numel()
+    assert gsf.pack(torch.randn(640, 480)).nbytes == gsf.packing.packed_bytes(640, 480)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_check_finds_edits(dtype: torch.dtype) -> None:
+    x, W, b, t = draw(5, 64, 100)
+    W = W.t().to(dtype).t()
+    packed = gsf.pack(W, check=True)
+    gsf.jumprelu_encode(x, packed, b, t)
+    W.data[3, 17] += 0.25
+    with pytest.raises(RuntimeError, match=r"weights of 1 latents changed .* being 17; pack again"):
+        gsf.jumprelu_encode(x, packed, b, t)
+
+
+def test_check_finds_exchanged_weights() -> None:
+    W = torch.randn(64, 100)
+    packed = gsf.pack(W, check=True)
+    W.data[:, 5] = W[:, 5].flip(0).clone()
+    with pytest.raises(RuntimeError, match="being 5;"):
+        packed.verify()
+
+
+def test_float64_weights_pack_to_themselves() -> None:
+    x, W, b, t = (a.double() for a in draw(5, 64, 100))
+    packed = gsf.pack(W)
+    assert packed.codes is None
+    ours = gsf.jumprelu_encode(x, packed, b, t)
+    assert torch.equal(ours.values, gsf.jumprelu_encode(x, W, b, t).values)
+
+
+def test_bad_input_of_pack() -> None:
+    W = torch.randn(64, 100)
+    with pytest.raises(TypeError, match="pack: W_enc must be a torch.Tensor, got list"):
+        gsf.pack([1.0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"pack: W_enc must have shape \[d_in, d_sae\]"):
+        gsf.pack(W[0])
+    with pytest.raises(ValueError, match="pack: center must have shape"):
+        gsf.pack(W, center=torch.zeros(3))
+    with pytest.raises(RuntimeError, match="center must be finite"):
+        gsf.pack(W, center=torch.full((64,), torch.nan))
+    codes = gsf.pack(W).codes
+    args = (*draw(5, 64, 101), 0.0, None, False, codes)
+    with pytest.raises(RuntimeError, match=r"packed must come from pack\(\) of a W_enc of shape"):
+        torch.ops.gemmascope_fast.jumprelu_encode(*args)
+    for wrong in (torch.zeros(3, dtype=torch.uint8), codes[:-1], torch.zeros(100)):
+        with pytest.raises(RuntimeError, match="packed must"):
+            torch.ops.gemmascope_fast.jumprelu_encode(*draw(5, 64, 100), 0.0, None, False, wrong)
+
+
+def test_gradients_pass_through_a_packed_encoder() -> None:
+    x, W, b, t = draw(30, 64, 100)
+    grads = []
+    for pack in (False, True):
+        leaves = [a.clone().requires_grad_() for a in (x, W, b, t)]
+        encoder = gsf.pack(leaves[1]) if pack else leaves[1]
+        acts = gsf.jumprelu_encode(leaves[0], encoder, *leaves[2:], bandwidth=0.3)
+        (acts.values.square().sum() + acts.l0().sum()).backward()
+        grads.append([a.grad for a in leaves])
+    assert_bits(grads[1], grads[0], "gradients")
+
+
+# ---- freeze
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        gsf.SAE(64, 200, gsf.JumpReLU(0.1, 1.0)),
+        gsf.SAE(64, 200, gsf.TopK(5), semantics="saelens_6"),
+        gsf.SAE(64, 200, gsf.BatchTopK(5)),
+        gsf.Transcoder(64, 200, gsf.JumpReLU(0.1, 1.0), d_out=32, affine=True),
+    ],
+    ids=["jumprelu", "topk saelens", "batchtopk", "transcoder"],
+)
+def test_frozen_modules_encode_the_same(module: gsf.SAE) -> None:
+    x = torch.randn(30, 64)
+    module.eval()
+    with torch.no_grad():
+        expected, recon = entries_of(module.encode(x)), module(x)
+    assert module.freeze(center=x.mean(0)) is module and module.packed is not None
+    assert_bits(entries_of(module.encode(x)), expected, "frozen")
+    assert torch.equal(module(x), recon)
+    assert not any(p.requires_grad for p in module.parameters())
+    module.unfreeze()
+    assert module.packed is None and all(p.requires_grad for p in module.parameters())
+
+
+def test_what_changes_weights_unfreezes() -> None:
+    x = torch.randn(10, 64)
+    other = gsf.SAE(64, 200, gsf.JumpReLU(0.1, 1.0))
+    module = gsf.SAE(64, 200, gsf.JumpReLU(0.1, 1.0)).freeze()
+    module.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        assert_bits(entries_of(module.encode(x)), entries_of(other.encode(x)), "loaded")
+    module.freeze().to(torch.bfloat16)
+    assert module.packed is None
+
+
+def test_no_packing_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "NATIVE_MISSING", "not built")
+    assert gsf.pack(torch.randn(64, 10)).codes is None
+    assert gsf.explain().reason == "not built" == str(gsf.explain())
