@@ -25,7 +25,8 @@ class Explanation:
         n, d_in, d_sae: sizes of the call.
         screened_blocks: blocks of latents whose entries were screened.
         direct_blocks: blocks computed directly, in a screened call because too many entries passed.
-        candidates: entries that screening let through to the float32 dot product.
+        candidates: entries that the int8 products let through.
+        rescored: those that the second int8 stage let through to the float32 dot product.
     """
 
     op: str = ""
@@ -41,6 +42,7 @@ class Explanation:
     screened_blocks: int = 0
     direct_blocks: int = 0
     candidates: int = 0
+    rescored: int = 0
 
     def __str__(self) -> str:
         """One line for people."""
@@ -50,7 +52,8 @@ class Explanation:
         if self.path == "direct":
             return f"{shape}: direct float32 ({self.target}): {self.reason}"
         weights = "packed codes" if self.packed else "codes made in this call"
-        passed = f"{self.candidates / max(self.n, 1):.0f} candidates per token"
+        per_token = [f"{count / max(self.n, 1):.0f}" for count in (self.candidates, self.rescored)]
+        passed = f"{per_token[0]} candidates per token, {per_token[1]} rescored"
         where = f"{self.screened_blocks} blocks screened, {self.direct_blocks} direct"
         center = ", centred" if self.centered else ""
         return f"{shape}: screened int8 ({self.target}, {weights}{center}): {passed}, {where}"

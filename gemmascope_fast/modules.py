@@ -40,8 +40,8 @@ class SAE(Pretrained, Frozen):
             one, else None; negative before the first batch where it starts with that.
         metadata: what `load` found beyond the weights; `save_pretrained` writes it.
 
-    W_dec starts He-uniform with unit rows, W_enc as its transpose (when the widths agree), the biases
-    at 0: Gemma Scope's recipe, arXiv 2408.05147, section 3.2.
+    W_dec starts He-uniform with unit rows, W_enc as its transpose (when the widths agree), the
+    biases at 0: Gemma Scope's recipe, arXiv 2408.05147, section 3.2.
     """
 
     W_enc: nn.Parameter

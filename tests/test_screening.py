@@ -320,7 +320,7 @@ print(digest.hexdigest(), t.gsf.explain().path)
 def test_targets_and_threads_agree(run_python: Callable[..., str]) -> None:
     found = {}
     for target in filter(available, ("generic", "avx2", "avx512")):
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3) if target != "generic" else (2,):
             env = {"GEMMASCOPE_FAST_CPU": target, "GEMMASCOPE_FAST_SCREEN": "always"}
             found[target, threads] = run_python(SCRIPT.format(threads=threads), **env)
     direct = run_python(SCRIPT.format(threads=2), GEMMASCOPE_FAST_SCREEN="never")

@@ -28,7 +28,7 @@ std::string json() {
        << ", \"d_in\": " << last.d_in << ", \"d_sae\": " << last.d_sae
        << ", \"screened_blocks\": " << last.screened_blocks
        << ", \"direct_blocks\": " << last.direct_blocks << ", \"candidates\": " << last.candidates
-       << "}";
+       << ", \"rescored\": " << last.rescored << "}";
   return text.str();
 }
 

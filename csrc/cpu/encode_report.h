@@ -10,7 +10,7 @@ struct EncodeReport {
   const char* why_direct = nullptr;  // null: screened
   bool packed = false, centered = false;
   int64_t n = 0, d_in = 0, d_sae = 0;
-  int64_t screened_blocks = 0, direct_blocks = 0, candidates = 0;
+  int64_t screened_blocks = 0, direct_blocks = 0, candidates = 0, rescored = 0;
 };
 
 void set_encode_report(const EncodeReport& report);

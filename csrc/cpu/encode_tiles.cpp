@@ -103,6 +103,7 @@ EncodeTiles::~EncodeTiles() {
     report.screened_blocks += scratch.screened_blocks;
     report.direct_blocks += scratch.direct_blocks;
     report.candidates += scratch.candidate_count;
+    report.rescored += scratch.rescored;
   }
   set_encode_report(report);
 }

@@ -58,6 +58,7 @@ class EncodeTiles {
  private:
   struct Candidate {
     int32_t row, latent;  // relative to the task and to the block
+    int32_t product;
   };
   struct Scratch {
     FloatBuffer weights, state, dots;
@@ -65,8 +66,12 @@ class EncodeTiles {
     std::vector<float> pre;
     LatentScratch latents;
     std::vector<Candidate> candidates;
-    std::vector<int32_t> sorted;
-    int64_t screened_blocks = 0, direct_blocks = 0, candidate_count = 0;
+    std::vector<Candidate> sorted;
+    std::vector<int32_t> rows, fine_dots;
+    std::vector<uint8_t> code_rows;
+    ScreenLatents bounds;
+    LatentBlock block;
+    int64_t screened_blocks = 0, direct_blocks = 0, candidate_count = 0, rescored = 0;
   };
 
   void partition();
@@ -78,6 +83,8 @@ class EncodeTiles {
   LatentBlock latent_block(int64_t begin, int64_t count, Scratch& scratch);
   bool find_candidates(const Task& task, int64_t begin, int64_t count, Scratch& scratch,
                        const EncodeLimits& limits);
+  int64_t refine(const Task& task, int64_t latent, const Candidate* found, int64_t size,
+                 Scratch& scratch, const EncodeLimits& limits);
   void rescore(const Task& task, int64_t begin, int64_t count, Scratch& scratch,
                const EncodeLimits& limits, const Visit& visit);
 

@@ -69,23 +69,30 @@ ScreenedTokens::ScreenedTokens(const float* x, int64_t x_stride, int64_t n, int6
       d_(screened_width(d_in)),
       center_(center),
       codes_(static_cast<size_t>(divide_up(n, kGroupRows) * kGroupRows * d_)),
-      tokens_(static_cast<size_t>(divide_up(n, kGroupRows) * kGroupRows / kScreenRows)) {
+      fine_codes_(codes_.size()),
+      tokens_(static_cast<size_t>(divide_up(n, kGroupRows) * kGroupRows / kScreenRows)),
+      fine_(static_cast<size_t>(divide_up(n, kGroupRows) * kGroupRows)) {
   for (int64_t k = 0; center != nullptr && k < d_in; ++k) {
     center_norm_ += static_cast<double>(center[k]) * center[k];
   }
   center_norm_ = std::sqrt(center_norm_);
   parallel_ranges(n, kGroupRows, [&](int64_t begin, int64_t end) {
     FloatBuffer lanes, work;
-    quantise(begin, end - begin, lanes.reserve(d_ * kGroupRows), work.reserve(d_ * kGroupRows));
+    std::vector<int8_t> fine(static_cast<size_t>(d_ * kGroupRows));
+    quantise(begin, end - begin, lanes.reserve(d_ * kGroupRows), work.reserve(d_ * kGroupRows),
+             fine.data());
   });
 }
 
-void ScreenedTokens::quantise(int64_t row, int64_t count, float* lanes, float* work) {
+void ScreenedTokens::quantise(int64_t row, int64_t count, float* lanes, float* work,
+                              int8_t* fine) {
   if (count < kGroupRows) std::fill(lanes, lanes + d_in_ * kGroupRows, 0.0f);
   dot_table(simd_target())
       .transpose(x_ + row * x_stride_, x_stride_, 0, count, d_in_, lanes, kGroupRows);
   QuantisedRows q;
-  table_.quantise(lanes, d_in_, d_, center_, nullptr, work, codes_.data() + row * d_, &q);
+  table_.quantise(lanes, d_in_, d_, center_, nullptr, work, codes_.data() + row * d_, fine,
+                  &q);
+  codes_to_rows(fine, d_, fine_codes_.data() + row * d_);
   const double root = std::sqrt(static_cast<double>(hadamard_block(d_)));
   const double dot_rounding = (static_cast<double>(d_in_) / 16 + 8) * kUnit;
   const double center_rounding = (static_cast<double>(d_) / 16 + 16) * kUnit;
@@ -94,14 +101,19 @@ void ScreenedTokens::quantise(int64_t row, int64_t count, float* lanes, float* w
     const int64_t at = r % kScreenRows;
     const bool real = r < count, ok = in_range(q.largest[r], q.raw_squared[r]);
     const double inverse = ok ? q.inverse[r] : 1.0, size = std::sqrt(q.y_squared[r]);
-    const double b = std::sqrt(q.error_squared[r]) + (2 * kTransform + kBound) * size +
-                     dot_rounding * std::sqrt(q.raw_squared[r]) * root * inverse +
-                     center_rounding * center_norm_ * root * inverse;
+    const double rounding = (2 * kTransform + kBound) * size +
+                            dot_rounding * std::sqrt(q.raw_squared[r]) * root * inverse +
+                            center_rounding * center_norm_ * root * inverse;
+    const double b = std::sqrt(q.error_squared[r]) + rounding;
+    const double rest = std::sqrt(q.fine_squared[r]) + rounding;
     tokens.inverse[at] = static_cast<float>(inverse);
     tokens.a[at] = real && ok ? static_cast<float>(std::sqrt(q.p_squared[r]) * kInflate) : 0.0f;
     tokens.b[at] = static_cast<float>(!real ? 0.0 : ok ? b * kInflate : kInf);
     tokens.limit[at] = 0.0f;
     tokens.sum[at] = q.sum[r];
+    fine_[static_cast<size_t>(row + r)] = {
+        static_cast<float>(inverse), static_cast<float>((size + rest) * kInflate),
+        static_cast<float>(ok ? rest * kInflate : kInf), q.fine_sum[r]};
   }
 }
 
@@ -118,7 +130,7 @@ void quantise_latents(const PaddedRows& w, int64_t begin, int64_t count, const f
     if (rows > 0) {
       w.lanes(begin + first, rows, scratch.rows, lanes);
       screens().quantise(lanes, w.cols(), d, nullptr, center, work, reinterpret_cast<int8_t*>(own),
-                         &q);
+                         nullptr, &q);
     }
     for (int64_t i = 0; i < kGroupRows * d; ++i) own[i] ^= 0x80;
     for (int64_t r = 0; r < rows; ++r) {
@@ -150,6 +162,24 @@ ScreenLatents screen_latents(const EncodeLimits& limits, const LatentStats* stat
     }
   }
   return out;
+}
+
+bool may_pass(const FineToken& token, float limit, const ScreenLatents& latents, int64_t j,
+              int32_t product, int32_t fine) {
+  const double left_over = (static_cast<double>(fine) - 128.0 * token.sum) / kFine;
+  const double base = latents.base[j] + static_cast<double>(limit) * latents.slope[j];
+  const double margin = static_cast<double>(token.a) * latents.alpha[j] +
+                        static_cast<double>(token.b) * latents.beta[j];
+  return !(product + left_over <= token.inverse * base - margin);
+}
+
+void codes_to_rows(const void* codes, int64_t d, void* rows) {
+  const DotTable& table = dot_table(simd_target());
+  const int64_t quads = d / 4;
+  for (int64_t k = 0; k < quads; k += kGroupRows) {
+    table.transpose(static_cast<const float*>(codes) + k * kGroupRows, kGroupRows, 0, kGroupRows,
+                    kGroupRows, static_cast<float*>(rows) + k, quads);
+  }
 }
 
 std::vector<float> choose_center(const float* x, int64_t x_stride, int64_t n, int64_t d) {

@@ -6,7 +6,7 @@
 // c is a centre, H a Hadamard transform of blocks of B elements, which spreads dimensions that are much larger than the
 // rest, q and p int8 codes with scales s and r. The rounding terms cover the transform, the norms, c . w_j, the bound's own
 // arithmetic and the canonical float32 dot itself, so an entry that is not a candidate cannot pass: nothing is missed, on
-// any data. Rows that are not finite or out of range (2^-40 .. 2^40) have every entry as a candidate.
+// any data. A second stage adds the product of p with int8 codes of what q left over: the error of x is gone then. Rows that are not finite or out of range (2^-40 .. 2^40) have every entry as a candidate.
 #pragma once
 
 #include <functional>
@@ -38,6 +38,14 @@ struct LatentBlock {
   const LatentStats* stats;
 };
 
+// A token in the second stage: with its fine codes f, |y - q - f / kFine| is all that the codes leave.
+struct FineToken {
+  float inverse;
+  float a;      // >= |q + f / kFine|
+  float b;      // >= |y - q - f / kFine|, rounding included
+  int32_t sum;  // of f
+};
+
 // The tokens' side: codes and bounds of all rows of x, made once per call.
 class ScreenedTokens {
  public:
@@ -53,18 +61,26 @@ class ScreenedTokens {
   const ScreenTokens& tokens(int64_t row) const {
     return tokens_[static_cast<size_t>(row / kScreenRows)];
   }
+  // Fine codes, a contiguous row per token, and what is known of them.
+  const int8_t* fine_codes() const { return fine_codes_.data(); }
+  const FineToken& fine(int64_t row) const { return fine_[static_cast<size_t>(row)]; }
 
  private:
-  void quantise(int64_t row, int64_t count, float* lanes, float* work);
+  void quantise(int64_t row, int64_t count, float* lanes, float* work, int8_t* fine);
 
   const ScreenTable& table_;
   const float* x_;
   int64_t x_stride_, n_, d_in_, d_;
   const float* center_;
   double center_norm_ = 0;
-  std::vector<int8_t> codes_;
+  std::vector<int8_t> codes_, fine_codes_;
   std::vector<ScreenTokens> tokens_;
+  std::vector<FineToken> fine_;
 };
+
+// False where entry (i, j) cannot pass its limit: product = q . p, fine = f . (p + 128).
+bool may_pass(const FineToken& token, float limit, const ScreenLatents& latents, int64_t j,
+              int32_t product, int32_t fine);
 
 // Scratch of one thread that quantises latents.
 struct LatentScratch {
@@ -83,6 +99,9 @@ void quantise_latents(const PaddedRows& w, int64_t begin, int64_t count, const f
 // The bounds of latents [begin, begin + count).
 ScreenLatents screen_latents(const EncodeLimits& limits, const LatentStats* stats, int64_t begin,
                              int64_t count, int64_t d);
+
+// A group's codes [d / 4][16][4] as 16 rows of d bytes; both aligned to 4 bytes. Moved as 32-bit patterns.
+void codes_to_rows(const void* codes, int64_t d, void* rows);
 
 // The mean of a sample of rows, if subtracting it shortens them; else empty. n rows of d floats.
 std::vector<float> choose_center(const float* x, int64_t x_stride, int64_t n, int64_t d);

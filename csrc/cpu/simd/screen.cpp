@@ -139,37 +139,67 @@ static inline void store_sum(float* to, const F16x (&part)[4]) {
   store(to, add(add(part[0], part[1]), add(part[2], part[3])));
 }
 
-static void codes_of(const float* work, int64_t d, int8_t* codes, QuantisedRows* out) {
-  const F16x inverse = load(out->inverse);
-  F16x size[4] = {zero(), zero(), zero(), zero()}, code[4] = {zero(), zero(), zero(), zero()};
-  F16x error[4] = {zero(), zero(), zero(), zero()}, sum[4] = {zero(), zero(), zero(), zero()};
-  for (int64_t k = 0; k < d; k += 4) {
-    F16x y[4], p[4];
+struct CodeSums {
+  F16x size[4], code[4], error[4], rest[4], sum[4], fine_sum[4];
+};
+
+// Elements [k, k + 4) of 16 rows.
+static inline void code4(const float* work, F16x inverse, int8_t* codes, int8_t* fine,
+                         CodeSums& sums) {
+  F16x y[4], p[4], f[4];
 #pragma GCC unroll 4
-    for (int e = 0; e < 4; ++e) p[e] = y[e] = mul(load(work + (k + e) * 16), inverse);
-    round4(p, codes + k * 16);
+  for (int e = 0; e < 4; ++e) p[e] = y[e] = mul(load(work + e * 16), inverse);
+  round4(p, codes);
 #pragma GCC unroll 4
-    for (int e = 0; e < 4; ++e) {
-      const F16x rest = sub(y[e], p[e]);
-      size[e] = fma(y[e], y[e], size[e]);
-      code[e] = fma(p[e], p[e], code[e]);
-      error[e] = fma(rest, rest, error[e]);
-      sum[e] = add(sum[e], p[e]);  // integers below 2^24: exact up to d = 131072
-    }
+  for (int e = 0; e < 4; ++e) {
+    sums.size[e] = fma(y[e], y[e], sums.size[e]);
+    sums.code[e] = fma(p[e], p[e], sums.code[e]);
+    sums.sum[e] = add(sums.sum[e], p[e]);  // integers below 2^24: exact up to d = 131072
+    y[e] = sub(y[e], p[e]);
+    sums.error[e] = fma(y[e], y[e], sums.error[e]);
+    f[e] = mul(y[e], broadcast(kFine));
   }
-  store_sum(out->y_squared, size);
-  store_sum(out->p_squared, code);
-  store_sum(out->error_squared, error);
-  float sums[16];
-  store_sum(sums, sum);
-  for (int r = 0; r < 16; ++r) {
-    const bool finite = sums[r] > -1e9f && sums[r] < 1e9f;
-    out->sum[r] = finite ? static_cast<int32_t>(sums[r]) : 0;
+  if (fine == nullptr) return;
+  round4(f, fine);
+#pragma GCC unroll 4
+  for (int e = 0; e < 4; ++e) {
+    sums.fine_sum[e] = add(sums.fine_sum[e], f[e]);
+    y[e] = sub(y[e], mul(f[e], broadcast(1 / kFine)));
+    sums.rest[e] = fma(y[e], y[e], sums.rest[e]);
   }
 }
 
+static inline void store_integers(int32_t* to, const F16x (&part)[4]) {
+  float sums[16];
+  store_sum(sums, part);
+  for (int r = 0; r < 16; ++r) {
+    const bool finite = sums[r] > -1e9f && sums[r] < 1e9f;
+    to[r] = finite ? static_cast<int32_t>(sums[r]) : 0;
+  }
+}
+
+static void codes_of(const float* work, int64_t d, int8_t* codes, int8_t* fine,
+                     QuantisedRows* out) {
+  const F16x inverse = load(out->inverse);
+  CodeSums sums;
+  for (int e = 0; e < 4; ++e) {
+    sums.size[e] = sums.code[e] = sums.error[e] = sums.rest[e] = sums.sum[e] = sums.fine_sum[e] =
+        zero();
+  }
+  for (int64_t k = 0; k < d; k += 4) {
+    code4(work + k * 16, inverse, codes + k * 16, fine == nullptr ? nullptr : fine + k * 16, sums);
+  }
+  store_sum(out->y_squared, sums.size);
+  store_sum(out->p_squared, sums.code);
+  store_sum(out->error_squared, sums.error);
+  store_sum(out->fine_squared, sums.rest);
+  store_integers(out->sum, sums.sum);
+  store_integers(out->fine_sum, sums.fine_sum);
+}
+
 static void quantise(const float* rows, int64_t count, int64_t d, const float* subtract,
-                     const float* with, float* work, int8_t* codes, QuantisedRows* out) {
+                     const float* with, float* work, int8_t* codes, int8_t* fine,
+                     QuantisedRows* out) {
   const int64_t block = hadamard_block(d), step = d / block;
   Sums sums = {{zero(), zero(), zero(), zero()}, zero()};
   F16x largest = zero();
@@ -185,7 +215,7 @@ static void quantise(const float* rows, int64_t count, int64_t d, const float* s
   store_sum(out->raw_squared, sums.raw);
   store(out->dot, sums.dot);
   inverses(largest, out);
-  codes_of(work, d, codes, out);
+  codes_of(work, d, codes, fine, out);
 }
 
 // Latents the bound lets through, as one bit each. products[j] = q . p of token r.
@@ -202,9 +232,10 @@ static inline uint64_t candidates(const float (&products)[kScreenBlock],
 }
 
 static void tile(const uint8_t* w, const int8_t* x, int64_t rows, int64_t d,
-                 const ScreenLatents& latents, const ScreenTokens& tokens, uint64_t* masks) {
+                 const ScreenLatents& latents, const ScreenTokens& tokens, uint64_t* masks,
+ int32_t* products) {
   for (int64_t r = 0; r < rows; ++r) {
-    int32_t sums[kScreenBlock];
+    int32_t* sums = products + r * kScreenBlock;
     for (int j = 0; j < kScreenBlock; ++j) sums[j] = -128 * tokens.sum[r];
     for (int64_t g = 0; g < kScreenGroups; ++g) {
       for (int64_t k = 0; k < d / 4; ++k) {
@@ -215,9 +246,19 @@ static void tile(const uint8_t* w, const int8_t* x, int64_t rows, int64_t d,
         }
       }
     }
-    float products[kScreenBlock];
-    for (int j = 0; j < kScreenBlock; ++j) products[j] = static_cast<float>(sums[j]);
-    masks[r] = candidates(products, latents, tokens, static_cast<int>(r));
+    float wide[kScreenBlock];
+    for (int j = 0; j < kScreenBlock; ++j) wide[j] = static_cast<float>(sums[j]);
+    masks[r] = candidates(wide, latents, tokens, static_cast<int>(r));
+  }
+}
+
+static void fine_dots(const uint8_t* w, const int8_t* x, const int32_t* rows, int64_t count,
+                      int64_t d, int32_t* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int8_t* own = x + rows[i] * d;
+    int32_t sum = 0;
+    for (int64_t k = 0; k < d; ++k) sum += int{w[k]} * int{own[k]};
+    out[i] = sum;
   }
 }
 
@@ -232,7 +273,8 @@ static inline void dot4(__m512i& sum, __m512i w, __m512i x) {
 template <int kRows>
 static inline void tile_rows(const uint8_t* w, const int8_t* x, int64_t d,
                                       const ScreenLatents& latents, const ScreenTokens& tokens,
-                                      uint64_t* masks) {
+                                      uint64_t* masks,
+ int32_t* products) {
   __m512i acc[kRows][kScreenGroups];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -267,6 +309,7 @@ static inline void tile_rows(const uint8_t* w, const int8_t* x, int64_t d,
       const __m512 bound = _mm512_fmsub_ps(_mm512_set1_ps(tokens.inverse[r]), base, margin);
       const __mmask16 above = _mm512_cmp_ps_mask(_mm512_cvtepi32_ps(acc[r][g]), bound, _CMP_NLE_UQ);
       mask |= static_cast<uint64_t>(above) << (g * 16);
+      _mm512_storeu_si512(products + r * kScreenBlock + g * 16, acc[r][g]);
     }
     masks[r] = mask;
   }
@@ -274,20 +317,47 @@ static inline void tile_rows(const uint8_t* w, const int8_t* x, int64_t d,
 
 static void tile_vnni(const uint8_t* w, const int8_t* x, int64_t rows, int64_t d,
                                const ScreenLatents& latents, const ScreenTokens& tokens,
-                               uint64_t* masks) {
-  if (rows == 1) return tile_rows<1>(w, x, d, latents, tokens, masks);
-  if (rows <= 2) return tile_rows<2>(w, x, d, latents, tokens, masks);
-  if (rows <= 4) return tile_rows<4>(w, x, d, latents, tokens, masks);
-  tile_rows<8>(w, x, d, latents, tokens, masks);
+                               uint64_t* masks,
+ int32_t* products) {
+  if (rows == 1) return tile_rows<1>(w, x, d, latents, tokens, masks, products);
+  if (rows <= 2) return tile_rows<2>(w, x, d, latents, tokens, masks, products);
+  if (rows <= 4) return tile_rows<4>(w, x, d, latents, tokens, masks, products);
+  tile_rows<8>(w, x, d, latents, tokens, masks, products);
+}
+
+template <int kRows>
+static inline void fine_rows(const uint8_t* w, const int8_t* x, const int32_t* rows, int64_t d,
+                             int32_t* out) {
+  const int8_t* own[kRows];
+  __m512i acc[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    own[r] = x + rows[r] * d;
+    acc[r] = _mm512_setzero_si512();
+  }
+  for (int64_t k = 0; k < d; k += 64) {
+    const __m512i wv = _mm512_loadu_si512(w + k);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) dot4(acc[r], wv, _mm512_loadu_si512(own[r] + k));
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) out[r] = _mm512_reduce_add_epi32(acc[r]);
+}
+
+static void fine_dots_vnni(const uint8_t* w, const int8_t* x, const int32_t* rows, int64_t count,
+                           int64_t d, int32_t* out) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) fine_rows<8>(w, x, rows + i, d, out + i);
+  for (; i < count; ++i) fine_rows<1>(w, x, rows + i, d, out + i);
 }
 
 extern const ScreenTable kVnniScreenTable;
-const ScreenTable kVnniScreenTable = {true, quantise, tile_vnni};
+const ScreenTable kVnniScreenTable = {true, quantise, tile_vnni, fine_dots_vnni};
 
 #endif
 
 extern const ScreenTable kScreenTable;
-const ScreenTable kScreenTable = {false, quantise, tile};
+const ScreenTable kScreenTable = {false, quantise, tile, fine_dots};
 
 }  // namespace GSF_TARGET
 }  // namespace gemmascope_fast

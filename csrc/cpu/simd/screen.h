@@ -26,8 +26,13 @@ struct QuantisedRows {
   float error_squared[kGroupRows];  // |y - p|^2
   float raw_squared[kGroupRows];    // |row|^2
   float dot[kGroupRows];            // <row, with>, or 0
+  float fine_squared[kGroupRows];   // |y - p - f / kFine|^2, f the fine codes
   int32_t sum[kGroupRows];          // sum of the codes
+  int32_t fine_sum[kGroupRows];     // sum of the fine codes
 };
+
+// A fine code is round(kFine (y - p)): what the code left over, in int8 again.
+constexpr float kFine = 254.0f;
 
 // Per latent of a block and per token of a tile: entry (i, j) is a candidate unless
 //   sum_k p q  <=  inverse_i (base_j + limit_i slope_j) - a_i alpha_j - b_i beta_j
@@ -44,14 +49,19 @@ struct ScreenTable {
   bool fast;
 
   // Quantises 16 rows given transposed, rows[k * 16 + r], k < count; d >= count is a multiple of kScreenUnit and what is
-  // missing is zero. subtract and with [count] may be null. work: d * 16 floats; codes: d * 16 bytes.
+  // missing is zero. subtract and with [count] may be null. work: d * 16 floats; codes, and fine or null: d * 16 bytes.
   void (*quantise)(const float* rows, int64_t count, int64_t d, const float* subtract,
-                   const float* with, float* work, int8_t* codes, QuantisedRows* out);
+                   const float* with, float* work, int8_t* codes, int8_t* fine, QuantisedRows* out);
 
-  // masks[r] bit j: entry (token r, latent j) of the block is a candidate. w: kScreenGroups groups of latents, each d * 16
+  // masks[r] bit j: entry (token r, latent j) of the block is a candidate; products[r * kScreenBlock + j] is its q . p. w: kScreenGroups groups of latents, each d * 16
   // bytes, codes + 128; x: a group of tokens, shifted to the tile's first row (4 bytes a row).
   void (*tile)(const uint8_t* w, const int8_t* x, int64_t rows, int64_t d,
-               const ScreenLatents& latents, const ScreenTokens& tokens, uint64_t* masks);
+               const ScreenLatents& latents, const ScreenTokens& tokens, uint64_t* masks,
+               int32_t* products);
+
+  // out[i] = sum_k w[k] x[rows[i] * d + k], i < count: one latent's codes + 128 against fine codes of tokens.
+  void (*fine_dots)(const uint8_t* w, const int8_t* x, const int32_t* rows, int64_t count, int64_t d,
+                    int32_t* out);
 };
 
 const ScreenTable& screen_table(SimdTarget target);

@@ -65,6 +65,51 @@ static inline void transpose8(const float* s, int64_t stride, float* t, int64_t 
 }
 #endif
 
+#if defined(__AVX512F__)
+// Sixteen rows of sixteen. A row's cache line is read once and whole: no staging needed, whatever the stride.
+static inline void transpose16(const float* s, int64_t stride, float* t, int64_t target_stride) {
+  __m512 a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(s + i * stride);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_shuffle_ps(b[i], b[i + 2], 0x44);
+    a[i + 1] = _mm512_shuffle_ps(b[i], b[i + 2], 0xee);
+    a[i + 2] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+    a[i + 3] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+  }
+  // a[4 q + c] holds columns c, 4 + c, 8 + c, 12 + c of rows 4 q .. 4 q + 3, a 128-bit lane each.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512 low01 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x44);
+    const __m512 high01 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xee);
+    const __m512 low23 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x44);
+    const __m512 high23 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xee);
+    _mm512_storeu_ps(t + c * target_stride, _mm512_shuffle_f32x4(low01, low23, 0x88));
+    _mm512_storeu_ps(t + (c + 4) * target_stride, _mm512_shuffle_f32x4(low01, low23, 0xdd));
+    _mm512_storeu_ps(t + (c + 8) * target_stride, _mm512_shuffle_f32x4(high01, high23, 0x88));
+    _mm512_storeu_ps(t + (c + 12) * target_stride, _mm512_shuffle_f32x4(high01, high23, 0xdd));
+  }
+}
+
+// Columns [0, result) of 16 rows of float32.
+static inline int64_t transpose_whole(const float* source, int64_t source_stride, int64_t cols,
+                                      float* target, int64_t target_stride) {
+  constexpr int64_t kAhead = 8 * kLanes;  // rows lie on pages of their own: out of the prefetchers' reach
+  int64_t c = 0;
+  for (; c + kLanes <= cols; c += kLanes) {
+    for (int64_t r = 0; r < kLanes; ++r) __builtin_prefetch(source + r * source_stride + c + kAhead);
+    transpose16(source + c, source_stride, target + c * target_stride, target_stride);
+  }
+  return c;
+}
+#endif
+
 // Columns staged at a time: 1 KiB of each source row, so that a page is worth its TLB miss.
 constexpr int64_t kStage = 256;
 
@@ -91,7 +136,14 @@ static void transpose(const void* source, int64_t source_stride, int dtype, int6
                       int64_t cols, float* target, int64_t target_stride) {
   const int64_t size = dtype == 0 ? 4 : 2;
   float staged[kLanes][kStage + kLanes];
-  for (int64_t c0 = 0; c0 < cols; c0 += kStage) {
+  int64_t whole = 0;
+#if defined(__AVX512F__)
+  if (dtype == 0 && rows == kLanes) {
+    whole = transpose_whole(static_cast<const float*>(source), source_stride, cols, target,
+                            target_stride);
+  }
+#endif
+  for (int64_t c0 = whole; c0 < cols; c0 += kStage) {
     const int64_t width = cols - c0 < kStage ? cols - c0 : kStage;
     for (int64_t r0 = 0; r0 < rows; r0 += kLanes) {
       const int64_t height = rows - r0 < kLanes ? rows - r0 : kLanes;
