@@ -45,8 +45,6 @@ Tensor encode_report_cpu(const Tensor& like) {
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gemmascope_fast, m) { m.def("encode_report(Tensor like) -> Tensor"); }
-STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) {
-  GSF_CPU_IMPL(m, kOp, encode_report_cpu);
-}
+STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) { GSF_CPU_IMPL(m, kOp, encode_report_cpu); }
 
 }  // namespace gemmascope_fast

@@ -12,10 +12,10 @@
 namespace gemmascope_fast {
 namespace {
 
-constexpr int64_t kDenseShare = 4;    // a direct block costs as much as rescoring a quarter of it
-constexpr int64_t kRefined = 32;  // candidates of 16 latents that pay for laying their codes out
+constexpr int64_t kDenseShare = 4;  // a direct block costs as much as rescoring a quarter of it
+constexpr int64_t kRefined = 32;    // candidates of 16 latents that pay for laying their codes out
 constexpr int64_t kPrefetchPanels = 4;  // with fewer rows most weights are not looked at again
-constexpr int64_t kMostSkipped = 16;  // blocks computed directly before screening is tried again
+constexpr int64_t kMostSkipped = 16;    // blocks computed directly before screening is tried again
 
 }  // namespace
 

@@ -84,14 +84,12 @@ ScreenedTokens::ScreenedTokens(const float* x, int64_t x_stride, int64_t n, int6
   });
 }
 
-void ScreenedTokens::quantise(int64_t row, int64_t count, float* lanes, float* work,
-                              int8_t* fine) {
+void ScreenedTokens::quantise(int64_t row, int64_t count, float* lanes, float* work, int8_t* fine) {
   if (count < kGroupRows) std::fill(lanes, lanes + d_in_ * kGroupRows, 0.0f);
   dot_table(simd_target())
       .transpose(x_ + row * x_stride_, x_stride_, 0, count, d_in_, lanes, kGroupRows);
   QuantisedRows q;
-  table_.quantise(lanes, d_in_, d_, center_, nullptr, work, codes_.data() + row * d_, fine,
-                  &q);
+  table_.quantise(lanes, d_in_, d_, center_, nullptr, work, codes_.data() + row * d_, fine, &q);
   codes_to_rows(fine, d_, fine_codes_.data() + row * d_);
   const double root = std::sqrt(static_cast<double>(hadamard_block(d_)));
   const double dot_rounding = (static_cast<double>(d_in_) / 16 + 8) * kUnit;

@@ -233,7 +233,7 @@ static inline uint64_t candidates(const float (&products)[kScreenBlock],
 
 static void tile(const uint8_t* w, const int8_t* x, int64_t rows, int64_t d,
                  const ScreenLatents& latents, const ScreenTokens& tokens, uint64_t* masks,
- int32_t* products) {
+                 int32_t* products) {
   for (int64_t r = 0; r < rows; ++r) {
     int32_t* sums = products + r * kScreenBlock;
     for (int j = 0; j < kScreenBlock; ++j) sums[j] = -128 * tokens.sum[r];
@@ -272,9 +272,8 @@ static inline void dot4(__m512i& sum, __m512i w, __m512i x) {
 
 template <int kRows>
 static inline void tile_rows(const uint8_t* w, const int8_t* x, int64_t d,
-                                      const ScreenLatents& latents, const ScreenTokens& tokens,
-                                      uint64_t* masks,
- int32_t* products) {
+                             const ScreenLatents& latents, const ScreenTokens& tokens,
+                             uint64_t* masks, int32_t* products) {
   __m512i acc[kRows][kScreenGroups];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -316,9 +315,8 @@ static inline void tile_rows(const uint8_t* w, const int8_t* x, int64_t d,
 }
 
 static void tile_vnni(const uint8_t* w, const int8_t* x, int64_t rows, int64_t d,
-                               const ScreenLatents& latents, const ScreenTokens& tokens,
-                               uint64_t* masks,
- int32_t* products) {
+                      const ScreenLatents& latents, const ScreenTokens& tokens, uint64_t* masks,
+                      int32_t* products) {
   if (rows == 1) return tile_rows<1>(w, x, d, latents, tokens, masks, products);
   if (rows <= 2) return tile_rows<2>(w, x, d, latents, tokens, masks, products);
   if (rows <= 4) return tile_rows<4>(w, x, d, latents, tokens, masks, products);

@@ -60,8 +60,8 @@ struct ScreenTable {
                int32_t* products);
 
   // out[i] = sum_k w[k] x[rows[i] * d + k], i < count: one latent's codes + 128 against fine codes of tokens.
-  void (*fine_dots)(const uint8_t* w, const int8_t* x, const int32_t* rows, int64_t count, int64_t d,
-                    int32_t* out);
+  void (*fine_dots)(const uint8_t* w, const int8_t* x, const int32_t* rows, int64_t count,
+                    int64_t d, int32_t* out);
 };
 
 const ScreenTable& screen_table(SimdTarget target);

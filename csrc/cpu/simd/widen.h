@@ -100,10 +100,12 @@ static inline void transpose16(const float* s, int64_t stride, float* t, int64_t
 // Columns [0, result) of 16 rows of float32.
 static inline int64_t transpose_whole(const float* source, int64_t source_stride, int64_t cols,
                                       float* target, int64_t target_stride) {
-  constexpr int64_t kAhead = 8 * kLanes;  // rows lie on pages of their own: out of the prefetchers' reach
+  constexpr int64_t kAhead =
+      8 * kLanes;  // rows lie on pages of their own: out of the prefetchers' reach
   int64_t c = 0;
   for (; c + kLanes <= cols; c += kLanes) {
-    for (int64_t r = 0; r < kLanes; ++r) __builtin_prefetch(source + r * source_stride + c + kAhead);
+    for (int64_t r = 0; r < kLanes; ++r)
+      __builtin_prefetch(source + r * source_stride + c + kAhead);
     transpose16(source + c, source_stride, target + c * target_stride, target_stride);
   }
   return c;
