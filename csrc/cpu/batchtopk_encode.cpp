@@ -5,7 +5,7 @@
 //   x [n, d_in], W_enc [d_in, d_sae], b_enc [d_sae]
 //
 // Source: BatchTopK sparse autoencoders, arXiv 2412.06410, section 3.
-// Algorithm: one pool of candidates, cut to the count best whenever it is half as large again; the
+// Algorithm: one pool of candidates, cut to the count best whenever it is a quarter larger; the
 // worst of those is from then on a lower bound for all tasks, even when stale. The order (value,
 // row, latent) is total, so the outcome is the same whatever the schedule. A guess only starts the
 // bound; if it leaves too few entries, the pass is repeated.
@@ -52,7 +52,7 @@ class Pool {
  public:
   Pool(int64_t count, float bound)
       : count_(static_cast<size_t>(count)),
-        capacity_(count_ + std::max<size_t>(count_ / 2, 65536)),
+        capacity_(count_ + std::max<size_t>(count_ / 4, 8192)),
         bound_(bound) {}
 
   // Nothing below the bound can be selected.

@@ -6,15 +6,16 @@
 //
 // Source: Scaling and evaluating sparse autoencoders, arXiv 2406.04093, section 2.
 // Algorithm: the k-th best value seen so far bounds a row from below, even when stale; only what
-// exceeds it becomes a candidate. Candidates live in bounded buffers per (row, latent range), cut
-// to the k best when full; ranges share the bound of a row. A last pass selects k of each row's
-// survivors and fills up with zeros at the smallest latents.
+// exceeds it becomes a candidate. Threads gather a few per row before they merge them into the row's
+// k best, under a lock. A last pass orders each row and fills up with zeros at the smallest latents.
 // Bound: the dot products (fma ports); at n = 1 the read of W_enc.
 #include <torch/csrc/stable/library.h>
 
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <mutex>
 #include <tuple>
 
 #include "cpu/encode_output.h"
@@ -39,132 +40,112 @@ bool better(const Candidate& a, const Candidate& b) {
   return a.latent < b.latent;
 }
 
-// Per row, the largest value that k entries are known to reach.
-class SharedBounds {
+// The k best entries of every row so far, whoever found them. The order is total, so the outcome does not depend on the
+// schedule; the k-th value bounds the row from below.
+class BestEntries {
  public:
-  explicit SharedBounds(int64_t n) : bounds_(static_cast<size_t>(n)) {
+  BestEntries(int64_t n, int64_t k)
+      : k_(k),
+        best_(static_cast<size_t>(n * k)),
+        size_(static_cast<size_t>(n), 0),
+        bounds_(static_cast<size_t>(n)) {
     for (auto& bound : bounds_) bound.store(0.0f, std::memory_order_relaxed);
   }
-  float get(int64_t row) const {
-    return bounds_[static_cast<size_t>(row)].load(std::memory_order_relaxed);
+
+  // What does not exceed this can no longer be selected. An entry equal to the k-th may have a smaller latent.
+  float limit(int64_t row) const {
+    const float bound = bounds_[static_cast<size_t>(row)].load(std::memory_order_relaxed);
+    return bound > 0 ? std::nextafter(bound, 0.0f) : 0.0f;
   }
-  void raise(int64_t row, float value) {
-    auto& bound = bounds_[static_cast<size_t>(row)];
-    float old = bound.load(std::memory_order_relaxed);
-    while (old < value && !bound.compare_exchange_weak(old, value, std::memory_order_relaxed)) {
+
+  void merge(int64_t row, const Candidate* found, int64_t count, std::vector<Candidate>& work) {
+    std::lock_guard<std::mutex> lock(locks_[static_cast<size_t>(row) % kLocks]);
+    int64_t& size = size_[static_cast<size_t>(row)];
+    Candidate* best = best_.data() + row * k_;
+    work.assign(best, best + size);
+    work.insert(work.end(), found, found + count);
+    if (static_cast<int64_t>(work.size()) >= k_) {
+      std::nth_element(work.begin(), work.begin() + k_ - 1, work.end(), better);
+      work.resize(static_cast<size_t>(k_));
+      const float value = work.back().value;
+      const float bound = std::isnan(value) ? kInf : value;  // nothing but NaN beats k NaN
+      bounds_[static_cast<size_t>(row)].store(bound, std::memory_order_relaxed);
     }
+    std::copy(work.begin(), work.end(), best);
+    size = static_cast<int64_t>(work.size());
   }
+
+  const Candidate* begin(int64_t row) const { return best_.data() + row * k_; }
+  const Candidate* end(int64_t row) const { return begin(row) + size_[static_cast<size_t>(row)]; }
 
  private:
+  static constexpr size_t kLocks = 64;  // rows that share one rarely meet: two threads, few merges
+  int64_t k_;
+  std::vector<Candidate> best_;
+  std::vector<int64_t> size_;
   std::vector<std::atomic<float>> bounds_;
+  std::array<std::mutex, kLocks> locks_;
 };
 
-// The candidates of one task: row r owns [begin[r], begin[r + 1]).
-struct TaskCandidates {
-  std::vector<int64_t> begin;
-  std::vector<Candidate> candidates;
-};
-
+// One thread's candidates, merged a few at a time.
 class Collector {
  public:
-  Collector(const EncodeTiles& tiles, int64_t k, SharedBounds& shared)
-      : k_(k),
-        shared_(&shared),
-        capacity_(std::min(tiles.range(), k > tiles.range() ? k : std::max(2 * k, k + 64))),
+  Collector(const EncodeTiles& tiles, int64_t k, BestEntries& best)
+      : best_(&best),
+        capacity_(std::max<int64_t>(32, k / 2)),
         buffer_(static_cast<size_t>(std::min(tiles.row_block(), tiles.rows()) * capacity_)) {}
 
   void start(const EncodeTiles::Task& task) {
     task_ = task;
     size_.assign(static_cast<size_t>(task.rows()), 0);
-    bound_.assign(static_cast<size_t>(task.rows()), 0.0f);
-  }
-
-  // What does not exceed this can no longer be selected.
-  float limit(int64_t row) const {
-    return std::max(bound_[static_cast<size_t>(row - task_.row_begin)], others_limit(row));
   }
 
   void visit(int64_t row, int64_t latent, int64_t count, const int32_t* position,
              const float* pre) {
     const int64_t r = row - task_.row_begin;
-    const size_t local = static_cast<size_t>(r);
+    Candidate* own = buffer_.data() + r * capacity_;
+    int64_t& size = size_[static_cast<size_t>(r)];
     for (int64_t i = 0; i < count; ++i) {
-      if (pre[i] <= bound_[local]) continue;  // the bound may have risen since
-      if (size_[local] == capacity_) cut(row);
-      row_buffer(r)[size_[local]++] = {pre[i], static_cast<int32_t>(latent) + position[i]};
+      own[size++] = {pre[i], static_cast<int32_t>(latent) + position[i]};
+      if (size == capacity_) flush(r);
     }
   }
 
-  TaskCandidates finish() {
-    TaskCandidates result;
-    result.begin.reserve(size_.size() + 1);
-    result.begin.push_back(0);
-    for (int64_t r = 0; r < task_.rows(); ++r) {
-      if (size_[static_cast<size_t>(r)] > k_) cut(task_.row_begin + r);
-      result.begin.push_back(result.begin.back() + size_[static_cast<size_t>(r)]);
-    }
-    result.candidates.reserve(static_cast<size_t>(result.begin.back()));
-    for (int64_t r = 0; r < task_.rows(); ++r) {
-      const Candidate* row = row_buffer(r);
-      result.candidates.insert(result.candidates.end(), row, row + size_[static_cast<size_t>(r)]);
-    }
-    return result;
+  void finish() {
+    for (int64_t r = 0; r < task_.rows(); ++r) flush(r);
   }
 
  private:
-  Candidate* row_buffer(int64_t r) { return buffer_.data() + r * capacity_; }
-
-  // Another range's entries may have larger latents: what equals its bound must stay.
-  float others_limit(int64_t row) const {
-    const float bound = shared_->get(row);
-    return bound > 0 ? std::nextafter(bound, 0.0f) : 0.0f;
+  void flush(int64_t r) {
+    int64_t& size = size_[static_cast<size_t>(r)];
+    if (size > 0) best_->merge(task_.row_begin + r, buffer_.data() + r * capacity_, size, work_);
+    size = 0;
   }
 
-  // Keeps the k best. Later latents lose ties against them, so the k-th best value itself is the
-  // limit.
-  void cut(int64_t row) {
-    const size_t local = static_cast<size_t>(row - task_.row_begin);
-    Candidate* first = row_buffer(row - task_.row_begin);
-    std::nth_element(first, first + k_ - 1, first + size_[local], better);
-    size_[local] = k_;
-    const float value = first[k_ - 1].value;
-    bound_[local] = std::isnan(value) ? kInf : value;  // beyond k NaN nothing but NaN is looked at
-    shared_->raise(row, bound_[local]);
-  }
-
-  int64_t k_;
-  SharedBounds* shared_;
+  BestEntries* best_;
   int64_t capacity_;
   EncodeTiles::Task task_{};
-  std::vector<Candidate> buffer_;
+  std::vector<Candidate> buffer_, work_;
   std::vector<int64_t> size_;
-  std::vector<float> bound_;
 };
 
-std::vector<TaskCandidates> collect(EncodeTiles& tiles, const float* bias, int64_t k, int64_t n) {
-  SharedBounds shared(n);
-  std::vector<TaskCandidates> results(static_cast<size_t>(tiles.tasks()));
+void collect(EncodeTiles& tiles, const float* bias, int64_t k, BestEntries& best) {
   std::vector<std::unique_ptr<Collector>> collectors(static_cast<size_t>(tiles.slots()));
+  const EncodeLimits limits = {bias, nullptr, [&](int64_t row) { return best.limit(row); }};
   parallel_tasks(tiles.tasks(), tiles.slots(), [&](int64_t t, int64_t slot) {
     auto& collector = collectors[static_cast<size_t>(slot)];
-    if (!collector) collector = std::make_unique<Collector>(tiles, k, shared);
+    if (!collector) collector = std::make_unique<Collector>(tiles, k, best);
     collector->start(tiles.task(t));
-    const EncodeLimits limits = {bias, nullptr, [&](int64_t row) { return collector->limit(row); }};
     tiles.run(tiles.task(t), slot, limits,
               [&](int64_t row, int64_t latent, int64_t count, const int32_t* position,
                   const float* pre) { collector->visit(row, latent, count, position, pre); });
-    results[static_cast<size_t>(t)] = collector->finish();
+    collector->finish();
   });
-  return results;
 }
 
 // Ascending latents; zeros at the smallest free latents where there are fewer than k.
 void write_row(std::vector<Candidate>& row, int64_t k, int32_t* indices, float* values,
                float* gate) {
-  if (static_cast<int64_t>(row.size()) > k) {
-    std::nth_element(row.begin(), row.begin() + k - 1, row.end(), better);
-    row.resize(static_cast<size_t>(k));
-  }
   std::sort(row.begin(), row.end(),
             [](const Candidate& a, const Candidate& b) { return a.latent < b.latent; });
   int64_t zeros = k - static_cast<int64_t>(row.size()), latent = 0;
@@ -179,19 +160,11 @@ void write_row(std::vector<Candidate>& row, int64_t k, int32_t* indices, float* 
   }
 }
 
-void write_entries(const EncodeTiles& tiles, const std::vector<TaskCandidates>& tasks, int64_t n,
-                   int64_t k, const EncodeOutput& out) {
+void write_entries(const BestEntries& best, int64_t n, int64_t k, const EncodeOutput& out) {
   parallel_ranges(n, 16, [&](int64_t begin, int64_t end) {
     std::vector<Candidate> row;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i / tiles.row_block() * tiles.ranges();
-      const size_t local = static_cast<size_t>(i % tiles.row_block());
-      row.clear();
-      for (int64_t t = first; t < first + tiles.ranges(); ++t) {
-        const TaskCandidates& task = tasks[static_cast<size_t>(t)];
-        row.insert(row.end(), task.candidates.begin() + task.begin[local],
-                   task.candidates.begin() + task.begin[local + 1]);
-      }
+      row.assign(best.begin(i), best.end(i));
       write_row(row, k, out.indices_data() + i * k, out.values_data() + i * k,
                 out.gate_data() + i * k);
     }
@@ -213,7 +186,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_encode_cpu(
   if (n * k > 0) {
     const FloatVector bias(b_enc);
     EncodeTiles tiles(kOp, matrix_of(x), features(W_enc), packed_encoder(kOp, packed, W_enc));
-    write_entries(tiles, collect(tiles, bias.data(), k, n), n, k, out);
+    BestEntries best(n, k);
+    collect(tiles, bias.data(), k, best);
+    write_entries(best, n, k, out);
   }
   auto [feature_offsets, permutation] = feature_view(by_feature, x, offsets, out.indices, d_sae);
   return {offsets, out.indices, out.values, out.gate, feature_offsets, permutation};
