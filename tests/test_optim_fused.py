@@ -219,6 +219,30 @@ def test_other_semantics_are_refused():
             gsf.optim.set_grad_format(module, "coo")
 
 
+def test_choices_of_other_activations_are_not_refused():
+    """SAELens rescales TopK and BatchTopK only, and only those select zeros."""
+    runs = []
+    for semantics in (
+        "gemma_scope_2",
+        gsf.Semantics.preset("saelens_6", center=False),
+        gsf.Semantics(zero_gradient=True),
+    ):
+        module = sae(ACTIVATIONS[0])
+        module.semantics = gsf.semantics.as_semantics("test", semantics)
+        runs.append((module, gsf.optim.Adam(module, 1e-2, fused=True)))
+        for step in range(3):
+            runs[-1][1].zero_grad()
+            module.loss(batch(step))[0].backward()
+            runs[-1][1].step()
+    for module, _ in runs[1:]:
+        for name, p in module.named_parameters():
+            assert torch.equal(p, runs[0][0].get_parameter(name)), name
+    for semantics in (gsf.Semantics(rescale=True), gsf.Semantics(zero_gradient=True)):
+        module = gsf.SAE(12, F, gsf.TopK(3), semantics=semantics)
+        with pytest.raises(ValueError, match="only the default semantics are served"):
+            gsf.optim.Adam(module, 1e-2, fused=True)
+
+
 def test_a_second_backward_of_the_loss_raises():
     module = sae(ACTIVATIONS[1])
     optimizer = gsf.optim.Adam(module, 1e-2, fused=True)

@@ -190,8 +190,11 @@ class Deferred:
 def check_semantics(op: str, module: SAE) -> None:
     """The ops see the module's parameters as they are."""
     s = module.semantics
-    plain = s.own_gradient and (s.gate, s.threshold) == ("strict", "direct")
-    if not plain or s.rescale or s.zero_gradient or (s.center and module.centred):
+    if isinstance(module.activation, JumpReLU):
+        plain = s.own_gradient and (s.gate, s.threshold) == ("strict", "direct")
+    else:
+        plain = not s.rescale and not s.zero_gradient
+    if not plain or (s.centers(module.activation) and module.centred):
         raise ValueError(
             f"{op}: only the default semantics are served, got {s}: use fused=False and dense "
             "gradients"
