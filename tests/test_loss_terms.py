@@ -37,9 +37,12 @@ TERMS: dict[str, t.LossTerm] = {
     "auxk": t.AuxK(DEAD, 4, 0.5),
     "auxk residual": t.AuxK(DEAD, 14, 0.5, "residual"),
     "auxk target": t.AuxK(DEAD.nonzero()[:, 0], 14, 0.5, "target", False, False),
+    "auxk unrectified": t.AuxK(DEAD, 7, 0.5, rectified=False),
+    "auxk unrectified decoder": t.AuxK(DEAD, 7, 0.5, encoder_gradient=False, rectified=False),
     "pre_act": t.PreAct(DEAD, 0.5),
     "pre_act zero": t.PreAct(DEAD, 0.5, to_threshold=False, by_norm=False),
     "multi_topk": t.MultiTopK((3, 12), (1, 1 / 8), 0.7),
+    "multi_topk decoder": t.MultiTopK((3, 12), (1, 1 / 8), 0.7, encoder_gradient=False),
 }
 
 
@@ -102,6 +105,9 @@ class Dense:
         k = min(term.k_aux, int(DEAD.sum()))
         shown = torch.where(DEAD, self.pre, self.pre.new_full((), -1e9))
         acts = dense_selected(shown, lambda pre: topk_support(pre, k)[0])
+        if not term.rectified:
+            top = shown.topk(k)
+            acts = torch.zeros_like(shown).scatter(1, top.indices, top.values)
         made = (acts if term.encoder_gradient else acts.detach()) @ self.p["W_dec"]
         loss = (made - residual).square().sum(-1).mean()
         base = {"residual": residual, "target": self.goal.detach()}.get(term.normalisation)
@@ -118,6 +124,7 @@ class Dense:
         total = self.pre.new_zeros(())
         for k, weight in zip(term.ks, term.weights, strict=True):
             acts = dense_selected(self.pre, lambda pre, k=k: topk_support(pre, k)[0])
+            acts = acts if term.encoder_gradient else acts.detach()
             total = total + weight * self.error(acts).mean()
         return total
 

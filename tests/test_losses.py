@@ -77,6 +77,19 @@ def sparse_auxk(p: Problem, k: int, kind: str, scaled: bool, encoder: bool = Tru
     return gsf.losses.auxk(*args, normalisation=kind, scaled=scaled, encoder_gradient=encoder)
 
 
+def dense_unrectified(p: Problem, k: int) -> Tensor:
+    pre = torch.where(DEAD, p.x @ p.W_enc + p.b_enc, -torch.inf)
+    top = pre.topk(min(k, int(DEAD.sum())))
+    mine = torch.zeros_like(pre).scatter(1, top.indices, top.values)
+    residual = (target(p) - decoded(p)).detach()
+    return error(mine @ p.W_dec, residual) * min(int(DEAD.sum()) / k, 1.0)
+
+
+def sparse_unrectified(p: Problem, k: int) -> Tensor:
+    args = (p.x, decoded(p), target(p), p.W_enc, p.b_enc, p.W_dec, DEAD, k)
+    return losses.auxk(*args, rectified=False)
+
+
 def decoded(p: Problem) -> Tensor:
     return gsf.decode(sparse(p), p.W_dec, p.b_dec)
 
@@ -166,6 +179,11 @@ CASES: dict[str, Case] = {
         lambda p: sparse_auxk(p, 5, "none", True, False),
         lambda p: dense_auxk(p, 5, "none", True, False),
     ),
+    "auxk unrectified": (lambda p: sparse_unrectified(p, 10), lambda p: dense_unrectified(p, 10)),
+    "auxk unrectified, few dead": (
+        lambda p: sparse_unrectified(p, 24),
+        lambda p: dense_unrectified(p, 24),
+    ),
     "matryoshka": (
         lambda p: losses.matryoshka(sparse(p), p.W_dec, p.b_dec, target(p), (3, 17, 37)),
         lambda p: dense_prefixes(p, (3, 17, 37), (1, 1, 1)),
@@ -185,6 +203,12 @@ CASES: dict[str, Case] = {
         lambda p: sum(
             w * error(recon(p, dense_topk(p, k)), target(p)) for k, w in ((4, 1), (16, 1 / 8))
         ),
+    ),
+    "multi_topk decoder only": (
+        lambda p: losses.multi_topk(
+            *(p.x, target(p), p.W_enc, p.b_enc, p.W_dec, p.b_dec, (4, 16)), encoder_gradient=False
+        ),
+        lambda p: sum(error(recon(p, dense_topk(p, k).detach()), target(p)) for k in (4, 16)),
     ),
 }
 FIELDS = ("x", "W_enc", "b_enc", "threshold", "W_dec", "b_dec")
@@ -281,6 +305,18 @@ def test_empty_batch_and_no_dead_latents() -> None:
         losses.auxk(p.x, goal, goal, p.W_enc, p.b_enc, p.W_dec, DEAD, 5, normalisation="residual")
         == 0
     )
+
+
+def test_unrectified_auxk_beside_a_huge_token() -> None:
+    """Each token's pre-activations are raised by a bound of their own: no other's are rounded."""
+    p = problem()
+    pre = p.x @ p.W_enc + p.b_enc
+    for x in (p.x, torch.cat((p.x, 1e7 * p.x[:1]))):
+        chosen = dead_losses._largest(x, p.W_enc, p.b_enc, 30)
+        latents, values = chosen.latents().view(-1, 30)[:N], chosen.values.view(-1, 30)[:N]
+        assert torch.equal(latents, pre.topk(30).indices.sort().values)
+        torch.testing.assert_close(values, pre.gather(1, latents))
+        assert (values < 0).any()
 
 
 def test_blank_targets_count_nothing() -> None:

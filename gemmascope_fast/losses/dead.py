@@ -3,6 +3,10 @@
 The dead columns of W_enc and rows of W_dec are gathered into a dictionary of their own; autograd
 scatters the gradients back. AuxK encodes with it by TopK. The pre-activation loss needs every
 pre-activation of a dead latent, which it computes in tiles and again in the backward pass.
+
+Unrectified AuxK takes the largest pre-activations, negative ones too. Adding
+`|x| max_j |W_enc[:, j]| + max_j |b_enc[j]|` to those of a token makes all of them positive and
+keeps their order: TopK then selects, and `pre_at` computes what was selected.
 """
 
 from __future__ import annotations
@@ -15,8 +19,9 @@ from torch import Tensor
 from ..arguments import check_count
 from ..checks import check_device, check_encoder, check_float, check_vector
 from ..entries import latent_ids
-from ..functional import decode, topk_encode
+from ..functional import decode, pre_at, topk_encode
 from ..operands import encoder_args
+from ..sparse import SparseActs
 from .reconstruction import check_pair
 
 TILE_BYTES = 64 << 20
@@ -89,13 +94,14 @@ def auxk(
     *,
     normalisation: str = "none",
     scaled: bool = True,
+    rectified: bool = True,
     encoder_gradient: bool = True,
 ) -> Tensor:
     """Error of the dead latents' own reconstruction of the residual.
 
     `s * mean_i |sum_{j in top(i)} relu(pre[i, j]) W_dec[j] - r[i]|^2 / v`, with the residual
     `r = target - recon` a constant, `top(i)` the `min(k_aux, D)` largest of the D dead latents, and
-    `s = min(D / k_aux, 1)` where `scaled`.
+    `s = min(D / k_aux, 1)` where `scaled`; without the relu where not `rectified`.
 
     Args:
         x: `[*batch, d_in]` floating point.
@@ -109,6 +115,8 @@ def auxk(
         normalisation: v: "none" (1; SAELens), "residual" (mean squared deviation of r from its
             batch mean; dictionary_learning) or "target" (that of the target; sparsify).
         scaled: whether s is used; dictionary_learning has s = 1.
+        rectified: whether negative pre-activations count 0; SAELens' count as they are, and pass
+            gradients.
         encoder_gradient: whether W_enc, b_enc and x receive gradients; sparsify's do not.
 
     Returns:
@@ -138,7 +146,7 @@ def auxk(
     if ids.shape[0] == 0 or residual.numel() == 0:
         return residual.new_zeros(())
     dead_weights = (W_enc.t()[ids].t(), b_enc[ids], W_dec[ids])
-    error = aux_error(x, residual, *dead_weights, k_aux, encoder_gradient) / n
+    error = aux_error(x, residual, *dead_weights, k_aux, rectified, encoder_gradient) / n
     error = error / aux_denominator(normalisation, residual, target.detach().to(wide))
     return error * aux_scale(ids.shape[0], k_aux, scaled)
 
@@ -150,13 +158,30 @@ def aux_error(
     b_enc: Tensor,
     W_dec: Tensor,
     k_aux: int,
+    rectified: bool = True,
     encoder_gradient: bool = True,
 ) -> Tensor:
     """Summed squared error of the reconstruction of `residual` by a dictionary of dead latents."""
-    acts = topk_encode(x, W_enc, b_enc, min(k_aux, W_enc.shape[1]))
+    largest = topk_encode if rectified else _largest
+    acts = largest(x, W_enc, b_enc, min(k_aux, W_enc.shape[1]))
     if not encoder_gradient:
         acts = acts.detach()
     return (decode(acts, W_dec, dtype=residual.dtype) - residual).square().sum()
+
+
+def _largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> SparseActs:
+    """The k largest pre-activations of each token, of either sign."""
+    x, W_enc, b_enc = encoder_args(x, W_enc, b_enc)
+    wide = torch.promote_types(torch.promote_types(x.dtype, b_enc.dtype), W_enc.dtype)
+    x, W_enc, b_enc = x.to(wide), W_enc.to(wide), b_enc.to(wide)
+    with torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad():
+            longest = torch.linalg.vector_norm(W_enc, dim=0).amax()
+            lift = torch.linalg.vector_norm(x, dim=1) * longest + b_enc.abs().amax()
+            rows = torch.cat((W_enc.t(), W_enc.new_ones(W_enc.shape[1], 1)), 1)
+            chosen = topk_encode(torch.cat((x, lift[:, None]), 1), rows.t(), b_enc, k)
+        values = pre_at(x, W_enc, b_enc, chosen.tokens(), chosen.latents())
+    return chosen._replace(values=values, gate=torch.ones_like(values))
 
 
 def aux_denominator(normalisation: str, residual: Tensor, target: Tensor) -> Tensor:

@@ -89,6 +89,7 @@ def multi_topk(
     weights: Weights = "sum",
     *,
     skip: Tensor | None = None,
+    encoder_gradient: bool = True,
 ) -> Tensor:
     """Squared error of the reconstructions by several k.
 
@@ -107,6 +108,7 @@ def multi_topk(
         weights: w: "sum" (1 each), "mean" or one number >= 0 per k; `(1, 1 / 8)` with `(k, 4 k)` is
             customary.
         skip: `[*batch, d_out]` added to every reconstruction: a transcoder's affine skip.
+        encoder_gradient: whether W_enc, b_enc and x receive gradients; sparsify's do not.
 
     Returns:
         A scalar; 0 for an empty batch.
@@ -122,6 +124,7 @@ def multi_topk(
     ends = check_prefixes(op, ks, W_enc.shape[1], "ks")
     factors = group_weights(op, weights, len(ends))
     widest = topk_encode(x, W_enc, b_enc, ends[-1])
+    widest = widest if encoder_gradient else widest.detach()
     total = widest.values.new_zeros(())
     for k, factor in zip(ends, factors, strict=True):
         acts = widest if k == ends[-1] else widest.topk(k)

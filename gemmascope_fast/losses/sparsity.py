@@ -42,8 +42,7 @@ def quadratic_l0(acts: SparseActs, target: float, normalisation: str = "2/target
     Args:
         acts: activations of n tokens.
         target: wanted active latents per token, finite, > 0.
-        normalisation: w: "2/target" (Gemma Scope 2, SAELens) or "1/target^2" (dictionary_learning,
-            whose form is `(l0 / target - 1)^2`).
+        normalisation: w: "2/target" (Gemma Scope 2, SAELens) or "1/target^2".
 
     Returns:
         A scalar; 0 for an empty batch.
@@ -73,7 +72,8 @@ def quadratic_mean_l0(
     Args:
         acts: activations of n tokens.
         target: wanted mean of active latents, finite, > 0.
-        normalisation: w, as for `quadratic_l0`.
+        normalisation: w: "2/target" (Gemma Scope 2) or "1/target^2" (dictionary_learning, whose
+            form is `(l0 / target - 1)^2`).
         counts: `[d_sae]` firing counts of the whole batch, of which `acts` is a part; else its own.
         tokens: tokens of the whole batch; goes with `counts`.
 

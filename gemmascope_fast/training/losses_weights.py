@@ -92,6 +92,7 @@ class AuxK(WeightTerm):
         normalisation: "none", "residual" or "target".
         scaled: whether few dead latents weigh less.
         encoder_gradient: whether W_enc, b_enc and x receive gradients.
+        rectified: whether negative pre-activations count 0.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -108,6 +109,7 @@ class AuxK(WeightTerm):
     normalisation: str = "none"
     scaled: bool = True
     encoder_gradient: bool = True
+    rectified: bool = True
 
     def __post_init__(self) -> None:
         check_number(type(self).__name__, "coefficient", self.coefficient)
@@ -132,7 +134,8 @@ class AuxK(WeightTerm):
         d = dictionary
         assert d.residual is not None
         weights = (d.W_enc, d.b_enc, d.W_dec)
-        error = aux_error(d.x, d.residual, *weights, self.k_aux, self.encoder_gradient)
+        options = (self.rectified, self.encoder_gradient)
+        error = aux_error(d.x, d.residual, *weights, self.k_aux, *options)
         return self.coefficient * error
 
 
@@ -189,6 +192,7 @@ class MultiTopK(WeightTerm):
         ks: latents per token, each in `[1, d_sae]`, ascending.
         weights: "sum", "mean" or one number >= 0 per k.
         coefficient: finite, >= 0.
+        encoder_gradient: whether W_enc, b_enc and x receive gradients.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -201,6 +205,7 @@ class MultiTopK(WeightTerm):
     ks: tuple[int, ...]
     weights: str | Sequence[float] = "sum"
     coefficient: float = 1.0
+    encoder_gradient: bool = True
 
     def __post_init__(self) -> None:
         op = type(self).__name__
@@ -221,6 +226,7 @@ class MultiTopK(WeightTerm):
         """Squared error, weighted."""
         d = dictionary
         widest = topk_encode(d.x, d.W_enc, d.b_enc, self.ks[-1])
+        widest = widest if self.encoder_gradient else widest.detach()
         goal = d.target
         if d.W_skip is not None:
             goal = goal - d.x.to(goal.dtype) @ d.W_skip.to(goal.dtype)
