@@ -58,7 +58,7 @@ def effective(module: SAE, x: Tensor, training: bool | None = None) -> Effective
     W_enc: Tensor = module.W_enc
     b_enc: Tensor = module.b_enc
     threshold, norms = None, None
-    if semantics.center and module.centred:
+    if semantics.centers(activation) and module.centred:
         x = x - module.b_dec
     if semantics.rescale and not isinstance(activation, JumpReLU):
         norms = decoder_norms(module.W_dec)
@@ -215,7 +215,7 @@ def folded(module: Any, bandwidth: float) -> Any:
         module.d_in, module.d_sae, JumpReLU(bandwidth), dtype=module.W_enc.dtype, **options
     )
     b_enc, W_dec = given.b_enc, module.W_dec
-    if module.semantics.center and module.centred:
+    if module.semantics.centers(module.activation) and module.centred:
         b_enc = b_enc - module.b_dec @ given.W_enc.to(module.b_dec.dtype)
     if given.norms is not None:
         W_dec = W_dec / given.norms[:, None]

@@ -20,6 +20,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from .activations import Activation, JumpReLU
 from .arguments import check_count, check_number
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -28,6 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kernel": ("rectangle", "closed_rectangle", "triangular", "epanechnikov", "quartic", "cosine"),
     "slope": ("threshold", "pre"),
     "gate_window": ("both", "active"),
+    "l0_square": ("token", "batch"),
     "l0_normalisation": ("2/target", "1/target^2"),
     "auxk_normalisation": ("none", "residual", "target"),
     "ema_start": ("first", "zero"),
@@ -51,15 +53,20 @@ class Semantics:
             x, W_enc and b_enc.
         gate_window: entries through which `d_gate` reaches theta: "both" sides, or "active" only.
         center: the encoder of an SAE (not of a transcoder) sees `x - b_dec`.
+        center_jumprelu: whether `center` holds for a JumpReLU too.
         rescale: TopK and BatchTopK select among `pre * |W_dec[j]|`; `decode` divides by the norms.
         zero_gradient: selected entries whose ReLU is 0 pass a gradient to pre (TopK, BatchTopK).
         ema_decay: of BatchTopK's running threshold, in [0, 1): evaluation mode then encodes with it
             as a JumpReLU. None: BatchTopK in evaluation mode too.
         ema_start: the running threshold is the "first" batch's at first, or starts at "zero".
-        l0_normalisation: of `losses.quadratic_l0` in that library.
-        auxk_normalisation: of `losses.auxk` in that library.
+        l0_square: the library's quadratic L0 penalty squares each "token" (`losses.quadratic_l0`)
+            or the "batch" mean (`losses.quadratic_mean_l0`).
+        l0_normalisation: of that penalty.
+        auxk_normalisation: of `losses.auxk` in that library, see `auxk_options`.
         auxk_scaled: likewise.
+        auxk_rectified: likewise.
         auxk_encoder_gradient: likewise.
+        multi_topk_encoder_gradient: of `losses.multi_topk` in that library.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -73,14 +80,18 @@ class Semantics:
     gradient_to_x: bool = False
     gate_window: str = "both"
     center: bool = False
+    center_jumprelu: bool = True
     rescale: bool = False
     zero_gradient: bool = False
     ema_decay: float | None = None
     ema_start: str = "first"
+    l0_square: str = "token"
     l0_normalisation: str = "2/target"
     auxk_normalisation: str = "none"
     auxk_scaled: bool = True
+    auxk_rectified: bool = True
     auxk_encoder_gradient: bool = True
+    multi_topk_encoder_gradient: bool = True
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -105,8 +116,9 @@ class Semantics:
         Args:
             name: "gemma_scope_2", "saelens_6", "sparsify_1_3" or "dictionary_learning_0_1".
             strict_compat: reproduce that library's known bugs too: in sparsify, selected zeros pass
-                a gradient and AuxK none to the encoder; in dictionary_learning, the L0 reaches the
-                threshold through active entries only.
+                a gradient, and AuxK and Multi-TopK none to the encoder; in dictionary_learning, the
+                L0 reaches the threshold through active entries only (and, not reproduced, through
+                every inactive one where the threshold is below half the bandwidth).
             changes: fields to set otherwise.
 
         Raises:
@@ -131,7 +143,21 @@ class Semantics:
     @property
     def plain_forward(self) -> bool:
         """Whether a JumpReLU's parameters mean what Gemma Scope's files mean by them."""
-        return (self.gate, self.threshold, self.center) == ("strict", "direct", False)
+        plain = (self.gate, self.threshold) == ("strict", "direct")
+        return plain and not (self.center and self.center_jumprelu)
+
+    def centers(self, activation: Activation) -> bool:
+        """Whether the encoder of an SAE with this activation sees `x - b_dec`."""
+        return self.center and (self.center_jumprelu or not isinstance(activation, JumpReLU))
+
+    def auxk_options(self) -> dict[str, Any]:
+        """Keywords of `losses.auxk` and of the term `AuxK` in that library."""
+        return {
+            "normalisation": self.auxk_normalisation,
+            "scaled": self.auxk_scaled,
+            "rectified": self.auxk_rectified,
+            "encoder_gradient": self.auxk_encoder_gradient,
+        }
 
     def emission(self, bandwidth: float) -> float:
         """Width of the window of entries to store, for this kernel of `bandwidth`."""
@@ -196,11 +222,19 @@ class Semantics:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "gemma_scope_2": {},
-    "saelens_6": {"center": True, "rescale": True, "ema_decay": 0.99, "ema_start": "zero"},
+    "saelens_6": {
+        "center": True,
+        "rescale": True,
+        "ema_decay": 0.99,
+        "ema_start": "zero",
+        "auxk_rectified": False,
+    },
     "sparsify_1_3": {"center": True, "auxk_normalisation": "target"},
     "dictionary_learning_0_1": {
         "center": True,
+        "center_jumprelu": False,
         "ema_decay": 0.999,
+        "l0_square": "batch",
         "l0_normalisation": "1/target^2",
         "auxk_normalisation": "residual",
         "auxk_scaled": False,
@@ -208,12 +242,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """The fields in which each library differs from the default.
 
-`center` is a setting in two of them: on in SAELens by default, and in dictionary_learning's TopK
-and BatchTopK but not its JumpReLU. A transcoder is never centred.
+`center` is a setting in SAELens, on by default. A transcoder is never centred.
 """
 
 BUGS: dict[str, dict[str, Any]] = {
-    "sparsify_1_3": {"zero_gradient": True, "auxk_encoder_gradient": False},
+    "sparsify_1_3": {
+        "zero_gradient": True,
+        "auxk_encoder_gradient": False,
+        "multi_topk_encoder_gradient": False,
+    },
     "dictionary_learning_0_1": {"gate_window": "active"},
 }
 

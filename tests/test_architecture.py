@@ -18,7 +18,7 @@ PACKAGE = ROOT / "gemmascope_fast"
 NAME = PACKAGE.name
 
 LAYERS = [
-    ("reference", "autograd", "arguments", "costs", "triton_launchers"),
+    ("reference", "autograd", "activations", "arguments", "costs", "triton_launchers"),
     ("fakes",),
     ("ops",),
     ("entries",),
@@ -26,7 +26,7 @@ LAYERS = [
     ("checks",),
     ("packing", "explaining", "operands"),
     ("functional",),
-    ("losses", "activations", "semantics"),
+    ("losses", "semantics"),
     ("effective",),
     ("freezing",),
     ("pretrained", "training.__init__", "training.losses"),

@@ -291,6 +291,38 @@ def test_a_transcoder_is_not_centred_and_rescales() -> None:
     torch.testing.assert_close(made.decode(acts), recon)
 
 
+def test_dictionary_learning_centres_what_selects() -> None:
+    semantics = Semantics.preset("dictionary_learning_0_1")
+    for activation, centred in ((JUMP, False), (gsf.TopK(5), True), (gsf.BatchTopK(5), True)):
+        assert semantics.centers(activation) is centred
+        made, other = module(activation, semantics), module(activation, Semantics(center=centred))
+        x = batch()
+        assert_same(made.encode(x).to_dense().detach(), other.encode(x).to_dense().detach())
+        loss = composed(made, x)
+        torch.testing.assert_close(loss, composed(other, x))
+        torch.testing.assert_close(made.loss(x)[0], other.loss(x)[0])
+        for field, found in grads(loss, made, x).items() if centred else ():
+            torch.testing.assert_close(found, grads(composed(other, x), other, x)[field])
+    assert module(JUMP, semantics).to_jumprelu().b_enc.equal(module(JUMP, semantics).b_enc)
+    assert semantics.plain_forward and not semantics.with_(center_jumprelu=True).plain_forward
+    assert Semantics.preset("saelens_6").centers(JUMP)
+
+
+def test_auxk_options_are_those_of_the_loss_and_of_the_term() -> None:
+    dead = torch.arange(37) % 2 == 0
+    for name in ("gemma_scope_2", "saelens_6", "sparsify_1_3", "dictionary_learning_0_1"):
+        for strict in (False, True):
+            options = Semantics.preset(name, strict_compat=strict).auxk_options()
+            made, x = module(gsf.TopK(5), Semantics()), batch()
+            weights = (made.W_enc, made.b_enc, made.W_dec)
+            loss = gsf.losses.auxk(x, made(x), x, *weights, dead, 11, **options)
+            term = gsf.training.AuxK(dead, 11, 1.0, **options)
+            torch.testing.assert_close(made.loss(x, terms=(term,))[0], loss)
+            assert loss.requires_grad
+            encoder = torch.autograd.grad(loss, made.W_enc, allow_unused=True)[0]
+            assert (encoder is None) == (strict and name == "sparsify_1_3")
+
+
 def test_k_annealing() -> None:
     s = Semantics()
     ks = [s.annealed_k(step, 10, start=50, steps=4) for step in range(7)]
@@ -307,7 +339,10 @@ def test_presets() -> None:
     assert Semantics.preset("gemma_scope_2") == Semantics()
     assert gsf.SAE(3, 5, semantics="saelens_6").semantics == Semantics.preset("saelens_6")
     assert not Semantics.preset("sparsify_1_3").zero_gradient
-    assert Semantics.preset("sparsify_1_3", strict_compat=True).zero_gradient
+    strict = Semantics.preset("sparsify_1_3", strict_compat=True)
+    assert strict.zero_gradient and not strict.multi_topk_encoder_gradient
+    assert not Semantics.preset("saelens_6").auxk_rectified
+    assert Semantics.preset("dictionary_learning_0_1").l0_square == "batch"
     assert Semantics.preset("dictionary_learning_0_1", ema_decay=None).ema_decay is None
     assert Semantics.preset("dictionary_learning_0_1").with_(center=False).center is False
 
