@@ -102,6 +102,16 @@ WORK: dict[str, dict[str, Callable[[Tensor, gsf.SAE], Tensor]]] = {
 }
 
 
+def keep_freed_memory() -> None:
+    """Make glibc keep freed blocks of every size: no contender pays for page faults at each step.
+
+    `M_MMAP_MAX = 0`, for the highest threshold of `mmap` is 32 MiB and matrices have hundreds.
+    """
+    libc = ctypes.CDLL("libc.so.6")
+    if not (libc.mallopt(-4, 0) and libc.mallopt(-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+        raise RuntimeError("mallopt refused: page faults would be part of the timings")
+
+
 def seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
@@ -200,9 +210,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peak", nargs=2, metavar=("WORK", "CONTENDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    libc = ctypes.CDLL("libc.so.6")
-    if not (libc.mallopt(-4, 0) and libc.mallopt(-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
-        raise RuntimeError("mallopt refused: page faults would be part of the timings")
+    keep_freed_memory()
     if args.peak:
         report_peak(args)
         return
@@ -219,28 +227,28 @@ def main() -> None:
             f"{100 * row['fraction_of_floor']:3.0f} % of floor  {row['peak_mb']:7.1f} MB"
         )
     if args.json:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-        args.json.write_text(
-            json.dumps(
-                {
-                    "arguments": {k: getattr(args, k) for k in ("n", "d", "d_sae", "l0", "rounds")},
-                    "machine": {
-                        "processor": _cpu(),
-                        "threads": torch.get_num_threads(),
-                        "torch": torch.__version__,
-                        "python": platform.python_version(),
-                        "implementation": ops.implementation("jumprelu_encode", "cpu"),
-                        "commit": commit,
-                    },
-                    "ceilings": {"flops": rates[0], "bytes_per_s": rates[1]},
-                    "results": rows,
-                },
-                indent=1,
-            )
-            + "\n"
-        )
+        report = {
+            "arguments": {k: getattr(args, k) for k in ("n", "d", "d_sae", "l0", "rounds")},
+            "machine": machine(),
+            "ceilings": {"flops": rates[0], "bytes_per_s": rates[1]},
+            "results": rows,
+        }
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def machine() -> dict[str, object]:
+    """What a result depends on beside its arguments."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "processor": _cpu(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "implementation": ops.implementation("jumprelu_encode", "cpu"),
+        "commit": commit,
+    }
 
 
 def _cpu() -> str:

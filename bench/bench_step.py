@@ -3,11 +3,12 @@
     python bench/bench_step.py [--n 1024 --d 1152 --d-sae 65536 --l0 64 --repeats 3] [--json FILE]
 
 Contenders, interleaved in one process, medians: encode, decode, loss, backward and update with
-`Adam(fused=True)`, the same unfused, and dense autograd with `torch.optim.Adam(fused=True)`. The
-update alone is timed on a frozen forward pass. Floor: the encoder product's FLOPs over the rate of
-a large float32 matmul, plus the touched rows' weights and moments, read and written, over the rate
-of a large copy, both measured here. Peak memory: growth of the resident set during one step beyond
-the state before it, each contender in a process of its own, after a first step made the states.
+`Adam(fused=True)`, the same unfused, and dense autograd with `torch.optim.Adam(fused=True)`.
+Floor: the encoder product's FLOPs over the rate of a large float32 matmul, plus the touched rows'
+weights and moments, read and written, over the rate of a large copy, both measured here. glibc's
+malloc keeps freed blocks while the steps are timed, so that no contender pays for page faults. Peak
+memory: growth of the resident set during one step beyond the state before it, each contender in a
+process of its own (malloc as it comes), after a first step made the states.
 """
 
 from __future__ import annotations
@@ -20,16 +21,22 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
-from against_dense import BANDWIDTH, Gate, problem
+from against_dense import BANDWIDTH, Gate, keep_freed_memory, machine, problem
 
 import gemmascope_fast as gsf
 
 LAMBDA = 1e-3
 CONTENDERS = ("fused", "unfused", "dense")
+SIZES = ("n", "d", "d_sae", "l0", "moments")
+BETAS = (0.0, 0.999)
+
+Step = Callable[[], float]
+Floor = tuple[float, float, int]
 
 
 def sparse_loss(sae: gsf.SAE, x: torch.Tensor) -> torch.Tensor:
@@ -52,30 +59,36 @@ class L0Gate(torch.autograd.Function):
         return None, torch.where(window, grad, 0.0).sum(0) / -BANDWIDTH
 
 
-def dense_loss(sae: gsf.SAE, x: torch.Tensor) -> torch.Tensor:
+def dense_loss(sae: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The same by dense autograd, for any module with the parameters of a JumpReLU SAE."""
     pre = torch.addmm(sae.b_enc, x, sae.W_enc)
     recon = torch.addmm(sae.b_dec, Gate.apply(pre, sae.threshold), sae.W_dec)
     l0 = L0Gate.apply(pre, sae.threshold).sum(-1).mean()
     return (recon - x).square().sum(-1).mean() + LAMBDA * l0
 
 
-def contender(name: str, args: argparse.Namespace) -> Callable[[], float]:
-    """One training step of a contender; every call takes a fresh batch of the same kind."""
+def contender(name: str, args: argparse.Namespace) -> Step:
     x, sae = problem(args)
     if name == "dense":
-        optimizer = torch.optim.Adam(sae.parameters(), args.lr, betas=(0.0, 0.999), fused=True)
+        optimizer = torch.optim.Adam(sae.parameters(), args.lr, betas=BETAS, fused=True)
     else:
         options = {"moments": args.moments, "fused": name == "fused"}
         optimizer = gsf.optim.Adam(sae, args.lr, **options)
     evaluate = dense_loss if name == "dense" else sparse_loss
-    batches = [x, x.flip(0).contiguous(), x.roll(1, 1)]
-    count = 0
+    return training_step(optimizer, lambda batch: evaluate(sae, batch), x)
+
+
+def training_step(
+    optimizer: torch.optim.Optimizer,
+    evaluate: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+) -> Step:
+    """One training step; every call takes another batch of the same kind and returns its loss."""
+    following = batches(x)
 
     def step() -> float:
-        nonlocal count
-        count += 1
         optimizer.zero_grad()
-        value = evaluate(sae, batches[count % len(batches)])
+        value = evaluate(following())
         value.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -84,16 +97,50 @@ def contender(name: str, args: argparse.Namespace) -> Callable[[], float]:
     return step
 
 
-def peak_megabytes(args: argparse.Namespace, name: str) -> float:
-    command = [sys.executable, __file__, "--peak-of", name]
-    for option in ("n", "d", "d_sae", "l0", "moments"):
+def batches(x: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """X in three arrangements, in turns; x itself first."""
+    arranged = [x, x.flip(0).contiguous(), x.roll(1, 1)]
+    count = -1
+
+    def following() -> torch.Tensor:
+        nonlocal count
+        count += 1
+        return arranged[count % len(arranged)]
+
+    return following
+
+
+def interleaved(
+    steps: dict[str, Step], repeats: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Losses of every step, the first included, and milliseconds of those after the first."""
+    losses = {name: [step()] for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            losses[name].append(step())
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return losses, times
+
+
+def peak_mebibytes(
+    script: str,
+    name: str,
+    args: argparse.Namespace,
+    options: Iterable[str],
+    flags: Iterable[str] = (),
+) -> float:
+    """`--peak-of name` of the script, in a process of its own."""
+    command = [sys.executable, script, "--peak-of", name, *flags]
+    for option in options:
         command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
 
 
-def print_peak(args: argparse.Namespace) -> None:
-    step = contender(args.peak_of, args)
-    step()
+def print_peak(step: Step) -> None:
+    """Print the growth of the resident set during a second step."""
     step()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as clear:
@@ -121,9 +168,8 @@ def rates(repeats: int = 3) -> tuple[float, float]:
     return best[0], best[1]
 
 
-def floor_ms(args: argparse.Namespace) -> tuple[float, float, int]:
+def floor_ms(args: argparse.Namespace, x: torch.Tensor, sae: gsf.SAE) -> Floor:
     """Encoder product, update of the touched rows, and how many rows those are."""
-    x, sae = problem(args)
     touched = int(sae.encode(x).fired().sum())
     flops, bytes_per_second = rates()
     product = 2 * args.n * args.d * args.d_sae / flops
@@ -132,52 +178,70 @@ def floor_ms(args: argparse.Namespace) -> tuple[float, float, int]:
     return 1e3 * product, 1e3 * moved / bytes_per_second, touched
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parser(description: str) -> argparse.ArgumentParser:
+    """Options of every benchmark of a training step."""
+    made = argparse.ArgumentParser(description=description)
     for name, default in (("n", 1024), ("d", 1152), ("d-sae", 65536), ("l0", 64), ("repeats", 3)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--lr", type=float, default=1e-5)
-    parser.add_argument("--moments", default="fp32")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
-    parser.add_argument("--no-dense", action="store_true", help="leave the dense contender out")
-    args = parser.parse_args()
+        made.add_argument(f"--{name}", type=int, default=default)
+    made.add_argument("--lr", type=float, default=1e-5)
+    made.add_argument("--moments", default="fp32")
+    made.add_argument("--json", type=Path)
+    made.add_argument("--no-peak", action="store_true", help="leave the peak memory out")
+    made.add_argument("--peak-of", help=argparse.SUPPRESS)
+    return made
+
+
+def summary(
+    args: argparse.Namespace,
+    times: dict[str, list[float]],
+    floor: Floor,
+    peak: Callable[[str], float],
+    baselines: tuple[str, ...] = ("dense",),
+    **facts: Any,
+) -> None:
+    """Print one line per contender, and write all of it where asked."""
+    product, update, touched = floor
+    report: dict[str, Any] = {"machine": machine(), "arguments": vars(args), **facts}
+    report |= {"floor_product_ms": product, "floor_update_ms": update, "touched": touched}
+    print(f"floor: encoder product {product:.0f} ms + update of {touched} latents {update:.0f} ms")
+    medians = {name: statistics.median(samples) for name, samples in times.items()}
+    matrix = args.n * args.d_sae * 4 / 2**20
+    for name, samples in times.items():
+        row: dict[str, Any] = {"ms": samples, "median_ms": medians[name]}
+        row["fraction_of_floor"] = (product + update) / medians[name]
+        line = f"{name:24} {medians[name]:8.0f} ms (min {min(samples):.0f}, max {max(samples):.0f})"
+        for other in baselines:
+            if other in medians:
+                row[f"times_{other}"] = medians[other] / medians[name]
+                line += f" {row[f'times_{other}']:6.2f}x of {other},"
+        line += f" {100 * row['fraction_of_floor']:.0f} % of the floor"
+        if not args.no_peak:
+            row["peak_mib"] = peak(name)
+            line += f", peak {row['peak_mib']:.0f} MiB = {row['peak_mib'] / matrix:.3f} n*F"
+        report[name] = row
+        print(line, flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(report, default=str, indent=1) + "\n")
+
+
+def main() -> None:
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--no-dense", action="store_true", help="leave the dense contender out")
+    args = options.parse_args()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if args.peak_of:
-        print_peak(args)
+        print_peak(contender(args.peak_of, args))
         return
+    keep_freed_memory()
     names = CONTENDERS[:2] if args.no_dense else CONTENDERS
-    product, update, touched = floor_ms(args)
-    steps = {name: contender(name, args) for name in names}
-    losses = {name: [step()] for name, step in steps.items()}
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(args.repeats):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            losses[name].append(step())
-            times[name].append(1e3 * (time.perf_counter() - start))
+    floor = floor_ms(args, *problem(args))
+    losses, times = interleaved({name: contender(name, args) for name in names}, args.repeats)
     assert losses["fused"] == losses["unfused"], "fused and unfused steps must agree to the bit"
     for name in names:
         torch.testing.assert_close(
             torch.tensor(losses[name]), torch.tensor(losses["unfused"]), rtol=1e-3, atol=0
         )
-    del steps
-    report = {"threads": torch.get_num_threads(), "torch": torch.__version__, **vars(args)}
-    report |= {"floor_product_ms": product, "floor_update_ms": update, "touched": touched}
-    print(f"floor: encoder product {product:.0f} ms + update of {touched} latents {update:.0f} ms")
-    matrix = args.n * args.d_sae * 4 / 2**20
-    for name in names:
-        median = statistics.median(times[name])
-        peak = peak_megabytes(args, name)
-        report[name] = {"ms": times[name], "median_ms": median, "peak_mib": peak}
-        ratio = f"{statistics.median(times['dense']) / median:.2f}x" if "dense" in times else ""
-        print(
-            f"{name:8} {median:8.0f} ms (min {min(times[name]):.0f}, max {max(times[name]):.0f}) "
-            f"{ratio:>7} of dense, {100 * (product + update) / median:.0f} % of the floor, "
-            f"peak {peak:.0f} MiB = {peak / matrix:.3f} n*F"
-        )
-    if args.json:
-        args.json.write_text(json.dumps(report, default=str, indent=1) + "\n")
+    summary(args, times, floor, lambda name: peak_mebibytes(__file__, name, args, SIZES))
 
 
 if __name__ == "__main__":
