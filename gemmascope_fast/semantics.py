@@ -113,12 +113,16 @@ class Semantics:
     def preset(cls, name: str, *, strict_compat: bool = False, **changes: Any) -> Self:
         """The choices of a library, by name.
 
+        Never reproduced: what SAELens and dictionary_learning's inference do with negative
+        thresholds (they rectify too); NaN of SAELens' TopK when a decoder row is 0; in
+        dictionary_learning, a running threshold that falls when nothing is active, one for TopK,
+        and L0 gradients of every inactive latent where a threshold is below half the bandwidth.
+
         Args:
             name: "gemma_scope_2", "saelens_6", "sparsify_1_3" or "dictionary_learning_0_1".
             strict_compat: reproduce that library's known bugs too: in sparsify, selected zeros pass
                 a gradient, and AuxK and Multi-TopK none to the encoder; in dictionary_learning, the
-                L0 reaches the threshold through active entries only (and, not reproduced, through
-                every inactive one where the threshold is below half the bandwidth).
+                L0 reaches the threshold through active entries only.
             changes: fields to set otherwise.
 
         Raises:

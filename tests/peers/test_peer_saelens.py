@@ -1,8 +1,8 @@
 """`Semantics.preset("saelens_6")` against SAELens' own modules and their training losses.
 
 Not reproduced, on purpose: SAELens' inference rectifies before its gate, so that a negative
-threshold passes nothing below 0 (ours passes it; training clamps thresholds at 0 in both worlds'
-formats), and a decoder row of norm 0 makes its TopK NaN (ours divides by at least 1e-8).
+threshold passes nothing below 0 (ours passes it; SAELens clamps thresholds at 0 while it trains),
+and a decoder row of norm 0 makes its TopK NaN (ours divides by at least 1e-8).
 """
 
 from __future__ import annotations
