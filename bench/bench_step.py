@@ -152,7 +152,7 @@ def print_peak(step: Step) -> None:
     print((after - before) / 1024)
 
 
-def rates(repeats: int = 3) -> tuple[float, float]:
+def rates(repeats: int = 8) -> tuple[float, float]:
     """FLOP/s of a large float32 matmul, bytes/s of a large copy."""
     a, b = torch.randn(1024, 4096), torch.randn(4096, 4096)
     big = torch.randn(64 << 20)
