@@ -4,11 +4,12 @@
 
 Contenders, interleaved in one process, medians: encode, decode, loss, backward and update with
 `Adam(fused=True)`, the same unfused, and dense autograd with `torch.optim.Adam(fused=True)`.
-Floor: the encoder product's FLOPs over the rate of a large float32 matmul, plus the touched rows'
-weights and moments, read and written, over the rate of a large copy, both measured here. glibc's
-malloc keeps freed blocks while the steps are timed, so that no contender pays for page faults. Peak
-memory: growth of the resident set during one step beyond the state before it, each contender in a
-process of its own (malloc as it comes), after a first step made the states.
+Float32 floor: the encoder product's FLOPs over the rate of a large float32 matmul, plus the touched
+rows' weights and moments, read and written, over the rate of a large copy, both measured here; an
+encoder that screens by int8 products goes below it. glibc's malloc keeps freed blocks while the
+steps are timed, so that no contender pays for page faults. Peak memory: growth of the resident set
+during one step beyond the state before it, each contender in a process of its own (malloc as it
+comes), after a first step made the states.
 """
 
 from __future__ import annotations
@@ -201,9 +202,13 @@ def summary(
 ) -> None:
     """Print one line per contender, and write all of it where asked."""
     product, update, touched = floor
-    report: dict[str, Any] = {"machine": machine(), "arguments": vars(args), **facts}
+    given = {k: v for k, v in vars(args).items() if k not in ("json", "peak_of", "no_peak")}
+    report: dict[str, Any] = {"machine": machine(), "arguments": given, **facts}
     report |= {"floor_product_ms": product, "floor_update_ms": update, "touched": touched}
-    print(f"floor: encoder product {product:.0f} ms + update of {touched} latents {update:.0f} ms")
+    print(
+        f"float32 floor: encoder product {product:.0f} ms + update of {touched} latents "
+        f"{update:.0f} ms"
+    )
     medians = {name: statistics.median(samples) for name, samples in times.items()}
     matrix = args.n * args.d_sae * 4 / 2**20
     for name, samples in times.items():
@@ -214,7 +219,7 @@ def summary(
             if other in medians:
                 row[f"times_{other}"] = medians[other] / medians[name]
                 line += f" {row[f'times_{other}']:6.2f}x of {other},"
-        line += f" {100 * row['fraction_of_floor']:.0f} % of the floor"
+        line += f" {100 * row['fraction_of_floor']:.0f} % of the float32 floor"
         if not args.no_peak:
             row["peak_mib"] = peak(name)
             line += f", peak {row['peak_mib']:.0f} MiB = {row['peak_mib'] / matrix:.3f} n*F"
