@@ -297,4 +297,4 @@ def _unit_rows_(rows: Tensor, generator: torch.Generator | None) -> None:
     nn.init.kaiming_uniform_(rows, generator=generator)
     wide = torch.promote_types(rows.dtype, torch.float32)
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=wide)
-    rows.div_(norms.to(rows.dtype))
+    rows.div_(norms)  # the norm itself not rounded: all of a row would be off by its error

@@ -73,6 +73,11 @@ def test_initial_weights_follow_the_recipe(d_out: int | None, dtype: torch.dtype
         assert bool(((rows.double().norm(dim=1) - 1).abs() < tolerance).all())
 
 
+def test_bfloat16_rows_have_unit_norm_up_to_the_rounding_of_their_elements() -> None:
+    rows = SAE(1024, 50, dtype=torch.bfloat16).W_dec.detach()
+    assert float((rows.double().norm(dim=1) - 1).abs().max()) < 5e-4
+
+
 @pytest.mark.parametrize("kind", [SAE, Transcoder])
 def test_the_generator_decides_the_weights(kind: type[SAE]) -> None:
     first, second = (kind(6, 20, d_out=5, generator=torch.manual_seed(7)) for _ in range(2))
