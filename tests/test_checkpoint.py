@@ -8,6 +8,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,10 @@ def interrupted(x: Any, out: Path, **options: Any) -> gsf.SAE:
         {"activation": "batchtopk", "k": 3.5},
         {"kind": "transcoder", "affine": True},
         {"dtype": torch.float64},
+        {"dtype": torch.bfloat16, "moments": "8bit"},
+        {"preset": replace(FAST, beta1=0.5), "rows": "live"},
     ],
-    ids=["jumprelu", "topk", "batchtopk", "transcoder", "float64"],
+    ids=["jumprelu", "topk", "batchtopk", "transcoder", "float64", "bf16 8bit", "momentum"],
 )
 def test_an_interrupted_run_ends_with_the_same_bits(
     tmp_path: Path, options: dict[str, Any]

@@ -57,6 +57,7 @@ def estimate(**options: Any) -> int:
 def test_what_saves_memory_is_seen() -> None:
     base = estimate()
     assert estimate(fused=False) - base > 0.9 * 4 * 2 * 256 * 65536
+    assert estimate(preset=gsf.Preset(beta1=0.9)) - base > 4 * 2 * 256 * 65536
     assert estimate(moments="8bit") < base - 2 * 2 * 256 * 65536
     assert estimate(dtype=torch.bfloat16, moments="8bit") < 0.6 * base
     assert estimate(preset="gemma_scope_2_literal") > base + 3 * 512 * 65536 * 4 / 2

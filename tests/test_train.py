@@ -63,6 +63,22 @@ def test_jumprelu_learns_at_the_wanted_l0(centred: bool) -> None:
     assert sae.metadata["l0"] == pytest.approx(found.l0, rel=0.2)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_momentum_moves_latents_that_are_silent(fused: bool) -> None:
+    """With beta1 > 0 alone; `rows="live"` stops where it has decayed: 24 steps at 0.5."""
+    x = sparse_data()
+    runs = {}
+    for beta1 in (0.0, 0.5):
+        for rows in ("exact", "live"):
+            preset = replace(FAST, beta1=beta1)
+            made = train(x, steps=60, d_sae=384, preset=preset, rows=rows, fused=fused)
+            runs[beta1, rows] = made.W_enc.detach()
+    assert torch.equal(runs[0.0, "exact"], runs[0.0, "live"])
+    assert not torch.allclose(runs[0.5, "exact"], runs[0.0, "exact"], rtol=1e-3)
+    assert not torch.equal(runs[0.5, "exact"], runs[0.5, "live"])
+    torch.testing.assert_close(runs[0.5, "exact"], runs[0.5, "live"], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("activation", ["topk", "batchtopk"])
 def test_topk_learns(activation: str) -> None:
     x = sparse_data()
@@ -242,6 +258,7 @@ def test_presets_are_found_and_checked() -> None:
         find_preset("gemma_scope_3")
     for changes, text in (
         ({"lr": 0.0}, "lr must be finite and > 0"),
+        ({"beta1": 1.0}, r"beta1 must be in \[0, 1\)"),
         ({"beta2": 1.0}, r"beta2 must be in \[0, 1\)"),
         ({"bandwidth": -1.0}, "bandwidth must be finite and > 0"),
         ({"lr_warmup_shape": "step"}, "lr_warmup_shape must be cosine or linear"),

@@ -31,13 +31,15 @@ def test_the_command_trains_what_the_function_trains(
 ) -> None:
     gsf.sources.write_shards(tmp_path / "x", [data()])
     log = tmp_path / "metrics.jsonl"
-    more = ("--target-l0", "3", "--lr", "0.001", "--seed", "5", "--metrics", str(log))
+    more: tuple[str, ...] = ("--target-l0", "3", "--lr", "0.001", "--beta1", "0.5")
+    more += ("--rows", "live", "--seed", "5", "--metrics", str(log))
     assert main(arguments(tmp_path / "x", tmp_path / "run", *more)) == 0
     assert f"{tmp_path / 'run'}: SAE(d_in=12, d_sae=32" in capsys.readouterr().out
     expected = gsf.train(
         *(tmp_path / "x",),
         **{"d_sae": 32, "steps": 4, "batch_size": 64, "target_l0": 3, "seed": 5},  # type: ignore[arg-type]
-        preset=gsf.Preset(lr=0.001),
+        rows="live",
+        preset=gsf.Preset(lr=0.001, beta1=0.5),
         progress=False,
     )
     assert torch.equal(gsf.load(tmp_path / "run").W_dec, expected.W_dec)

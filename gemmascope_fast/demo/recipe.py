@@ -32,6 +32,7 @@ def preset(settings: Settings) -> Preset:
         lr_warmup_steps=s.lr_warmup_steps,
         lr_warmup_shape="linear",
         lr_decay_fraction=s.lr_decay_fraction,
+        beta1=s.beta1,
         beta2=s.beta2,
         bandwidth=s.bandwidth,
         calibration_tokens=s.calibration_tokens,
@@ -102,7 +103,7 @@ class DenseTrainer:
     ) -> None:
         self.model, self.W_dec, self.stream, self.scaled = model, W_dec, stream, scaled
         self.settings, self.preset, self.taken = settings, preset(settings), 0
-        betas = (0.0, settings.beta2)
+        betas = (settings.beta1, settings.beta2)
         self.optimizer = torch.optim.Adam(
             model.parameters(), lr=settings.lr, betas=betas, fused=True
         )

@@ -23,6 +23,7 @@ class Settings:
     lr: float = 1e-3
     lr_warmup_steps: int = 30
     lr_decay_fraction: float = 0.3
+    beta1: float = 0.0
     beta2: float = 0.999
     bandwidth: float = 0.02
     initial_l0: float = 80.0

@@ -20,6 +20,7 @@ from .runs import train
 from .settings import ACTIVATIONS, KINDS, MOMENTS, ROWS
 from .sources import Source, TensorSource
 
+OVERRIDES = ("lr", "beta1", "bandwidth")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -37,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=4096, help="tokens per step")
     add("--preset", choices=PRESETS, default="gemma_scope_2")
     add("--lr", type=float, help="instead of the preset's learning rate")
+    add("--beta1", type=float, help="instead of the preset's momentum, 0")
     add("--bandwidth", type=float, help="instead of the preset's straight-through window")
     add("--rows", choices=ROWS, default="exact")
     add("--moments", choices=MOMENTS, default="fp32")
@@ -64,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     """Train; 0 on success, 2 with a message on the standard error otherwise."""
     args = vars(parser().parse_args(argv))
     preset = find_preset(args.pop("preset"))
-    changes = {name: value for name in ("lr", "bandwidth") if (value := args.pop(name)) is not None}
+    changes = {name: value for name in OVERRIDES if (value := args.pop(name)) is not None}
     dtypes: dict[str, Any] = {name: DTYPES.get(args.pop(name)) for name in ("dtype", "autocast")}
     live = {name: args.pop(name) for name in ("model", "hook", "target_hook", "context")}
     if args["activation"] == "topk" and args["k"] is not None and args["k"].is_integer():

@@ -191,10 +191,12 @@ def _density(s: Settings) -> float:
 
 
 def optimizer_bytes(s: Settings) -> int:
-    """State of Adam with betas (0, beta2): second moments, and when each row was touched."""
+    """State of Adam: moments (the first only with beta1 > 0), and when each row was touched."""
     wide = max(s.dtype.itemsize, 4)
+    first = wide if s.preset.beta1 > 0 else 0
     held = 0
     for rows, columns in ((s.d_sae, s.d_in), (s.d_sae, s.d_out), (s.d_in * s.affine, s.d_out)):
         codes = rows * (columns + -(-columns // MOMENT_BLOCK))
         held += 8 * rows + (codes if s.moments == "8bit" else wide * rows * columns)
-    return held + wide * (2 * s.d_sae + s.d_out)
+        held += first * rows * columns
+    return held + (wide + first) * (2 * s.d_sae + s.d_out)

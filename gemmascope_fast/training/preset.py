@@ -4,8 +4,9 @@
          + lam * (2 / L0*) * (l0 - L0*)^2            squared per token, or on the batch mean
          + lam_f * sum_j p_j^2 / w0                  p_j: share of the batch on which latent j fires
 
-in units where x has unit mean squared norm. Adam with betas (0, beta2); decoder rows have unit
-norm: the parallel part of their gradient is removed before the update, their norm restored after.
+in units where x has unit mean squared norm. Adam, in both presets with betas (0, beta2); decoder
+rows have unit norm: the parallel part of their gradient is removed before the update, their norm
+restored after.
 Sources: Gemma Scope 2's technical paper; what it leaves open is from arXiv 2408.05147 (Gemma Scope
 1) and arXiv 2407.14435 (JumpReLU). Nothing published gives lam, lam_f and w0: these are ours.
 """
@@ -33,7 +34,9 @@ class Preset:
         lr_warmup_steps: length of the warm-up.
         lr_warmup_shape: "cosine" or "linear".
         lr_decay_fraction: share of the run, at its end, in which lr falls linearly to 0.
-        beta2: of Adam's second moment, in [0, 1). Beta1 is 0: no first moment.
+        beta1: of Adam's first moment, in [0, 1); 0 has none. Above 0 it takes a float32 matrix
+            beside each matrix, and `rows` of `train` matters.
+        beta2: of its second moment, in [0, 1).
         eps: of Adam.
         bandwidth: width of the straight-through window, in units of scaled pre-activations.
         init_threshold: of every latent, where thresholds are not calibrated.
@@ -64,6 +67,7 @@ class Preset:
     lr_warmup_steps: int = 1000
     lr_warmup_shape: str = "cosine"
     lr_decay_fraction: float = 0.0
+    beta1: float = 0.0
     beta2: float = 0.999
     eps: float = 1e-8
     bandwidth: float = 0.001
@@ -93,7 +97,7 @@ class Preset:
         for name in ("lr_start", "lr_decay_fraction"):
             if getattr(self, name) > 1:
                 raise ValueError(f"Preset: {name} must be in [0, 1], got {getattr(self, name)}")
-        for name in ("beta2", "threshold_decay"):
+        for name in ("beta1", "beta2", "threshold_decay"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"Preset: {name} must be in [0, 1), got {getattr(self, name)}")
         if self.lr_warmup_shape not in SHAPES:

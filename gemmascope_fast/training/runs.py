@@ -79,7 +79,8 @@ def train(
         steps: of the run, >= 1.
         batch_size: tokens per step, >= 1.
         preset: "gemma_scope_2" (calibrated start), "gemma_scope_2_literal", or a `Preset`.
-        rows: "exact" updates every latent that Adam would move; "live" those touched lately.
+        rows: "exact" updates every latent that Adam would move; "live" leaves those whose momentum
+            has decayed below rounding. With beta1 = 0 (both presets) they are the same.
         moments: "fp32" or "8bit" second moments.
         fused: update inside the backward pass, without buffers of the matrices' gradients.
         init_l0: active latents per token that thresholds are calibrated to at the start; default

@@ -15,7 +15,7 @@ PREFIX = "optimizer."
 
 
 class Updates:
-    """Adam with betas (0, beta2) over a module, its decoder rows kept at unit norm.
+    """Adam with the preset's betas over a module, its decoder rows kept at unit norm.
 
     Args:
         module: an SAE or a transcoder; its parameters are updated.
@@ -27,7 +27,7 @@ class Updates:
         self.optimizer = Adam(
             module,
             settings.preset.lr,
-            (0.0, settings.preset.beta2),
+            (settings.preset.beta1, settings.preset.beta2),
             settings.preset.eps,
             rows=settings.rows,
             moments=settings.moments,
