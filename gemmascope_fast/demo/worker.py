@@ -13,6 +13,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..training.calibration import Affine
+from ..training.settings import Settings as Run
 from ..training.sources import Stream, TensorSource
 from ..training.trainer import Trainer
 from .activations import read
@@ -68,8 +70,8 @@ def reset_peak() -> None:
 class Sparse:
     """The run of this library: the trainer that `gsf.train` uses."""
 
-    def __init__(self, source: TensorSource, folder: Path, settings: Settings) -> None:
-        self.trainer = Trainer(source, run(source.d_in, settings), torch.device("cpu"))
+    def __init__(self, source: TensorSource, settings: Run) -> None:
+        self.trainer = Trainer(source, settings, torch.device("cpu"))
 
     def step(self) -> Step:
         """One step, its time everything from gathering the batch to the renormalised decoder."""
@@ -84,15 +86,18 @@ class Sparse:
 
     def outputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`(recon [n, d], l0 [n], counts [d_sae])` of scaled x."""
-        acts = self.trainer.module.encode(x)
-        return self.trainer.module.decode(acts), acts.l0(), acts.counts()
+        module = self.trainer.module
+        acts = module.encode(x)
+        return module.decode(acts, dtype=x.dtype), acts.l0(), acts.counts()
 
 
 class Dense:
-    """The comparison in plain PyTorch, from the same weights on the same batches."""
+    """The comparison in plain PyTorch, from the same weights (`initial`) on the same batches."""
 
-    def __init__(self, source: TensorSource, folder: Path, settings: Settings) -> None:
-        start = load_file(folder / "initial.safetensors")
+    def __init__(
+        self, source: TensorSource, initial: Mapping[str, Tensor], settings: Settings
+    ) -> None:
+        start = dict(initial)
         scale = float(start.pop("scale"))
         self.scaled = Affine(start.pop("mean"), scale)
         start["W_enc"] = start.pop("W_enc_t").t()
@@ -110,6 +115,20 @@ def warm_up(x: Tensor, settings: Settings) -> None:
     torch.optim.Adam([weight], fused=True).step()
 
 
+@torch.no_grad()
+def measure(run: Sparse | Dense, x: Tensor, batch: int) -> dict[str, Any]:
+    """FVU (around the training mean), L0 and firing counts on raw `x [n, d]`."""
+    error, fired, total, counts = 0.0, 0.0, 0.0, torch.zeros(())
+    for rows in torch.split(x, batch):
+        part = run.scaled(rows)
+        recon, l0, part_counts = run.outputs(part)
+        error += float((recon - part).square().sum(dtype=torch.float64))
+        total += float(part.square().sum(dtype=torch.float64))
+        fired += float(l0.sum(dtype=torch.float64))
+        counts = counts + part_counts
+    return {"fvu": error / total, "l0": fired / x.shape[0], "counts": counts.int().tolist()}
+
+
 class Worker:
     """The state of one process: data, run, and the memory it started from."""
 
@@ -124,23 +143,13 @@ class Worker:
         warm_up(self.train_x[:256], self.settings)
         self.keeps_memory = keep_freed_memory()
         self.baseline = resident("VmRSS")
-        made = Sparse if kind == "sparse" else Dense
-        self.run: Sparse | Dense = made(TensorSource(self.train_x), folder, self.settings)
+        source = TensorSource(self.train_x)
+        self.run: Sparse | Dense
+        if kind == "sparse":
+            self.run = Sparse(source, run(source.d_in, self.settings))
+        else:
+            self.run = Dense(source, load_file(folder / "initial.safetensors"), self.settings)
         reset_peak()  # calibration is over; what it left counts
-
-    @torch.no_grad()
-    def measure(self, x: Tensor) -> dict[str, Any]:
-        """FVU (around the training mean), L0 and firing counts on raw `x [n, d]`."""
-        error, fired, total = 0.0, 0.0, 0.0
-        counts = torch.zeros(self.settings.d_sae)
-        for rows in torch.split(x, self.settings.batch):
-            part = self.run.scaled(rows)
-            recon, l0, part_counts = self.run.outputs(part)
-            error += float((recon - part).square().sum(dtype=torch.float64))
-            total += float(part.square().sum(dtype=torch.float64))
-            fired += float(l0.sum(dtype=torch.float64))
-            counts += part_counts
-        return {"fvu": error / total, "l0": fired / x.shape[0], "counts": counts.int().tolist()}
 
     def train(self, steps: int) -> dict[str, Any]:
         """One turn: steps, the memory they took, and the held-out error after them."""
@@ -149,7 +158,7 @@ class Worker:
         self.taken += steps
         peak = resident("VmHWM")
         known = peak is not None and self.baseline is not None
-        held = self.measure(self.held_out)
+        held = measure(self.run, self.held_out, self.settings.batch)
         return {
             "steps": done,
             "held_out": {"step": self.taken, "fvu": held["fvu"], "l0": held["l0"]},
@@ -159,7 +168,9 @@ class Worker:
     @torch.no_grad()
     def finish(self) -> dict[str, Any]:
         """Final numbers; the sparse run also saves its SAE and what it makes of held-out tokens."""
-        held, train = self.measure(self.held_out), self.measure(self.train_x)
+        held, train = (
+            measure(self.run, x, self.settings.batch) for x in (self.held_out, self.train_x)
+        )
         counts = [a + b for a, b in zip(held["counts"], train["counts"], strict=True)]
         if isinstance(self.run, Sparse):
             sae = self.run.trainer.exported()
