@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -411,6 +412,19 @@ def test_table_rows_match_the_columns() -> None:
     assert [row[0] for row in rows] == ["gemmascope-fast", "dense PyTorch", "PCA of rank 40"]
     assert all(len(row) == 1 + len(report.COLUMNS) for row in rows)
     assert rows[0][1:] == ["0.2015", "40.5", "1 (1.0%)", "100", "320", "100 MiB"]
+
+
+@pytest.mark.parametrize("fvu", [[0.355, 0.334, 0.336], [0.2, 0.2, 0.2]])
+def test_marked_points_fill_the_chart_at_their_places(fvu: list[float]) -> None:
+    line = charts.Series("a", "ours", [21.9, 32.1, 44.8], fvu)
+    drawn = charts.marked_chart("FVU", "L0", line, ["target 20", "target 40", "target 80"])
+    found = re.findall(r'cx="([\d.]+)" cy="([\d.]+)".*?middle">(target \d+)<', drawn)
+    x, y = ([float(place[at]) for place in found] for at in (0, 1))
+    assert [label for *_, label in found] == ["target 20", "target 40", "target 80"]
+    assert x == sorted(x) and x[2] - x[0] > charts.WIDTH / 2
+    inside = charts.TOP + 10 < min(y) and max(y) < charts.HEIGHT - charts.BOTTOM
+    assert charts.LEFT < x[0] and x[2] < charts.WIDTH - charts.RIGHT and inside
+    assert y[0] <= y[2] <= y[1] and (y[0] < y[1] - 60) == (fvu[0] != fvu[1])
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0, 83.2), (0, 0.013), (3, 4000)])

@@ -95,6 +95,30 @@ def line_chart(
     return _figure(title, "".join(parts))
 
 
+def marked_chart(title: str, x_label: str, points: Series, labels: Sequence[str]) -> str:
+    """A few points joined by a line, each with a label; the axes cover them and no more."""
+    ranges = []
+    for values, margin in ((points.x, 0.2), (points.y, 0.3)):
+        low, high = min(values), max(values)
+        room = margin * ((high - low) or abs(high) or 1.0)
+        ranges.append((max(low - room, 0.0), high + room))
+    axes = _Axes(*ranges)
+    parts = [axes.frame(x_label, ticks(*ranges[1]))]
+    parts.append(axes.x_ticks([(value, number(value)) for value in ticks(*ranges[0])]))
+    places = [axes.at(x, y) for x, y in zip(points.x, points.y, strict=True)]
+    line = " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
+    parts.append(f'<polyline class="curve {points.style}" points="{line}"/>')
+    for (px, py), x, y, label in zip(places, points.x, points.y, labels, strict=True):
+        tip = f"{label}: {number(y)} at {number(x)}"
+        parts.append(
+            f'<circle class="bar {points.style}" cx="{px:.1f}" cy="{py:.1f}" r="4">'
+            f"<title>{escape(tip)}</title></circle>"
+            f'<text class="label" x="{px:.1f}" y="{py - 10:.1f}" text-anchor="middle">'
+            f"{escape(label)}</text>"
+        )
+    return _figure(title, "".join(parts))
+
+
 def rate_histogram(title: str, series: Sequence[tuple[str, str, Sequence[int]]], n: int) -> str:
     """Latents by firing rate, on a log axis, a bar for those that never fired at the left.
 

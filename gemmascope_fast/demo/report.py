@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from .charts import Series, line_chart, rate_histogram
+from .charts import Series, line_chart, marked_chart, rate_histogram
 from .evaluate import Check
 from .frontier import COLUMNS as POINT_COLUMNS
 from .frontier import Point, rows
@@ -184,13 +184,13 @@ def _curves(results: Results) -> str:
 
 def _frontier(results: Results) -> str:
     points = results.frontier
-    top = max(1.2 * max(point.fvu for point in points), 0.05)
-    l0 = [point.l0 for point in points]
-    curve = Series(NAMES["sparse"], STYLES["sparse"], l0, [point.fvu for point in points])
-    chart = line_chart("Held-out FVU against L0", "active latents per token", [curve], (0.0, top))
+    places = [point.l0 for point in points], [point.fvu for point in points]
+    curve = Series(NAMES["sparse"], STYLES["sparse"], *places)
+    labels = [f"target {point.target:g}" for point in points]
+    chart = marked_chart("Held-out FVU against L0", "active latents per token", curve, labels)
     return (
         "<p>The same run with other targets for L0; FVU around the mean of the held-out tokens."
-        f'</p><div class="charts">{chart}</div>{table_section(rows(points), POINT_COLUMNS)}'
+        f'</p><div class="chart">{chart}</div>{table_section(rows(points), POINT_COLUMNS)}'
     )
 
 

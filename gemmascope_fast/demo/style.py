@@ -34,11 +34,12 @@ ul.checks { list-style: none; padding: 0; margin: 14px 0; }
 ul.checks li::before { content: "\\2713"; color: var(--good); font-weight: 700; margin-right: 9px; }
 ul.checks li.fails::before { content: "\\2717"; color: var(--bad); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(330px, 1fr)); gap: 14px; }
-.chart { max-width: 640px; }
+.chart { max-width: 440px; margin-bottom: 14px; }
 figure { margin: 0; padding: 12px 12px 4px; }
 figcaption { font-size: 14px; font-weight: 600; padding: 0 4px 4px; }
 svg { width: 100%; height: auto; display: block; }
 svg text { font-size: 11px; fill: var(--soft); }
+svg .label { paint-order: stroke; stroke: var(--card); stroke-width: 4px; }
 svg .grid { stroke: var(--line); stroke-width: 1; }
 svg .curve { fill: none; stroke-linejoin: round; }
 svg .curve.dense { stroke: var(--dense); stroke-width: 4; opacity: .45; }
