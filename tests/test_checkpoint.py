@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import resource
@@ -220,8 +221,12 @@ def test_a_nan_batch_stops_the_run_at_its_place(tmp_path: Path, options: dict[st
     assert same(bits(train(source, tmp_path, **options)), bits(train(data(), None, **options)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "value"), [("b_dec", math.inf), ("W_dec", -math.inf), ("W_enc", math.nan)]
+)
 def test_weights_that_are_not_finite_are_not_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: float, dtype: torch.dtype
 ) -> None:
     step = Trainer.step
 
@@ -229,12 +234,13 @@ def test_weights_that_are_not_finite_are_not_saved(
         metrics = step(trainer)
         if trainer.taken == 8:
             with torch.no_grad():
-                trainer.module.b_dec[3] = float("inf")
+                getattr(trainer.module, name)[3].fill_(value)
         return metrics
 
     monkeypatch.setattr(Trainer, "step", spoil)
-    with pytest.raises(gsf.NonFiniteError, match="b_dec is not finite after step 8; no checkpoint"):
-        train(data(), tmp_path)
+    message = f"{name} is not finite after step 8; no checkpoint"
+    with pytest.raises(gsf.NonFiniteError, match=message):
+        train(data(), tmp_path, dtype=dtype)
     assert [step for step, _ in checkpoint.found(tmp_path / "checkpoints")] == [4]
 
 

@@ -91,7 +91,7 @@ def start(
     """
     wide = module.b_dec.dtype
     module.b_dec.copy_(target.mean(0))
-    module.b_enc.copy_(-(x.mean(0).to(wide) @ module.W_enc.to(wide)))
+    module.b_enc.copy_(-_image(x.mean(0).to(wide), module.W_enc))
     if module.threshold is None:
         return
     if init_l0 is None:
@@ -125,6 +125,14 @@ def thresholds(x: Tensor, W_enc: Tensor, b_enc: Tensor, l0: float) -> Tensor:
     return torch.cat(slices).clamp_(min=0).to(b_enc.dtype)
 
 
+def _image(mean: Tensor, W: Tensor) -> Tensor:
+    """`mean [d] @ W [d, f]` in the dtype of mean, to which W is never widened as a whole."""
+    if W.dtype == mean.dtype:
+        return mean @ W
+    width = max(TILE_BYTES // (mean.element_size() * len(mean)), 1)
+    return torch.cat([mean @ part.to(mean.dtype) for part in torch.split(W, width, dim=1)])
+
+
 @torch.no_grad()
 def fold_(module: SAE, source: Affine, target: Affine) -> None:
     """Turn `module`, trained on scaled activations, into the same function of raw ones.
@@ -137,13 +145,13 @@ def fold_(module: SAE, source: Affine, target: Affine) -> None:
     ratio = source.scale / target.scale
     wide = module.b_enc.dtype
     m_in, m_out = source.mean.to(wide), target.mean.to(wide)
-    module.b_enc.div_(source.scale).sub_(m_in @ module.W_enc.to(wide))
+    module.b_enc.div_(source.scale).sub_(_image(m_in, module.W_enc))
     module.b_dec.div_(target.scale).add_(m_out)
     if ratio != 1:
         module.W_dec.mul_(ratio)
     if isinstance(module, Transcoder) and module.W_skip is not None:
         module.W_skip.mul_(ratio)
-        module.b_dec.sub_(m_in @ module.W_skip.to(wide))
+        module.b_dec.sub_(_image(m_in, module.W_skip))
     if module.ema_threshold is not None:
         module.ema_threshold.div_(source.scale)
     if module.threshold is not None and isinstance(module.activation, JumpReLU):

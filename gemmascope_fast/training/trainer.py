@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..modules import SAE
+from ..optim.rows import as_rows
 from . import checkpoint
 from .calibration import ROWS, Affine, fold_, measure, start
 from .recipe import terms
@@ -154,7 +155,7 @@ class Trainer:
             OSError: the file system refuses.
         """
         for name, p in self.module.named_parameters():
-            if not bool(torch.isfinite(p.detach().sum(dtype=torch.float64))):
+            if not _finite(p.detach()):
                 raise NonFiniteError(
                     f"train: {name} is not finite after step {self.taken}; no checkpoint was made",
                     *(self.taken, self.stream.position),
@@ -211,6 +212,12 @@ class Trainer:
         buffers = {f"module.{name}": t for name, t in self.module.named_buffers()}
         means = {f"mean.{at}": place.mean for at, place in enumerate(self.maps)}
         return weights | buffers | means | {"last_fired": self.last_fired}
+
+
+def _finite(weight: Tensor) -> bool:
+    """All elements are finite. A sum in float64 would hold a copy of the weight in float64."""
+    low, high = as_rows(weight, weight).aminmax()
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _check_same(path: Path, record: dict[str, Any], source: Source, settings: Settings) -> None:
