@@ -296,5 +296,6 @@ def _unit_rows_(rows: Tensor, generator: torch.Generator | None) -> None:
     """Fill `rows [f, d]` He-uniform and scale each row to unit norm."""
     nn.init.kaiming_uniform_(rows, generator=generator)
     wide = torch.promote_types(rows.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=wide)
-    rows.div_(norms)  # the norm itself not rounded: all of a row would be off by its error
+    for part in torch.split(rows, 1024):  # of 16-bit rows torch would hold float32 copies
+        norms = torch.linalg.vector_norm(part, dim=1, keepdim=True, dtype=wide)
+        part.div_(norms)  # the norm itself not rounded: all of a row would be off by its error
