@@ -110,16 +110,22 @@ AdamRows::AdamRows(const AdamMatrix& matrix)
   }
 }
 
-void AdamRows::update(int64_t row, const float* gradient) {
+void AdamRows::update(int64_t row, const float* gradient, int64_t next) {
   const int64_t at = m_.touched_at[row];
   const bool touched = gradient != nullptr && adam_table().any_nonzero(gradient, m_.weight.cols);
   if (!touched && (at <= 0 || m_.step - at > m_.tail)) return;
   const int64_t current = std::min(at + m_.tail, m_.step - 1);
-  step_row(row, touched ? gradient : nullptr, m_.step - current);
+  step_row(row, touched ? gradient : nullptr, m_.step - current, next);
   if (touched) m_.touched_at[row] = m_.step;
 }
 
-void AdamRows::step_row(int64_t row, const float* gradient, int64_t gap) {
+RowAhead AdamRows::moments_of(int64_t row) const {
+  if (row < 0) return {nullptr, 0};
+  if (m_.codes != nullptr) return {m_.codes + row * m_.exp_avg_sq_stride, 1};
+  return {m_.exp_avg_sq + row * m_.exp_avg_sq_stride, sizeof(float)};
+}
+
+void AdamRows::step_row(int64_t row, const float* gradient, int64_t gap, int64_t next) {
   const AdamRowTable& table = adam_table();
   const int64_t cols = m_.weight.cols;
   float* w = static_cast<float*>(const_cast<void*>(m_.weight.row(row)));
@@ -142,7 +148,7 @@ void AdamRows::step_row(int64_t row, const float* gradient, int64_t gap) {
     s.parallel = products[1] == 0 ? 0 : products[0] / products[1];
   }
   float* m = m_.exp_avg == nullptr ? nullptr : m_.exp_avg + row * m_.exp_avg_stride;
-  table.update(s, gradient, m, v, w, cols);
+  table.update(s, gradient, m, v, w, cols, moments_of(next));
   if (m_.unit_norm) {
     table.dots(w, w, cols, products);
     if (products[1] != 0) table.divide(std::sqrt(products[1]), w, cols);

@@ -41,11 +41,12 @@ AdamMatrix adam_matrix(const char* op, const char* name, const Matrix& weight,
 class AdamRows {
  public:
   explicit AdamRows(const AdamMatrix& matrix);
-  // gradient null: the row has none.
-  void update(int64_t row, const float* gradient);
+  // gradient null: the row has none. next: the row to be updated after it, or -1; its second moments are prefetched.
+  void update(int64_t row, const float* gradient, int64_t next = -1);
 
  private:
-  void step_row(int64_t row, const float* gradient, int64_t gap);
+  void step_row(int64_t row, const float* gradient, int64_t gap, int64_t next);
+  RowAhead moments_of(int64_t row) const;
   void store(int64_t row);
   const uint32_t* random(int64_t row, uint32_t stream);
 

@@ -30,7 +30,7 @@ class WeightRows {
     return row;
   }
   RowAhead ahead(int64_t j) const {
-    if (j >= W_.rows || !unit_columns(W_)) return {nullptr, 0};
+    if (j < 0 || !unit_columns(W_)) return {nullptr, 0};
     return {W_.row(j), element_size(W_.dtype)};
   }
 
@@ -56,9 +56,14 @@ class GradientRows {
     if (direct_rows(out_.rows)) return static_cast<float*>(const_cast<void*>(out_.rows.row(j)));
     return scratch_.data() + (j - first_) * ld_;
   }
-  // The row of latent j is complete; `touched`: it was written.
-  void done(int64_t j, bool touched) {
-    if (adam_) adam_->update(j, touched ? scratch_.data() : nullptr);
+  // The row of latent j is complete; `touched`: it was written. next: the next latent that will be, or -1.
+  void done(int64_t j, bool touched, int64_t next) {
+    if (adam_) adam_->update(j, touched ? scratch_.data() : nullptr, next);
+  }
+  // Memory that latent j will read: the row that an update changes, or that the gradient is written to.
+  RowAhead ahead(int64_t j) const {
+    if (j < 0 || !unit_columns(out_.rows)) return {nullptr, 0};
+    return {out_.rows.row(j), element_size(out_.rows.dtype)};
   }
   // offsets: feature_offsets + the block's first latent.
   void finish(int64_t count, const int64_t* offsets) {
@@ -134,6 +139,7 @@ class Worker {
     sum_threshold_ = 0;
     const int64_t begin = view_.offsets[j], end = view_.offsets[j + 1];
     const float* w = W_dec_ && begin < end ? W_dec_->row(j) : nullptr;
+    if (begin < end) next_ = next_touched(j);
     for (int64_t p = begin; p < end; p += kRowGroup) {
       Batch batch;
       batch.count = static_cast<int>(std::min<int64_t>(kRowGroup, end - p));
@@ -145,8 +151,8 @@ class Worker {
       if (decoder_ != nullptr) decode(j, w, &batch);
       if (encoder_ != nullptr) encode(j, &batch);
     }
-    if (d_W_dec_) d_W_dec_->done(j, begin < end);
-    if (d_W_enc_) d_W_enc_->done(j, begin < end);
+    if (d_W_dec_) d_W_dec_->done(j, begin < end, next_);
+    if (d_W_enc_) d_W_enc_->done(j, begin < end, next_);
     if (encoder_ == nullptr) return;
     if (encoder_->d_b_enc != nullptr) encoder_->d_b_enc[j] = sum_b_;
     if (encoder_->d_threshold != nullptr) {
@@ -169,7 +175,7 @@ class Worker {
       return;
     }
     rows_table().dot_axpy(rows, values, batch->count, batch->first, g.cols, w,
-                          batch->first ? W_dec_->ahead(next_touched(j)) : RowAhead{nullptr, 0}, acc,
+                          batch->first ? W_dec_->ahead(next_) : RowAhead{nullptr, 0}, acc,
                           batch->d_values);
     if (decoder_->d_values == nullptr) return;
     for (int i = 0; i < batch->count; ++i) decoder_->d_values[batch->entry[i]] = batch->d_values[i];
@@ -190,7 +196,8 @@ class Worker {
       if (d_W_enc_) rows[i] = encoder.x.row(batch->row[i] % encoder.n);
     }
     if (!d_W_enc_) return;
-    rows_table().axpy(rows, d_pre, batch->count, batch->first, encoder.x.cols, {nullptr, 0},
+    rows_table().axpy(rows, d_pre, batch->count, batch->first, encoder.x.cols,
+                      batch->first ? d_W_enc_->ahead(next_) : RowAhead{nullptr, 0},
                       d_W_enc_->row(j));
   }
 
@@ -202,11 +209,11 @@ class Worker {
     sum_threshold_ += threshold * d_value + d_gate;
   }
 
-  // The next latent with entries; beyond the task it merely warms a row for another one.
+  // The next latent with entries, or -1; beyond the task it merely warms rows for another one.
   int64_t next_touched(int64_t j) const {
     for (++j; j < entries_.d_sae && view_.offsets[j] == view_.offsets[j + 1]; ++j) {
     }
-    return j;
+    return j < entries_.d_sae ? j : -1;
   }
 
   const Entries& entries_;
@@ -217,6 +224,7 @@ class Worker {
   std::optional<GradientRows> d_W_dec_, d_W_enc_;
   std::optional<WeightRows> W_dec_;
   size_t group_ = 0;
+  int64_t next_ = -1;
   float sum_b_ = 0, sum_threshold_ = 0;
 };
 

@@ -56,12 +56,14 @@ static void dots(const float* g, const float* w, int64_t c, float* out) {
 
 template <bool kMomentum, bool kParallel>
 static void update_row(const AdamScalars& s, const float* g, float* m, float* v, float* w,
-                       int64_t c) {
+                       int64_t c, RowAhead ahead) {
   const F16x step_size = broadcast(s.step_size), decay1 = broadcast(s.decay1),
              one_minus1 = broadcast(s.one_minus1), decay2 = broadcast(s.decay2),
              one_minus2 = broadcast(s.one_minus2), scale = broadcast(s.scale),
              eps = broadcast(s.eps), parallel = broadcast(s.parallel);
+  const char* next = static_cast<const char*>(ahead.data);
   for (int64_t k = 0; k < c; k += kLanes) {
+    if (next != nullptr) __builtin_prefetch(next + k * ahead.element_size, 0, 2);
     const int64_t count = c - k;
     F16x a = g == nullptr ? zero() : load_part(g + k, count);
     const F16x weight = load_part(w + k, count);
@@ -78,14 +80,15 @@ static void update_row(const AdamScalars& s, const float* g, float* m, float* v,
   }
 }
 
-static void update(const AdamScalars& s, const float* g, float* m, float* v, float* w, int64_t c) {
+static void update(const AdamScalars& s, const float* g, float* m, float* v, float* w, int64_t c,
+                   RowAhead ahead) {
   const bool parallel = s.parallel != 0.0f;  // NaN included
   if (m != nullptr) {
-    return parallel ? update_row<true, true>(s, g, m, v, w, c)
-                    : update_row<true, false>(s, g, m, v, w, c);
+    return parallel ? update_row<true, true>(s, g, m, v, w, c, ahead)
+                    : update_row<true, false>(s, g, m, v, w, c, ahead);
   }
-  return parallel ? update_row<false, true>(s, g, m, v, w, c)
-                  : update_row<false, false>(s, g, m, v, w, c);
+  return parallel ? update_row<false, true>(s, g, m, v, w, c, ahead)
+                  : update_row<false, false>(s, g, m, v, w, c, ahead);
 }
 
 static void divide(float divisor, float* w, int64_t c) {

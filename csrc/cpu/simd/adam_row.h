@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#include "cpu/simd_target.h"
+#include "cpu/simd/row.h"
 
 namespace gemmascope_fast {
 
@@ -24,8 +24,9 @@ struct AdamRowTable {
   bool (*any_nonzero)(const float* g, int64_t c);
   // out[0] = <g, w>, out[1] = <w, w>
   void (*dots)(const float* g, const float* w, int64_t c, float* out);
-  // g null: a row without gradient, zeros. m null: no first moment.
-  void (*update)(const AdamScalars& s, const float* g, float* m, float* v, float* w, int64_t c);
+  // g null: a row without gradient, zeros. m null: no first moment. ahead: what the next call will read.
+  void (*update)(const AdamScalars& s, const float* g, float* m, float* v, float* w, int64_t c,
+                 RowAhead ahead);
   void (*divide)(float divisor, float* w, int64_t c);
   void (*decode)(const uint8_t* codes, const uint8_t* exponents, int64_t c, float* v);
   void (*encode)(const float* v, const uint32_t* random, int64_t c, uint8_t* codes,
