@@ -4,11 +4,15 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <chrono>
+#include <thread>
 #include <utility>
 #include <vector>
 
 #include "cpu/simd/dot.h"
 #include "cpu/simd/row.h"
+#include "cpu/simd/screen.h"
 #include "cpu/simd_target.h"
 
 namespace gemmascope_fast {
@@ -166,6 +170,37 @@ py::tuple row_dot_axpy(Target target, const Floats& group, const Floats& coef, b
   return py::make_tuple(out, dot);
 }
 
+// Operations per second of the screening tile on operands in L1, with `threads` threads: the ceiling of a screened encoder.
+double screen_rate(Target target, int64_t threads) {
+  require(simd_target_available(target), "this processor or build does not have the target");
+  const ScreenTable& table = screen_table(target);
+  constexpr int64_t kWidth = 512, kTiles = 20000;
+  const auto work = [&] {
+    const std::vector<uint8_t> w(kScreenBlock * kWidth, 1);
+    const std::vector<int8_t> x(kGroupRows * kWidth, 1);
+    const ScreenLatents latents = {};
+    const ScreenTokens tokens = {};
+    uint64_t masks[kScreenRows];
+    int32_t products[kScreenRows * kScreenBlock];
+    for (int64_t i = 0; i < kTiles; ++i) {
+      table.tile(w.data(), x.data(), kScreenRows, kWidth, latents, tokens, masks, products);
+    }
+  };
+  double best = 0;
+  for (int repeat = 0; repeat < 3; ++repeat) {
+    const auto start = std::chrono::steady_clock::now();
+    std::vector<std::thread> others;
+    for (int64_t t = 1; t < threads; ++t) others.emplace_back(work);
+    work();
+    for (std::thread& other : others) other.join();
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    const double operations =
+        2.0 * kScreenRows * kScreenBlock * kWidth * static_cast<double>(kTiles * threads);
+    best = std::max(best, operations / seconds.count());
+  }
+  return best;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_testing, m) {
@@ -183,6 +218,8 @@ PYBIND11_MODULE(_testing, m) {
         py::arg("limit"));
   m.def("dot_widen", &dot_widen, py::arg("target"), py::arg("source"), py::arg("dtype"));
   m.def("dot_transpose", &dot_transpose, py::arg("target"), py::arg("source"), py::arg("dtype"));
+
+  m.def("screen_rate", &screen_rate, py::arg("target"), py::arg("threads"));
 
   m.def("row_widen", &row_widen, py::arg("target"), py::arg("source"), py::arg("dtype"));
   m.def("row_narrow", &row_narrow, py::arg("target"), py::arg("source"), py::arg("dtype"));
