@@ -15,7 +15,7 @@ PEERS_ALONE ?= dictionary-learning==0.1.0 nnsight==0.3.7
 SANITIZE_TESTS ?= $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp)))
 # What the interpreter, a thousand times slower, runs: the tests of the ops' own, and those of single kernels.
 INTERPRETED := $(wildcard tests/test_triton_*.py $(patsubst kernels/%.py,tests/test_%*.py,$(wildcard kernels/*_encode.py \
-  kernels/*_backward.py kernels/decode.py kernels/pre_at.py kernels/by_feature.py)))
+  kernels/*_backward.py kernels/*_step.py kernels/decode.py kernels/pre_at.py kernels/by_feature.py)) tests/test_optim_fused.py)
 VENV := .venv
 PEERS_VENV := .venv-peers
 OLDEST_TRITON := $(CURDIR)/build/triton-3.6.0

@@ -6,12 +6,15 @@
 One program per latent holds W_dec[j] and both sums in registers; per entry it reads one row of g
 and one of x, while the rows of the next entries are on their way into shared memory (STAGES): two
 row reads per entry, where separate passes make four. D is a constant, so that the lanes between D
-and the next power of two cost little. Long latents are cut as `segments.py` says.
+and the next power of two cost little. Long latents are cut as `segments.py` says. Nothing becomes
+an fma, so that `fused_sparse_step.py`, which walks the same way, sums to the same bits.
 At d = 5376 in bf16: 43 KB in flight per program, two programs per multiprocessor at 128 registers.
 Bound by nnz * (d_in + d_out) * itemsize bytes of gathered rows, 11.3 GB at 0.5M entries.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -19,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .latent_order import LatentOrder
-from .launching import choose, launch
+from .launching import block, choose, launch
 from .segments import later_pieces
 
 LARGEST_ROW = 8192
@@ -27,8 +30,88 @@ LARGEST_ROW = 8192
 
 
 @triton.jit
+def walk(
+    start,
+    stop,
+    w,  # [1, BLOCK_OUT], row of W_dec
+    sources,  # [4, capacity] fp32: values, gate, gradient (read and written), d_gate
+    tokens,  # [capacity] int32
+    g,  # [m, D_OUT], columns adjacent, as the next one
+    x,  # [n, D_IN]
+    capacity,
+    n,
+    g_stride,
+    x_stride,
+    D_IN: tl.constexpr,
+    D_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    STAGES: tl.constexpr,
+    STACKED: tl.constexpr,  # tokens of x wrap at n
+):
+    """Sums of a latent's entries [start, stop) of d_W_enc [BLOCK_IN] and d_W_dec [BLOCK_OUT]."""
+    col_in = tl.arange(0, BLOCK_IN)
+    col_out = tl.arange(0, BLOCK_OUT)
+    enc = tl.zeros([BLOCK_IN], tl.float32)
+    dec = tl.zeros([BLOCK_OUT], tl.float32)
+    values = sources
+    gate = values + capacity
+    gradient = gate + capacity
+    # W_dec stays 16-bit outside of the loop: hoisted, its conversion would take 11 more registers.
+    for at in tl.range(start, stop, BLOCK_E, num_stages=STAGES, disable_licm=True):
+        position = at + tl.arange(0, BLOCK_E)
+        inside = position < stop
+        token = tl.load(tokens + position, mask=inside, other=0).to(tl.int64)[:, None]
+        g_rows = tl.load(  # [BLOCK_E, BLOCK_OUT]
+            g + token * g_stride + col_out[None, :],
+            mask=inside[:, None] & (col_out < D_OUT)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        d = tl.load(gradient + position, mask=inside, other=0.0)  # [BLOCK_E]
+        if BLOCK_OUT <= 512:  # no warp waits in the sum: one could store before another has read
+            tl.debug_barrier()
+        d += tl.sum(w.to(tl.float32) * g_rows, axis=1)
+        tl.store(gradient + position, d, mask=inside)
+        value = tl.load(values + position, mask=inside, other=0.0)  # [BLOCK_E]
+        dec += tl.sum(value[:, None] * g_rows, axis=0)
+        if STACKED:
+            token = token % n
+        x_rows = tl.load(  # [BLOCK_E, BLOCK_IN]
+            x + token * x_stride + col_in[None, :],
+            mask=inside[:, None] & (col_in < D_IN)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        d *= tl.load(gate + position, mask=inside, other=0.0)
+        enc += tl.sum(d[:, None] * x_rows, axis=0)
+    return enc, dec
+
+
+@triton.jit
+def add_pieces(
+    enc,
+    dec,
+    partial,  # [windows, D_IN + D_OUT] fp32
+    begin,
+    end,
+    D_IN: tl.constexpr,
+    D_OUT: tl.constexpr,
+    SEGMENT: tl.constexpr,
+):
+    """The sums of a latent's first piece plus those of its later ones, in order."""
+    col_in = tl.arange(0, enc.shape[0])
+    col_out = tl.arange(0, dec.shape[0])
+    piece = partial + (begin // SEGMENT + 1) * (D_IN + D_OUT)
+    for _ in range(begin + SEGMENT, end, SEGMENT):
+        enc += tl.load(piece + col_in, mask=col_in < D_IN, other=0.0)  # [BLOCK_IN]
+        dec += tl.load(piece + D_IN + col_out, mask=col_out < D_OUT, other=0.0)  # [BLOCK_OUT]
+        piece += D_IN + D_OUT
+    return enc, dec
+
+
+@triton.jit
 def _latent_backward_kernel(
-    d_W_enc,  # [last - first, D_IN]
+    d_W_enc,  # [last - first, D_IN], None with PIECES, as the next one
     d_W_dec,  # [last - first, D_OUT]
     partial,  # [windows, D_IN + D_OUT] fp32
     sources,  # [4, capacity] fp32: values, gate, gradient (read and written), d_gate
@@ -71,48 +154,21 @@ def _latent_backward_kernel(
     col_out = tl.arange(0, BLOCK_OUT)
     in_row = col_in < D_IN
     out_row = col_out < D_OUT
-    enc = tl.zeros([BLOCK_IN], tl.float32)
-    dec = tl.zeros([BLOCK_OUT], tl.float32)
-    w = tl.load(W_dec + latent * w_stride + col_out, mask=out_row, other=0.0)  # [BLOCK_OUT]
-    values = sources
-    gate = values + capacity
-    gradient = gate + capacity
-    # W_dec stays 16-bit outside of the loop: hoisted, its conversion would take 11 more registers.
-    for at in tl.range(start, stop, BLOCK_E, num_stages=STAGES, disable_licm=True):
-        position = at + tl.arange(0, BLOCK_E)
-        inside = position < stop
-        token = tl.load(tokens + position, mask=inside, other=0).to(tl.int64)[:, None]
-        g_rows = tl.load(  # [BLOCK_E, BLOCK_OUT]
-            g + token * g_stride + col_out[None, :],
-            mask=inside[:, None] & out_row[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        if STACKED:
-            token = token % n
-        x_rows = tl.load(  # [BLOCK_E, BLOCK_IN]
-            x + token * x_stride + col_in[None, :],
-            mask=inside[:, None] & in_row[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        d = tl.load(gradient + position, mask=inside, other=0.0)  # [BLOCK_E]
-        if BLOCK_OUT <= 512:  # no warp waits in the sum: one could store before another has read
-            tl.debug_barrier()
-        d += tl.sum(w.to(tl.float32)[None, :] * g_rows, axis=1)
-        tl.store(gradient + position, d, mask=inside)
-        value = tl.load(values + position, mask=inside, other=0.0)  # [BLOCK_E]
-        dec += tl.sum(value[:, None] * g_rows, axis=0)
-        d *= tl.load(gate + position, mask=inside, other=0.0)
-        enc += tl.sum(d[:, None] * x_rows, axis=0)
+    read = tl.where(start < stop, D_OUT, 0)  # nothing of a latent without entries
+    w = tl.load(  # [1, BLOCK_OUT], spread over threads as the rows of g
+        W_dec + latent * w_stride + col_out[None, :],
+        mask=(out_row & (col_out < read))[None, :],
+        other=0.0,
+    )
+    rows = (sources, tokens, g, x, capacity, n, g_stride, x_stride)
+    sizes: tl.constexpr = (D_IN, D_OUT, BLOCK_IN, BLOCK_OUT, BLOCK_E, STAGES, STACKED)
+    enc, dec = walk(start, stop, w, *rows, *sizes)
     if PIECES:
         piece = partial + program * (D_IN + D_OUT)
         tl.store(piece + col_in, enc, mask=in_row)
         tl.store(piece + D_IN + col_out, dec, mask=out_row)
     else:
-        piece = partial + (begin // SEGMENT + 1) * (D_IN + D_OUT)
-        for _ in range(begin + SEGMENT, end, SEGMENT):
-            enc += tl.load(piece + col_in, mask=in_row, other=0.0)  # [BLOCK_IN]
-            dec += tl.load(piece + D_IN + col_out, mask=out_row, other=0.0)  # [BLOCK_OUT]
-            piece += D_IN + D_OUT
+        enc, dec = add_pieces(enc, dec, partial, begin, end, D_IN, D_OUT, SEGMENT)
         kind_in = d_W_enc.dtype.element_ty
         kind_out = d_W_dec.dtype.element_ty
         tl.store(d_W_enc + program * D_IN + col_in, enc.to(kind_in), mask=in_row)
@@ -124,9 +180,9 @@ def fits(d_in: int, d_out: int) -> bool:
     return 0 < min(d_in, d_out) and max(d_in, d_out) <= LARGEST_ROW
 
 
-def _uncapped(config: dict[str, int]) -> dict[str, int]:
+def uncapped(options: dict[str, Any]) -> dict[str, Any]:
     """Later pieces run long enough at one program per multiprocessor; capped, they spill."""
-    return {key: value for key, value in config.items() if key != "maxnreg"}
+    return {key: value for key, value in options.items() if key != "maxnreg"}
 
 
 def latent_backward(
@@ -151,25 +207,48 @@ def latent_backward(
         d_W_dec: `[latents, d_out]` contiguous.
         first: first latent of the gradients.
     """
-    latents, d_out = d_W_dec.shape
-    d_in, n, capacity = x.shape[1], x.shape[0], order.tokens.shape[0]
+    latents = d_W_dec.shape[0]
+    partial, options = later_sums(order, W_dec, g, x, first, first + latents)
+    launch(
+        _latent_backward_kernel,
+        latents,
+        *(d_W_enc, d_W_dec, partial, order.sources, None, order.feature_offsets),
+        *(order.tokens, W_dec, g, x, first, order.tokens.shape[0], x.shape[0]),
+        *(W_dec.stride(0), g.stride(0), x.stride(0)),
+        PIECES=False,
+        **options,
+    )
+
+
+def later_sums(
+    order: LatentOrder, W_dec: Tensor, g: Tensor, x: Tensor, first: int, last: int
+) -> tuple[Tensor, dict[str, Any]]:
+    """Sum the pieces of latents `first` to `last` that lie behind the first piece of each.
+
+    The arguments are those of `latent_backward`.
+
+    Returns:
+        The sums, `[windows, d_in + d_out]` float32, and the options of the kernel that sums the
+        first pieces.
+    """
+    d_in, d_out, n, capacity = x.shape[1], W_dec.shape[1], x.shape[0], order.tokens.shape[0]
     width = max(g.element_size(), x.element_size())
     config = choose("latent_backward", x.device, d=max(d_in, d_out), bytes=width)
-    owners = later_pieces(order, first, first + latents, config["SEGMENT"])
+    options = {
+        **{"D_IN": d_in, "D_OUT": d_out, "STACKED": order.rows != n},
+        **{"BLOCK_IN": block(d_in, LARGEST_ROW, 4), "BLOCK_OUT": block(d_out, LARGEST_ROW, 4)},
+        **{"enable_fp_fusion": False, **config},
+    }
+    owners = later_pieces(order, first, last, config["SEGMENT"])
     windows = owners.shape[0]
     partial = torch.empty(windows, d_in + d_out, dtype=torch.float32, device=x.device)
-    for pieces, programs in ((True, windows), (False, latents)):
-        launch(
-            _latent_backward_kernel,
-            programs,
-            *(d_W_enc, d_W_dec, partial, order.sources, owners, order.feature_offsets),
-            *(order.tokens, W_dec, g, x, first, capacity, n),
-            *(W_dec.stride(0), g.stride(0), x.stride(0)),
-            D_IN=d_in,
-            D_OUT=d_out,
-            BLOCK_IN=triton.next_power_of_2(d_in),
-            BLOCK_OUT=triton.next_power_of_2(d_out),
-            STACKED=order.rows != n,
-            PIECES=pieces,
-            **(_uncapped(config) if pieces else config),
-        )
+    launch(
+        _latent_backward_kernel,
+        windows,
+        *(None, None, partial, order.sources, owners, order.feature_offsets),
+        *(order.tokens, W_dec, g, x, first, capacity, n),
+        *(W_dec.stride(0), g.stride(0), x.stride(0)),
+        PIECES=True,
+        **uncapped(options),
+    )
+    return partial, options

@@ -54,8 +54,8 @@ def sae_backward(
     d_W_enc, d_W_dec = torch.empty_like(W_enc), torch.empty_like(W_dec)
     enc, dec = gradient_rows(d_W_enc.t()), gradient_rows(d_W_dec)
     dense = backward_pays(order, W_dec, d_recon[-1], x)
-    backward = _fused if fits(x.shape[1], W_dec.shape[1]) and not dense else _composed
-    order = backward(order, offsets, x, W_dec, _groups(d_recon, group_ends), enc, dec)
+    backward = _fused if fits(x.shape[1], W_dec.shape[1]) and not dense else composed_gradients
+    order = backward(order, offsets, x, W_dec, groups_of(d_recon, group_ends), enc, dec)
     store_rows(d_W_enc.t(), enc)
     store_rows(d_W_dec, dec)
     sums = latent_sums(order, threshold if bandwidth > 0 else None, bandwidth)
@@ -63,7 +63,7 @@ def sae_backward(
     return d_x, d_W_enc, *sums, d_W_dec, d_recon.sum((0, 1), dtype=torch.float32)
 
 
-def _groups(d_recon: Tensor, group_ends: list[int]) -> Groups:
+def groups_of(d_recon: Tensor, group_ends: list[int]) -> Groups:
     """The groups that have latents of their own, last first.
 
     From the second on, S is one float32 buffer: it changes after everything launched before.
@@ -96,7 +96,7 @@ def _fused(
     return order
 
 
-def _composed(
+def composed_gradients(
     order: LatentOrder,
     offsets: Tensor,
     x: Tensor,

@@ -32,8 +32,9 @@ from triton.compiler import ASTSource
 from gemmascope_fast.kernels import launching
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 TYPES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -45,6 +46,13 @@ TYPES = {
     torch.bool: "i1",
 }
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+LOOSE = {
+    "ptx": re.compile(
+        r"\b(?:fma|mul\.f|add\.f|sub\.f|div\.f|div\.approx|sqrt\.approx|\w+\.ftz)[.\w]*"
+    ),
+    "amdgcn": re.compile(r"\bv_(?:pk_)?(?:fmac?|mad|mac)_f32\w*"),
+}
+"""What rounds two operations at once, or one not correctly; AMD's divisions consist of it."""
 TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma_\w+)")
 
 
@@ -60,6 +68,8 @@ class Report:
     instructions: int
     tensor_cores: bool
     narrow: list[str]
+    loose: list[str]
+    sums: list[str]
     binary: bytes
 
     @property
@@ -91,26 +101,32 @@ def _compile(kernel: Any, target: str, args: tuple[Any, ...], options: dict[str,
     bound |= {k: v for k, v in options.items() if k not in OPTIONS}
     assert set(bound) == set(names), f"{kernel.__name__}: {set(bound) ^ set(names)}"
     constexprs = {names[i] for i in kernel.constexprs}
-    signature, values, attributes = {}, {}, {}
-    for at, name in enumerate(names):
-        kind, divisible = _specialise(bound[name], name in constexprs)
-        signature[name] = kind
+    signature: dict[str, Any] = {}
+    values: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def specialise(value: Any, at: tuple[int, ...], name: str) -> Any:
+        if isinstance(value, tuple):
+            return type(value)(*(specialise(v, (*at, k), "") for k, v in enumerate(value)))
+        plain = bool(name) and kernel.params[at[0]].do_not_specialize
+        kind, divisible = _specialise(value, name in constexprs, plain)
         if kind == "constexpr":
-            values[name] = bound[name]
+            values[at] = value
         if divisible:
-            attributes[(at,)] = [["tt.divisibility", 16]]
+            attributes[at] = [["tt.divisibility", 16]]
+        return kind
+
+    for at, name in enumerate(names):
+        signature[name] = specialise(bound[name], (at,), name)
     source = ASTSource(kernel, signature, values, attributes)
     chosen = {k: v for k, v in options.items() if k in OPTIONS}
     done = triton.compile(source, target=_gpu(target), options=chosen)
-    narrow = narrow_products(done.asm["ttir"])
-    name = kernel.__name__
-    if target.startswith("gfx"):
-        return _amd_report(name, target, done, narrow)
-    return _nvidia_report(name, target, done, narrow)
+    read = _amd_report if target.startswith("gfx") else _nvidia_report
+    return read(kernel.__name__, target, done)
 
 
-def _specialise(value: Any, constexpr: bool) -> tuple[str, bool]:
-    """Type of an argument in Triton's notation, and whether 16 divides it."""
+def _specialise(value: Any, constexpr: bool, plain: bool = False) -> tuple[str, bool]:
+    """Type of an argument in Triton's notation, and whether 16 divides it; not of a `plain` one."""
     if constexpr or value is None:
         return "constexpr", False
     if isinstance(value, Tensor):
@@ -121,9 +137,10 @@ def _specialise(value: Any, constexpr: bool) -> tuple[str, bool]:
     if isinstance(value, float):
         return "fp32", False
     assert isinstance(value, int), f"{value!r} cannot be a kernel argument"
-    if value == 1:
+    if value == 1 and not plain:
         return "constexpr", False
-    return "i32" if -(2**31) <= value < 2**31 else "i64", value % 16 == 0
+    kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+    return kind, value % 16 == 0 and not plain
 
 
 def _gpu(target: str) -> GPUTarget:
@@ -132,7 +149,7 @@ def _gpu(target: str) -> GPUTarget:
     return GPUTarget("cuda", int(target[3:]), 32)
 
 
-def _nvidia_report(name: str, target: str, done: Any, narrow: list[str]) -> Report:
+def _nvidia_report(name: str, target: str, done: Any) -> Report:
     cubin = done.asm["cubin"]
     usage = _run_tool("cuobjdump", cubin, "-res-usage")
     return Report(
@@ -143,9 +160,25 @@ def _nvidia_report(name: str, target: str, done: Any, narrow: list[str]) -> Repo
         shared=done.metadata.shared,
         instructions=_text_bytes(cubin) // 16,
         tensor_cores=bool(TENSOR_CORE.search(done.asm["ptx"])),
-        narrow=narrow,
+        **_read(done, "ptx"),
         binary=cubin,
     )
+
+
+def _read(done: Any, form: str) -> dict[str, list[str]]:
+    """What a report says of the compiler's intermediate forms."""
+    return {
+        "narrow": narrow_products(done.asm["ttir"]),
+        "loose": sorted(set(LOOSE[form].findall(done.asm[form]))),
+        "sums": reductions(done.asm["ttgir"]),
+    }
+
+
+def reductions(ttgir: str) -> list[str]:
+    """Type and layout of what each reduction sums: they decide the order of the sum."""
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ttgir, re.M))
+    found = re.findall(r'"tt\.reduce"\(.*?\}\) : \((tensor<.*?>)\) ->', ttgir, re.S)
+    return [re.sub(r"#\w+", lambda name: layouts.get(name[0], name[0]), t) for t in found]
 
 
 def _text_bytes(elf: bytes) -> int:
@@ -157,7 +190,7 @@ def _text_bytes(elf: bytes) -> int:
     return sum(s[5] for s in sections if elf.startswith(b".text", names + s[0]))
 
 
-def _amd_report(name: str, target: str, done: Any, narrow: list[str]) -> Report:
+def _amd_report(name: str, target: str, done: Any) -> Report:
     text = done.asm["amdgcn"]
 
     def number(field: str) -> int:
@@ -171,7 +204,7 @@ def _amd_report(name: str, target: str, done: Any, narrow: list[str]) -> Report:
         shared=done.metadata.shared,
         instructions=len(re.findall(r"^\t[vsdgb]\w*_\w+", text, re.MULTILINE)),
         tensor_cores=bool(TENSOR_CORE.search(text)),
-        narrow=narrow,
+        **_read(done, "amdgcn"),
         binary=text.encode(),
     )
 

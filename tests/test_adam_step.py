@@ -41,6 +41,8 @@ def run(op: Any, weight: Tensor, steps: int, moments: str = "fp32", **rule: Any)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("columns", [1, 15, 16, 130, 257])
 def test_backends_agree_bit_for_bit(backend, rates, moments, dtype, columns):
+    if backend.interpreted and (columns, rates[0]) not in [(15, 1.0), (257, 0.01)]:
+        pytest.skip("interpreted: two widths, each with rates of its own")
     weight = torch.randn(9, columns).to(dtype)
     tail = 3 if rates[1] else 0
     for flags in ({"dtype": torch.float32}, {"dtype": torch.bfloat16, "seed": -3 << 40}):
@@ -188,6 +190,8 @@ def test_bf16_rounding_is_unbiased_and_exact_where_it_can_be():
 
 def test_small_updates_survive_bf16(backend):
     """Updates of 1e-4 relative to the weight, which rounding to nearest would lose."""
+    if backend.interpreted:
+        pytest.skip("interpreted: 300 steps take a minute; their bits are compared above")
     weight = torch.ones(8, 256, dtype=torch.bfloat16)
     state, gradient = adam_state(weight, "8bit"), torch.ones(8, 256)
     for step in range(1, 301):
@@ -255,7 +259,7 @@ BAD = [
 
 @pytest.mark.parametrize(("at", "value", "message"), BAD, ids=lambda v: str(v)[:24])
 def test_bad_arguments_change_nothing(backend, at, value, message):
-    if not backend.native:
+    if backend.name == "reference":
         pytest.skip("the reference does not check")
     weight = torch.ones(3, 4)
     args = [weight, adam_state(weight), torch.ones(3, 4), RATES, [1, 0, 0, 0, 0]]
@@ -278,7 +282,7 @@ STATES = [
 
 @pytest.mark.parametrize(("at", "value", "message"), STATES, ids=lambda v: str(v)[:24])
 def test_bad_state_changes_nothing(backend, at, value, message):
-    if not backend.native:
+    if backend.name == "reference":
         pytest.skip("the reference does not check")
     weight = torch.ones(3, 4)
     state = adam_state(weight)

@@ -40,14 +40,22 @@ def unfused(backend: Any, args: list[Any]) -> list[Tensor]:
     return leaves(args, (d_b_enc, d_threshold, d_b_dec))
 
 
+INTERPRETED = [(16, 0, "fp32"), (23, 3, "8bit"), (257, 0, "8bit")]
+
+
 @pytest.mark.parametrize("moments", ["fp32", "8bit"])
 @pytest.mark.parametrize(("beta1", "tail"), [(0.0, 0), (0.5, 3), (0.5, 2**62)])
 @pytest.mark.parametrize("d", [16, 23, 257])
 def test_equals_backward_then_step_bit_for_bit(backend, moments, beta1, tail, d):
-    p = problem(n=40, d_in=d, d_sae=301, d_out=d + 3)
+    latents = 301
+    if backend.interpreted:
+        latents = 15
+        if (d, tail, moments) not in INTERPRETED:
+            pytest.skip("interpreted: each width once, with options of its own")
+    p = problem(n=40, d_in=d, d_sae=latents, d_out=d + 3)
     p = p.with_(threshold=p.threshold + 1.5)
     args = fused_sparse_step_args(p, beta1, moments, tail)
-    touched = torch.zeros(301, dtype=torch.bool)
+    touched = torch.zeros(latents, dtype=torch.bool)
     touched[args[8][args[9] > 0].long()] = True  # window entries alone change no row
     assert touched.any() and not touched.all()
     for step in (1, 2, 6):
@@ -128,7 +136,7 @@ BAD = [
 
 @pytest.mark.parametrize(("at", "value", "message"), BAD, ids=range(len(BAD)))
 def test_bad_arguments_change_nothing(backend, at, value, message):
-    if not backend.native:
+    if backend.name == "reference":
         pytest.skip("the reference does not check")
     args = fused_sparse_step_args(problem())
     args[at] = value

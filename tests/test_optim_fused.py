@@ -13,6 +13,7 @@ from oracle import assert_same
 from test_optim import F, batch, loss_of, sae, train
 
 import gemmascope_fast as gsf
+from gemmascope_fast import ops
 from gemmascope_fast.training import blocked
 
 ACTIVATIONS = [gsf.JumpReLU(0.2, 0.4), gsf.TopK(5), gsf.BatchTopK(4.5)]
@@ -45,12 +46,17 @@ def assert_equal_runs(first, second) -> None:
                 assert value == other[key]
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 def test_the_same_bits_as_unfused(activation, rule):
+    interpreted = ops.BACKEND == "triton"
+    at = RULES.index(rule)
+    if interpreted and (at < 2 or ACTIVATIONS.index(activation) != at % 3):
+        pytest.skip("interpreted: every activation, with a rule of its own")
     runs = pair(activation, **rule)
     for module, optimizer in runs:
-        train(module, optimizer, 12)
+        train(module, optimizer, 2 if interpreted else 12)
     assert_equal_runs(*runs)
     assert not torch.equal(runs[0][0].W_dec, sae(activation).W_dec)
 

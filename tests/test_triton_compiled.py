@@ -93,15 +93,55 @@ def test_encoders_of_16_bit_weights_use_tensor_cores(compiled, target: str) -> N
     assert len(encoders) > 5 and all(encoders.values()), encoders
 
 
+SPILLING = "_fused_sparse_step_kernel"
+"""At d = 5376 in 16 bits it keeps two programs on a multiprocessor, as `sae_backward`, and spills:
+within its budget."""
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-def test_nothing_spills(compiled, target: str) -> None:
+def test_nothing_else_spills(compiled, target: str) -> None:
     spilling = {
         f"{report.kernel} ({specimen})": report.spills
         for specimen, found in compiled.of(target).items()
         for report in found
-        if report.spills
+        if report.spills and not (report.kernel == SPILLING and report.registers == 128)
     }
     assert spilling == {}
+
+
+ROUNDED = {
+    *("_latent_backward_kernel", "_fused_sparse_step_kernel"),
+    *("_adam_step_kernel", "_adam_slabs_kernel"),
+}
+"""Whose bits other kernels and other backends share."""
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_optimizer_rounds_every_operation(compiled, target: str) -> None:
+    loose = {r.kernel: r.loose for found in compiled.of(target).values() for r in found}
+    dividing = set() if target.startswith("sm") else ROUNDED - {"_latent_backward_kernel"}
+    assert {name: loose[name] for name in ROUNDED - dividing} == dict.fromkeys(
+        ROUNDED - dividing, []
+    )
+    assert any(loose.values()), "the other kernels use fma"
+
+
+TWINS = [
+    ("step fused float32", "backward fused float32"),
+    ("step fused bfloat16 8-bit", "backward fused bfloat16"),
+    ("step fused bfloat16 8-bit momentum d=640", "backward fused bfloat16 d=640"),
+]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_fused_step_sums_in_the_order_of_the_backward(compiled, target: str) -> None:
+    for step, backward in TWINS:
+        reports = compiled[step, target].result() + compiled[backward, target].result()
+        sums = {r.kernel: r.sums[:3] for r in reports if r.kernel in ROUNDED}
+        assert set(sums) == {"_latent_backward_kernel", "_fused_sparse_step_kernel"}
+        walks = [r.sums[:3] for r in reports if r.kernel in ROUNDED]
+        assert len(walks) == 4 and len(walks[0]) == 3
+        assert all(walk == walks[0] for walk in walks), step
 
 
 @pytest.mark.parametrize("target", TARGETS[:1])
