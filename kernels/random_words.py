@@ -2,9 +2,9 @@
 
     word c % 4 of Philox 4x32-10 at the counter (c // 4, row, row // 2^32 + 2^31 stream, step)
 
-The key is the seed: the same bits as on every other backend. Source: Salmon et al. 2011, "Parallel random numbers: as
-easy as 1, 2, 3". One counter gives four columns: ten rounds of four products per four columns, the
-most arithmetic of an update of bfloat16 weights.
+The key is the seed: the same bits as on every other backend. Source: Salmon et al. 2011,
+"Parallel random numbers: as easy as 1, 2, 3". One counter gives four columns: ten rounds of four
+products per four columns, the most arithmetic of an update of bfloat16 weights.
 """
 
 from __future__ import annotations

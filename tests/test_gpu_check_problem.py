@@ -194,6 +194,9 @@ def test_targets_are_met_or_missed_by_the_measured_ratio() -> None:
 def test_what_was_not_measured_has_no_verdict() -> None:
     told = row("step", 2**16, {OURS: 1.0, "dense eager": 9.0})["targets"]
     assert [(v["goal"], v["met"]) for v in told] == [(3.5, None)]
+    both = {OURS: 1.0, targets.OURS_ADAM: 2.0, targets.DENSE_ADAM: 9.0}
+    told = row("step", 2**16, both)["targets"]
+    assert [(v["found"], v["met"]) for v in told] == [(4.5, True)], "of the steps that update"
     missing = row("topk", 2**16, {OURS: 1.0})["targets"]
     assert [v["met"] for v in missing] == [None]
     with pytest.raises(RuntimeError, match="does not fit"):

@@ -23,7 +23,7 @@ from .problem import (
     entries,
     problem,
 )
-from .rows import OURS, backward_bytes, compose, decode_bytes, encode_flops
+from .rows import DENSE_ADAM, OURS, OURS_ADAM, backward_bytes, compose, decode_bytes, encode_flops
 from .timing import Call, compare, copy_rate, free, unavailable
 
 
@@ -147,7 +147,7 @@ def composed_backward(p: Problem, e: Entries, d_recon: Tensor) -> Call:
 
 
 def step(ctx: Context) -> None:
-    """Forward and backward of the mean squared error, against the dense step."""
+    """Forward and backward of the mean squared error, and with Adam, against the dense step."""
     rate = copy_rate(device_of(ctx), copy_bytes(ctx))
     compiled = dense.compiled(ctx.settings, dense.step)
     for shape in ctx.settings.shapes():
@@ -182,6 +182,9 @@ def _step(ctx: Context, shape: Shape, rate: float, compiled: Any) -> dict[str, A
     }
     if shape.d_sae <= ctx.settings.latents[1]:
         contenders["ours, SAE.loss"] = module_step(p)
+    contenders[OURS_ADAM] = adam_step(module_of(p), p.x)
+    too_large = dense.fits(shape, device, 4, 8)
+    contenders[DENSE_ADAM] = too_large or dense.adam_step(p)
     times = compare(contenders, device, ctx.settings.row_seconds)
     product = times["matmul"].get("median_s")
     return compose(
@@ -220,13 +223,36 @@ def entries_of(found: list[Tensor]) -> Entries:
     return Entries(offsets, indices, values, gate, *view, rows)
 
 
-def module_step(p: Problem) -> Call:
-    """The same through `SAE.loss` and autograd, which accumulate gradients block by block."""
+def module_of(p: Problem) -> gsf.SAE:
+    """A module whose parameters are the tensors of `p`."""
     d_sae, d = p.W_dec.shape
     sae = gsf.SAE(8, 8, gsf.JumpReLU(BANDWIDTH), device=p.x.device, dtype=p.x.dtype)
     for name in ("W_enc", "b_enc", "threshold", "W_dec", "b_dec"):
         setattr(sae, name, torch.nn.Parameter(getattr(p, name)))
     assert (sae.d_in, sae.d_sae) == (d, d_sae)
+    return sae
+
+
+def adam_step(sae: gsf.SAE, x: Tensor) -> Call:
+    """The same with the update: `gsf.optim.Adam(fused=True)`, 8-bit second moments.
+
+    lr = 0 is all the work of a step, and leaves the weights to the other contenders as they are.
+    """
+    optimizer = gsf.optim.Adam(sae, lr=0.0, moments="8bit", fused=True)
+
+    def call() -> Tensor:
+        optimizer.zero_grad()
+        loss = (sae.decode(sae.encode(x)) - x).square().sum(-1).mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return call
+
+
+def module_step(p: Problem) -> Call:
+    """The same through `SAE.loss` and autograd, which accumulate gradients block by block."""
+    sae = module_of(p)
 
     def call() -> Tensor:
         sae.zero_grad(set_to_none=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from .context import Shape
-from .targets import verdicts
+from .targets import DENSE_ADAM, OURS_ADAM, verdicts
 
 OURS = "gemmascope_fast"
+__all__ = ["DENSE_ADAM", "OURS", "OURS_ADAM"]
 
 
 def encode_flops(shape: Shape) -> int:
