@@ -115,6 +115,8 @@ def check(calls: dict[str, Callable[[], object]]) -> dict[str, object]:
 def measure(name: str, op: str, rounds: int, rates: dict[str, float]) -> dict[str, object]:
     n, d, d_sae = CASES[name]
     calls = contenders(name, op)
+    for rate, found in measured_rates().items():  # the best seen: the machine may have neighbours
+        rates[rate] = max(rates[rate], found)
     result = {"case": name, "op": op, "n": n, "d": d, "d_sae": d_sae, **check(calls)}
     times: dict[str, list[float]] = {call: [] for call in calls}
     for _ in range(rounds):
@@ -138,7 +140,7 @@ def measure(name: str, op: str, rounds: int, rates: dict[str, float]) -> dict[st
     return result | {"median_ms": medians}
 
 
-def rates() -> dict[str, float]:
+def measured_rates() -> dict[str, float]:
     threads = torch.get_num_threads()
     big = torch.randn(96 << 20)
     best = 0.0
@@ -161,7 +163,7 @@ def main() -> None:
     parser.add_argument("--ops", nargs="*", default=["jumprelu", "topk"])
     args = parser.parse_args()
     keep_freed_memory()
-    found = rates()
+    found = measured_rates()
     print({name: f"{rate / 1e9:.0f} G/s" for name, rate in found.items()}, flush=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     report = {
