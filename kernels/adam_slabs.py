@@ -36,8 +36,9 @@ LOOK, MEASURE, STORE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 def _row_sum(found, SLABS: tl.constexpr):
     """One number of every slab of a row, summed in order."""
     total = 0.0
-    for slab in range(SLABS):
-        total += tl.load(found + slab * 4)
+    for _ in range(SLABS):
+        total += tl.load(found)
+        found += 4
     return total
 
 

@@ -96,10 +96,13 @@ def _fused_sparse_step_kernel(
         mask=((col_out < D_OUT) & (col_out < read))[None, :],
         other=0.0,
     )
-    rows = (entries.sources, entries.tokens, entries.g, entries.x, entries.capacity, entries.n)
-    sizes: tl.constexpr = (D_IN, D_OUT, BLOCK_IN, BLOCK_OUT, BLOCK_E, STAGES, STACKED)
-    stop = tl.minimum(begin + SEGMENT, end)
-    enc, dec = walk(begin, stop, w, *rows, entries.g_stride, entries.x_stride, *sizes)
+    # fmt: off
+    enc, dec = walk(
+        begin, tl.minimum(begin + SEGMENT, end), w, entries.sources, entries.tokens, entries.g,
+        entries.x, entries.capacity, entries.n, entries.g_stride, entries.x_stride,
+        D_IN, D_OUT, BLOCK_IN, BLOCK_OUT, BLOCK_E, STAGES, STACKED,
+    )
+    # fmt: on
     enc, dec = add_pieces(enc, dec, entries.partial, begin, end, D_IN, D_OUT, SEGMENT)
     update_row(decoder, latent, dec, dec_step, dec_tail, dec_seed, D_OUT, DEC_PARALLEL, DEC_NORM)
     update_row(encoder, latent, enc, enc_step, enc_tail, enc_seed, D_IN, ENC_PARALLEL, ENC_NORM)

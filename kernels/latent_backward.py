@@ -160,9 +160,12 @@ def _latent_backward_kernel(
         mask=(out_row & (col_out < read))[None, :],
         other=0.0,
     )
-    rows = (sources, tokens, g, x, capacity, n, g_stride, x_stride)
-    sizes: tl.constexpr = (D_IN, D_OUT, BLOCK_IN, BLOCK_OUT, BLOCK_E, STAGES, STACKED)
-    enc, dec = walk(start, stop, w, *rows, *sizes)
+    # fmt: off
+    enc, dec = walk(
+        start, stop, w, sources, tokens, g, x, capacity, n, g_stride, x_stride,
+        D_IN, D_OUT, BLOCK_IN, BLOCK_OUT, BLOCK_E, STAGES, STACKED,
+    )
+    # fmt: on
     if PIECES:
         piece = partial + program * (D_IN + D_OUT)
         tl.store(piece + col_in, enc, mask=in_row)
