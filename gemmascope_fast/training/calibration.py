@@ -115,22 +115,26 @@ def thresholds(x: Tensor, W_enc: Tensor, b_enc: Tensor, l0: float) -> Tensor:
     n, d_sae = x.shape[0], W_enc.shape[1]
     fires = min(max(round(n * l0 / d_sae), 1), n - 1)
     width = max(TILE_BYTES // (x.element_size() * n), 1)
-    slices = []
+    found = x.new_empty(d_sae)  # results between the slices' buffers would split the heap
     for first in range(0, d_sae, width):
         latents = slice(first, first + width)
         pre = torch.addmm(b_enc[latents].to(x.dtype), x, W_enc[:, latents].to(x.dtype))
         largest = pre.topk(fires + 1, dim=0).values
         # Midway, not on a token's own value: there the gate would hang on the last bit.
-        slices.append((largest[-2] + largest[-1]) / 2)
-    return torch.cat(slices).clamp_(min=0).to(b_enc.dtype)
+        found[latents] = (largest[-2] + largest[-1]) / 2
+    return found.clamp_(min=0).to(b_enc.dtype)
 
 
 def _image(mean: Tensor, W: Tensor) -> Tensor:
     """`mean [d] @ W [d, f]` in the dtype of mean, to which W is never widened as a whole."""
     if W.dtype == mean.dtype:
         return mean @ W
-    width = max(TILE_BYTES // (mean.element_size() * len(mean)), 1)
-    return torch.cat([mean @ part.to(mean.dtype) for part in torch.split(W, width, dim=1)])
+    width = min(max(TILE_BYTES // (mean.element_size() * len(mean)), 1), W.shape[1])
+    found, wide = mean.new_empty(W.shape[1]), mean.new_empty(width, len(mean))
+    for first in range(0, W.shape[1], width):  # one buffer: results between buffers split the heap
+        part = W[:, first : first + width].t()
+        torch.mv(wide[: len(part)].copy_(part), mean, out=found[first : first + width])
+    return found
 
 
 @torch.no_grad()
