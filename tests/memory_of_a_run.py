@@ -1,6 +1,8 @@
 """Peak resident memory of a training run in a process of its own; prints JSON.
 
 python memory_of_a_run.py '{"d_in": 512, "d_sae": 16384, ...}'
+
+With "out", a folder, a second call reads the checkpoint that the first has left.
 """
 
 from __future__ import annotations
@@ -32,13 +34,16 @@ def main(options: dict) -> dict:
     kept = {k: v for k, v in options.items() if k in ("activation", "fused", "moments", "dtype")}
     sparsity = {"k": 4} if "k" in options else {"target_l0": 4}
     gsf.train(x, **small, **kept, **sparsity)  # threads, code, their first buffers
+    resume = (Path(options.get("out", "")) / "checkpoints").exists()
     ctypes.CDLL(None).malloc_trim(0)  # what the small run left must not be used again
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     gsf.train(x, progress=False, preset=preset, **options)
     measured = resident("VmHWM") - before
-    del options["steps"]
-    found = gsf.estimate_memory(d_in=d_in, preset=preset, source_bytes=16 * tokens, **options)
+    for name in ("steps", "out"):
+        options.pop(name, None)
+    sizes = {"d_in": d_in, "source_bytes": 16 * tokens, "resume": resume}
+    found = gsf.estimate_memory(**sizes, preset=preset, **options)
     return {"measured": measured, "estimated": found.peak_bytes, "parts": str(found)}
 
 

@@ -176,7 +176,11 @@ class Adam(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; moments keep their dtype whatever the weights' is."""
-        super().load_state_dict(state_dict)
+        numbers = {
+            i: {name: value for name, value in held.items() if not isinstance(value, Tensor)}
+            for i, held in state_dict["state"].items()
+        }  # torch would make a copy of every moment in the dtype of its parameter
+        super().load_state_dict({**state_dict, "state": numbers})
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         mine = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(saved, mine, strict=True):

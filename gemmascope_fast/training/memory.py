@@ -25,15 +25,19 @@ OPTIONS = {
     *("preset", "rows", "moments", "fused", "init_l0", "matryoshka", "kind", "affine", "dtype"),
     "autocast",
 }
-ROW_COPIES, GROUP_COPIES = 5, 2
-"""Matrices of a batch that exist at once: raw, scaled, reconstruction, its error and gradient; and
-for every prefix of a Matryoshka run. Measured."""
+ROW_COPIES, GROUP_COPIES, AUX_COPIES = 5, 6, 5
+"""Matrices of a batch that exist at once: raw, scaled, reconstruction, its error and gradient; for
+every prefix of a Matryoshka run but the whole; and for AuxK. Measured."""
 
 MARGIN, MARGIN_BYTES = 0.02, 8 << 20
 """What allocators hold beyond what was asked for: a share, and a constant. Measured."""
 
 EARLY_SURPLUS = 1.3
 """Largest L0 of early training over that of the calibrated start, measured."""
+
+DEAD_SHARE = 1 / 2
+"""Share of latents that AuxK may find dead at once. It holds their weights and gradients; a run in
+which more die takes more."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +153,8 @@ def estimate(
     step = {"optimizer": moments} | _step(s, device, matrix + skip, vectors)
     statistics = {"statistics": 4 * 8 * ROWS * max(s.d_in, s.d_out)}
     phases = {"statistics": statistics, "start": start, "step": step}
-    if resume:  # moments as they are read, and in their places; one tensor more in transit
-        phases["resume"] = {"optimizer": moments, "checkpoint": 2 * moments + weights // 2}
+    if resume:  # one matrix of the weights on its way, then the moments as they are read
+        phases["resume"] = {"optimizer": moments, "checkpoint": max(moments, weights // 2)}
     return MemoryEstimate(weights, source_bytes, phases)
 
 
@@ -161,12 +165,14 @@ def _step(s: Settings, device: torch.device, matrix: int, vectors: int) -> dict[
     wide = max(s.dtype.itemsize, 4)
     rows = s.batch_size * (s.d_in + s.d_out)
     held = {"batch": ROW_COPIES * wide * rows, "vectors": 4 * vectors}
-    held["prefixes"] = GROUP_COPIES * len(s.matryoshka or ()) * wide * s.batch_size * s.d_out
+    others = len(s.matryoshka or (s.d_sae,)) - 1
+    held["prefixes"] = GROUP_COPIES * others * wide * s.batch_size * s.d_out
     density = _density(s)
     if density > CROSSOVER.get(device.type, 0.0) and s.activation == "jumprelu":
         tile = min(DEFAULT_LIMITS.tile_bytes, s.batch_size * s.d_sae * wide)
         held["dense tiles"] = 4 * tile  # two of numbers, three of booleans, one of the library's
         held["gradients"] = matrix * wide
+        held["widened"] = matrix * wide if s.dtype.itemsize < wide else 0
         return held
     entries = int(s.batch_size * density * s.d_sae * ENTRY_BYTES)
     blocks = 1
@@ -174,10 +180,24 @@ def _step(s: Settings, device: torch.device, matrix: int, vectors: int) -> dict[
         blocks = -(-entries // DEFAULT_LIMITS.entry_bytes)
         entries = min(entries, DEFAULT_LIMITS.entry_bytes)
     held["entries"] = entries
-    fused = s.fused and blocks == 1
-    if not fused or (s.activation != "jumprelu" and s.preset.auxk > 0):
+    if s.activation != "jumprelu" and s.preset.auxk > 0:
+        held["gradients"] = matrix * wide
+        held["auxk"] = _auxk(s, matrix, entries)
+    elif not s.fused or blocks > 1:
         held["gradients"] = matrix * s.dtype.itemsize * (1 if blocks == 1 else 2)
     return held
+
+
+def _auxk(s: Settings, matrix: int, entries: int) -> int:
+    """What AuxK holds beyond the step's entries: a dictionary of the dead, and its entries."""
+    from .blocked import DEFAULT_LIMITS, ENTRY_BYTES
+
+    wide = max(s.dtype.itemsize, 4)
+    dead = int(DEAD_SHARE * s.d_sae)
+    made = s.batch_size * min(s.k_aux, dead) * ENTRY_BYTES
+    made = min(made, DEFAULT_LIMITS.entry_bytes)
+    rows = AUX_COPIES * wide * s.batch_size * s.d_out
+    return rows + max(made - entries, 0) + int(2 * wide * DEAD_SHARE * matrix)
 
 
 def _density(s: Settings) -> float:

@@ -30,5 +30,5 @@ def terms(settings: Settings, step: int, dead: Tensor) -> list[LossTerm]:
         if preset.frequency:
             found.append(Frequency(preset.frequency, w0=preset.frequency_scale))
     elif preset.auxk > 0 and bool(dead.any()):
-        found.append(AuxK(dead, max(s.d_in // 2, 1), preset.auxk))
+        found.append(AuxK(dead, s.k_aux, preset.auxk))
     return found

@@ -132,6 +132,11 @@ class Settings:
             return self.init_l0
         return min(2 * (self.preset.target_l0_start or self.target_l0), self.d_sae / 2)
 
+    @property
+    def k_aux(self) -> int:
+        """Dead latents that reconstruct a token's residual; half the width (arXiv 2406.04093)."""
+        return max(self.d_in // 2, 1)
+
     def record(self) -> dict[str, Any]:
         """As JSON, without what may differ between two runs that are the same."""
         read = asdict(self) | {"dtype": str(self.dtype), "autocast": str(self.autocast)}
