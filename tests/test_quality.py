@@ -1,4 +1,4 @@
-"""`bench/quality.py`: what it trains, what it keeps, its verdicts."""
+"""`bench/quality.py`: what it trains, what it keeps, its verdicts, the documented table."""
 
 from __future__ import annotations
 
@@ -92,3 +92,12 @@ def test_a_target_missed_by_one_seed_is_missed(fvu: float, l0: float, holds: lis
     rows = quality.summary([*results, result("dense", 2, 0.2, 30.0), result("fused", 2, fvu, l0)])
     found = quality.checks(rows)
     assert [check["holds"] for check in found] == holds and {c["run"] for c in found} == {"fused"}
+
+
+def test_the_documented_table_is_that_of_the_results() -> None:
+    found = json.loads((ROOT / "bench" / "results" / "quality.json").read_text())
+    written = (ROOT / "docs" / "quality.md").read_text().splitlines()
+    lines = quality.table(quality.summary(found["runs"]))
+    assert [line for line in written if line.startswith("|")] == lines
+    assert quality.checks(found["summary"]) == found["checks"]
+    assert any(found["commit"] in line for line in written)
