@@ -52,18 +52,23 @@ def entries_of(acts: gsf.SparseActs) -> list[Tensor]:
     return [acts.offsets, acts.indices, acts.values.detach(), acts.gate.detach()]
 
 
-def compare(screen: Callable[[str], None], data: Data, center: Tensor | None = None) -> None:
+def compare(
+    screen: Callable[[str], None],
+    data: Data,
+    center: Tensor | None = None,
+    bandwidth: float = 0.3,
+) -> None:
     """All three encoders: screened and packed against direct."""
     screen("always")
     codes = torch.ops.gemmascope_fast.pack_encoder(data[1], center)
     for name in ENCODERS:
         screen("never")
-        expected = call(name, data)
+        expected = call(name, data, bandwidth)
         screen("always")
-        found = call(name, data)
+        found = call(name, data, bandwidth)
         assert gsf.explain().path == "screened" or 0 in (data[0].numel(), data[1].numel())
         assert_bits(found, expected, name)
-        assert_bits(call(name, data, packed=codes), expected, f"{name}, packed")
+        assert_bits(call(name, data, bandwidth, codes), expected, f"{name}, packed")
 
 
 def draw(n: int, d: int, f: int, seed: int = 0, rank: float = 1.5) -> Data:
@@ -160,6 +165,22 @@ def zeros() -> Data:
     return x, W, b, torch.zeros(200)
 
 
+def subnormal_biases(x_zero: bool) -> Data:
+    """Rows of zeros have no margin: the sign of what remains decides, however small it is."""
+    x, W, _, _ = draw(20, 64, 100)
+    x, W = (x * 0, W * 1e6) if x_zero else (x * 1e9, W * 0)
+    b = torch.zeros(100)
+    b[::25], b[1::25], b[2::25] = 1e-45, 1e-40, -1e-45  # few: more would not be screened
+    return x, W, b, torch.zeros(100)
+
+
+def switched_off() -> Data:
+    """Most latents can never fire."""
+    x, W, b, t = draw(20, 64, 200)
+    t[8:] = float("inf")
+    return x, W, b, t
+
+
 def huge_biases() -> Data:
     x, W, b, t = draw(20, 128, 300)
     b[::3], t[::3] = 1e30, 1e30
@@ -188,6 +209,7 @@ CASES: dict[str, Callable[[], Data]] = {
     "subnormal products": lambda: scaled(1e-22, 1e-22),
     "huge": lambda: scaled(1e30),
     "overflowing": lambda: scaled(1e30, 1e12),
+    "switched off": switched_off,
     "huge biases": huge_biases,
     "every row its own size": every_row_its_own_size,
 }
@@ -196,6 +218,11 @@ CASES: dict[str, Callable[[], Data]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_awkward_data(screen: Callable[[str], None], case: str) -> None:
     compare(screen, CASES[case]())
+
+
+@pytest.mark.parametrize("x_zero", [True, False])
+def test_subnormal_biases_beside_rows_of_zeros(screen: Callable[[str], None], x_zero: bool) -> None:
+    compare(screen, subnormal_biases(x_zero), bandwidth=0.0)
 
 
 @pytest.mark.parametrize("case", ["contiguous outliers", "common part", "one row differs", "tiny"])
@@ -268,6 +295,26 @@ def test_how_few_candidates_remain(screen: Callable[[str], None]) -> None:
         assert 0 < gsf.explain().candidates < most * entries[1].numel(), case
 
 
+def test_latents_that_are_switched_off_cost_nothing(screen: Callable[[str], None]) -> None:
+    screen("always")
+    data = switched_off()
+    call("jumprelu_encode", data, bandwidth=0.0)
+    said = gsf.explain()
+    assert said.direct_blocks == 0 and said.candidates <= 8 * data[0].shape[0], str(said)
+
+
+def test_nan_has_one_form(screen: Callable[[str], None]) -> None:
+    """Which of two NaN an instruction passes on is not fixed."""
+    forms = torch.tensor([0x7FC00001, 0x7FC00002, -0x3FFFFD], dtype=torch.int32).view(torch.float32)
+    x, W, b, t = draw(4, 64, 100)
+    x[0, 3], W[3, 5], W[9, 7] = forms
+    for mode in ("always", "never"):
+        screen(mode)
+        values = call("topk_encode", (x, W, b, t))[2]
+        assert values.isnan().sum() == 12
+        assert set(values[values.isnan()].view(torch.int32).tolist()) == {0x7FC00000}, mode
+
+
 def test_edits_between_calls_are_seen(screen: Callable[[str], None]) -> None:
     """Nothing is kept from call to call, and `.data` edits count no version."""
     screen("always")
@@ -309,6 +356,7 @@ torch.set_num_threads({threads})
 digest = hashlib.sha256()
 for data in (t.draw(130, 640, 900), t.outliers(True), t.shifted(5.0), t.integers()):
     codes = torch.ops.gemmascope_fast.pack_encoder(data[1], None)
+    digest.update(codes.numpy().tobytes())
     for name in t.ENCODERS:
         for packed in (None, codes):
             for out in t.call(name, data, packed=packed):
@@ -391,6 +439,18 @@ def test_packed_bytes() -> None:
     W = torch.empty(1152, 65536)
     assert gsf.packing.packed_bytes(1152, 65536) <= 1.05 * W.numel()
     assert gsf.pack(torch.randn(640, 480)).nbytes == gsf.packing.packed_bytes(640, 480)
+
+
+@pytest.mark.parametrize("f", [1, 17, 49])
+def test_packing_twice_gives_the_same_bytes(f: int) -> None:
+    """Past the last latent too, whatever was in the memory before."""
+    W, found = torch.randn(200, f), []
+    for byte in (1, 2, 3, 4):
+        stale = torch.full((gsf.packing.packed_bytes(200, f),), byte, dtype=torch.uint8)
+        del stale
+        found.append(gsf.pack(W))
+    assert all(torch.equal(found[0].codes, other.codes) for other in found)
+    assert found[0] == found[0] != found[1]  # compared as objects: tensors have no single truth
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -484,8 +544,30 @@ def test_what_changes_weights_unfreezes() -> None:
     module.load_state_dict(other.state_dict())
     with torch.no_grad():
         assert_bits(entries_of(module.encode(x)), entries_of(other.encode(x)), "loaded")
-    module.freeze().to(torch.bfloat16)
-    assert module.packed is None
+    for change in (
+        lambda: module.to(torch.bfloat16),
+        lambda: module.load_state_dict(other.state_dict()),
+        lambda: setattr(module, "W_enc", torch.nn.Parameter(torch.zeros(64, 200))),
+        lambda: module.reset_parameters(),
+    ):
+        module.freeze()
+        change()
+        assert module.packed is None and all(p.requires_grad for p in module.parameters())
+
+
+def test_a_frozen_module_that_wants_gradients_is_an_error() -> None:
+    module = gsf.SAE(64, 200, gsf.TopK(5), semantics="saelens_6").freeze()
+    module.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"encode: frozen parameters require .* unfreeze\(\)"):
+        module.encode(torch.randn(3, 64))
+
+
+def test_freeze_that_fails_changes_nothing() -> None:
+    module = gsf.SAE(64, 200, gsf.JumpReLU(0.1, 1.0))
+    with pytest.raises(ValueError, match="center must have shape"):
+        module.freeze(center=torch.zeros(3))
+    assert module.packed is None and module.training
+    assert all(p.requires_grad for p in module.parameters())
 
 
 def test_no_packing_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:

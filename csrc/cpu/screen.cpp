@@ -36,8 +36,8 @@ namespace {
 
 constexpr double kUnit = 0x1p-24;  // rounding of one float32 operation, relative
 constexpr double kInf = std::numeric_limits<double>::infinity();
-// Sums of squares have a relative error of (d / 4 + 8) units, products and square roots a few.
-constexpr double kInflate = 1 + 0x1p-11;
+// Sums of squares have a relative error of (d / 4 + 8) units, 2^-10 at most, their roots half of that, products a few units.
+constexpr double kInflate = 1 + 0x1p-10;
 // Rounding of a transform: 8 stages, the subtraction of the centre, the multiplication by `inverse`.
 constexpr double kTransform = 12 * kUnit;
 // Arithmetic of the bound and the conversion of q . p, relative to |y_i| |y_j|.
@@ -53,7 +53,13 @@ bool in_range(float largest, float raw_squared) {
   return largest >= kSmallest && largest <= kLargest;
 }
 
-float lower(double v) { return static_cast<float>(v - std::abs(v) * 0x1p-21); }
+// At most v, by more than the float32 arithmetic that follows can add. Where a row of zeros leaves no margin the sign decides:
+// a negative value must not vanish in the products to come. Elsewhere 2^-60 is far below the margin.
+float lower(double v) {
+  if (std::isinf(v)) return static_cast<float>(v);
+  const double low = v - std::abs(v) * 0x1p-21;
+  return static_cast<float>(v < 0 ? std::min(low, -0x1p-60) : low);
+}
 
 }  // namespace
 
@@ -124,12 +130,14 @@ void quantise_latents(const PaddedRows& w, int64_t begin, int64_t count, const f
     const int64_t first = g * kGroupRows;
     const int64_t rows = std::clamp<int64_t>(count - first, 0, kGroupRows);
     uint8_t* own = codes + first * d;
-    QuantisedRows q = {};
-    if (rows > 0) {
-      w.lanes(begin + first, rows, scratch.rows, lanes);
-      screens().quantise(lanes, w.cols(), d, nullptr, center, work, reinterpret_cast<int8_t*>(own),
-                         nullptr, &q);
+    if (rows == 0) {  // beyond d_sae
+      std::fill(own, own + kGroupRows * d, uint8_t{0x80});
+      continue;
     }
+    QuantisedRows q;
+    w.lanes(begin + first, rows, scratch.rows, lanes);
+    screens().quantise(lanes, w.cols(), d, nullptr, center, work, reinterpret_cast<int8_t*>(own),
+                       nullptr, &q);
     for (int64_t i = 0; i < kGroupRows * d; ++i) own[i] ^= 0x80;
     for (int64_t r = 0; r < rows; ++r) {
       const bool ok = in_range(q.largest[r], q.raw_squared[r]) && std::isfinite(q.dot[r]);

@@ -27,6 +27,7 @@ namespace {
 
 constexpr char kOp[] = "topk_encode";
 constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 struct Candidate {
   float value;  // > 0 or NaN
@@ -154,7 +155,8 @@ void write_row(std::vector<Candidate>& row, int64_t k, int32_t* indices, float* 
     const bool positive = next < row.size() && (zeros == 0 || row[next].latent == latent);
     if (positive) latent = row[next].latent;
     indices[e] = static_cast<int32_t>(latent);
-    values[e] = positive ? row[next].value : 0.0f;
+    const float value = positive ? row[next].value : 0.0f;
+    values[e] = std::isnan(value) ? kNaN : value;  // whose bits it had depends on the instructions
     gate[e] = positive ? 1.0f : 0.0f;
     positive ? ++next : static_cast<size_t>(--zeros);
   }

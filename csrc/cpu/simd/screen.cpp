@@ -66,7 +66,8 @@ static inline void round4(F16x (&y)[4], int8_t* codes) {
   for (int e = 0; e < 4; ++e) {
     for (int l = 0; l < 16; ++l) {
       // Codes of rows that are not finite are never used; the conversion must be defined all the same.
-      const float r = y[e].v[l] >= -128.0f && y[e].v[l] <= 127.0f ? y[e].v[l] : 0.0f;
+      // A row's largest element can be an ulp above 127.
+      const float r = y[e].v[l] > -127.5f && y[e].v[l] < 127.5f ? y[e].v[l] : 0.0f;
       y[e].v[l] = __builtin_rintf(r);
       codes[l * 4 + e] = static_cast<int8_t>(y[e].v[l]);
     }
