@@ -103,7 +103,10 @@ def encode(module: SAE, x: Tensor, max_nnz: int | None = None) -> SparseActs:
 def packed_encode(
     packed: PackedEncoder, given: Effective, max_nnz: int | None = None
 ) -> SparseActs:
-    """Sparse activations of a frozen module."""
+    """Sparse activations of a frozen module, which has no gradients of its own."""
+    own = [given.b_enc] if given.threshold is None else [given.b_enc, given.threshold]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in [packed.W_enc, *own]):
+        raise RuntimeError("encode: frozen parameters require gradients again; call unfreeze()")
     encoder, activation = (given.x, packed, given.b_enc), given.activation
     if isinstance(activation, JumpReLU):
         assert given.threshold is not None

@@ -21,17 +21,19 @@ class Frozen(nn.Module):
         """Promise that the weights stay, so that `encode` can use codes made once (`pack`).
 
         Parameters stop requiring gradients and the module goes to evaluation mode. Moving,
-        converting or loading weights undoes it, as `unfreeze` does; editing them in place breaks
-        the promise, which `check=True` finds out in every call.
+        converting, loading or replacing weights undoes it, as `unfreeze` does; editing them in
+        place breaks the promise, which `check=True` finds out in every call.
 
         Args:
             center: as for `pack`.
             check: as for `pack`.
         """
-        self.unfreeze().eval().requires_grad_(False)
+        self.unfreeze()
         with torch.no_grad():
             given = effective(cast("Any", self), self.W_enc.new_zeros(0, self.W_enc.shape[0]))
-            self.packed = pack(given.W_enc, center=center, check=check)
+            packed = pack(given.W_enc, center=center, check=check)
+        self.eval().requires_grad_(False)
+        self.packed = packed
         return self
 
     def unfreeze(self) -> Self:
@@ -41,6 +43,11 @@ class Frozen(nn.Module):
             self.requires_grad_(True)
         return self
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Serve assignments: a parameter that replaces another has no codes."""
+        self.unfreeze()
+        super().register_parameter(name, param)
+
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
-        self.packed = None
+        self.unfreeze()
         super()._load_from_state_dict(*args, **options)

@@ -111,6 +111,7 @@ class SAE(Pretrained, Frozen):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the initial weights."""
+        self.unfreeze()
         _unit_rows_(self.W_dec, generator)
         if self.d_in == self.d_out:
             self.W_enc.copy_(self.W_dec.t())
@@ -163,7 +164,7 @@ class SAE(Pretrained, Frozen):
             kept = torch.float32 if t.dtype == torch.float64 else t.dtype
             return t.to(moved.device, kept) if rounded else moved
 
-        self.packed = None
+        self.unfreeze()
         return super()._apply(keep_vectors, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def encode(self, x: Tensor, *, max_nnz: int | None = None) -> SparseActs:

@@ -19,7 +19,7 @@ from .checks import check_float, check_vector
 NATIVE = "pack_encoder"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedEncoder:
     """`W_enc` with its codes; the encoders take it in place of `W_enc`.
 
