@@ -44,7 +44,7 @@ PackedEncoder::PackedEncoder(const char* op, const Tensor& bytes, int64_t d_in, 
     fail(op, "packed must come from pack() of a W_enc of shape [", d_in, ", ", d_sae, "]");
   }
   const uint8_t* data = static_cast<const uint8_t*>(bytes.data_ptr());
-  if (reinterpret_cast<uintptr_t>(data) % 16 != 0) fail(op, "packed must be 16-byte aligned");
+  if (reinterpret_cast<uintptr_t>(data) % 4 != 0) fail(op, "packed must be 4-byte aligned");
   d_ = screened_width(d_in);
   block_bytes_ = block_bytes(d_in);
   center_ = header.centered == 0 ? nullptr : reinterpret_cast<const float*>(data + kHeaderBytes);

@@ -7,6 +7,7 @@ the largest element; the loss both as `SAE.loss` of terms and composed of `gsf.l
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,10 @@ from torch import Tensor, nn
 import gemmascope_fast as gsf
 from gemmascope_fast import losses
 from gemmascope_fast import training as t
+
+# Read when the libraries are imported, which is after this module.
+os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # its CPU path
+os.environ.setdefault("WANDB_MODE", "disabled")
 
 N, D, F = 40, 24, 96
 SEEDS = (0, 1, 2)
