@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Self, cast
 
 import torch
@@ -47,6 +48,10 @@ class Frozen(nn.Module):
         """Serve assignments: a parameter that replaces another has no codes."""
         self.unfreeze()
         super().register_parameter(name, param)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.unfreeze()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         self.unfreeze()

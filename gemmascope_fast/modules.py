@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .activations import Activation, BatchTopK, JumpReLU, TopK
 from .effective import decoded, encoded, folded
 from .freezing import Frozen
+from .initial import unit_rows_
 from .pretrained import Pretrained
 from .semantics import Semantics, as_semantics
 from .sparse import SparseActs
@@ -112,11 +113,11 @@ class SAE(Pretrained, Frozen):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the initial weights."""
         self.unfreeze()
-        _unit_rows_(self.W_dec, generator)
+        unit_rows_(self.W_dec, generator)
         if self.d_in == self.d_out:
             self.W_enc.copy_(self.W_dec.t())
         else:
-            _unit_rows_(self.W_enc.t(), generator)
+            unit_rows_(self.W_enc.t(), generator)
         self.b_enc.zero_()
         self.b_dec.zero_()
         if isinstance(self.activation, JumpReLU) and self.threshold is not None:
@@ -164,8 +165,7 @@ class SAE(Pretrained, Frozen):
             kept = torch.float32 if t.dtype == torch.float64 else t.dtype
             return t.to(moved.device, kept) if rounded else moved
 
-        self.unfreeze()
-        return super()._apply(keep_vectors, recurse)  # type: ignore[no-untyped-call, no-any-return]
+        return super()._apply(keep_vectors, recurse)
 
     def encode(self, x: Tensor, *, max_nnz: int | None = None) -> SparseActs:
         """Sparse activations of `x [*batch, d_in]`.
@@ -291,12 +291,3 @@ class Transcoder(SAE):
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction `[*batch, d_out]` in the dtype of x."""
         return self.decode(self.encode(x), x, dtype=x.dtype)
-
-
-def _unit_rows_(rows: Tensor, generator: torch.Generator | None) -> None:
-    """Fill `rows [f, d]` He-uniform and scale each row to unit norm."""
-    nn.init.kaiming_uniform_(rows, generator=generator)
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    for part in torch.split(rows, 1024):  # of 16-bit rows torch would hold float32 copies
-        norms = torch.linalg.vector_norm(part, dim=1, keepdim=True, dtype=wide)
-        part.div_(norms)  # the norm itself not rounded: all of a row would be off by its error
