@@ -73,13 +73,10 @@ def test_the_estimate_bounds_what_a_process_takes(name: str) -> None:
 
 @LINUX
 @NATIVE
-@pytest.mark.parametrize("options", [{}, {"d_sae": 32768, "dtype": "bfloat16", "moments": "8bit"}])
-def test_checkpoints_are_written_and_read_within_the_estimate(
-    options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_checkpoints_are_written_and_read_within_the_estimate(tmp_path: Path) -> None:
     ratios = []
     for at in range(3):
-        run = CHECKPOINTED | options | {"out": str(tmp_path / str(at))}
+        run = CHECKPOINTED | {"out": str(tmp_path / str(at))}
         ratios.append((ratio(run)[0], ratio(run)[0]))
         if min(ratios[-1]) >= 1 and max(ratios[-1]) <= 1.15:
             return
