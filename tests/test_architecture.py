@@ -28,7 +28,7 @@ LAYERS = [
     ("functional",),
     ("losses", "semantics"),
     ("effective",),
-    ("freezing",),
+    ("freezing", "initial"),
     ("pretrained", "training.__init__", "training.losses"),
     ("modules",),
     ("optim",),
