@@ -65,7 +65,8 @@ def pack(W_enc: Tensor, *, center: Tensor | None = None, check: bool = False) ->
     `jumprelu_encode`, `topk_encode` and `batchtopk_encode` take the result in place of `W_enc` and
     return the same bits, faster: their int8 codes need not be made in every call, and few tokens
     read one byte per weight. Changing `W_enc` afterwards, `.data` edits included, makes results
-    wrong; `check=True` finds that out, at the price of reading the weights in every call.
+    wrong; `check=True` finds that out, at the price of reading the weights in every call. A
+    processor without int8 dot products does not use the codes (`explain` says so).
 
     Args:
         W_enc: `[d_in, d_sae]` float32, bfloat16, float16 or float64, any strides.
