@@ -50,7 +50,7 @@ struct EncodeTiles {
   int32_t* invalid;           // [n] smallest latent whose pre or threshold is NaN (kPerLatent); starts at d_sae
 
   // Second pass: only strips with run + count > arena are computed, nothing is reserved or counted, and the records go to
-  // rest[run - rest_begin + ...]. Null in the first pass.
+  // rest[run - rest_begin ...], rest_begin = max(arena - kMaxRun, 0). Null in the first pass.
   uint64_t* rest;
   uint64_t rest_begin;
 };
