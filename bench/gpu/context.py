@@ -50,6 +50,8 @@ class Settings:
 
     device: str = "cuda"
     quick: bool = False
+    only_latents: tuple[int, ...] = ()
+    only_l0s: tuple[int, ...] = ()
 
     @property
     def n(self) -> int:
@@ -61,12 +63,12 @@ class Settings:
 
     @property
     def latents(self) -> tuple[int, ...]:
-        return (512, 2048) if self.quick else (2**14, 2**16, 2**18, 2**20)
+        return self.only_latents or ((512, 2048) if self.quick else (2**14, 2**16, 2**18, 2**20))
 
     @property
     def l0s(self) -> tuple[int, ...]:
         """The default first: it is what the targets speak of, and time may end early."""
-        return (8,) if self.quick else (64, 16, 128)
+        return self.only_l0s or ((8,) if self.quick else (64, 16, 128))
 
     @property
     def steps(self) -> int:

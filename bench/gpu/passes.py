@@ -145,6 +145,9 @@ def composed_backward(p: Problem, e: Entries, d_recon: Tensor) -> Call:
 
 # ---- step
 
+LOSS_LATENTS = 2**16
+"""Largest dictionary that `SAE.loss` is timed with."""
+
 
 def step(ctx: Context) -> None:
     """Forward and backward of the mean squared error, and with Adam, against the dense step."""
@@ -180,7 +183,7 @@ def _step(ctx: Context, shape: Shape, rate: float, compiled: Any) -> dict[str, A
         "dense eager": too_large or (lambda: dense.step(p)),
         "torch.compile": too_large or (lambda: compiled(p)),
     }
-    if shape.d_sae <= ctx.settings.latents[1]:
+    if shape.d_sae <= LOSS_LATENTS:
         contenders["ours, SAE.loss"] = module_step(p)
     contenders[OURS_ADAM] = adam_step(module_of(p), p.x)
     too_large = dense.fits(shape, device, 4, 8)

@@ -37,7 +37,7 @@ def tests(ctx: Context) -> None:
     modules = device_modules(ROOT / "tests")
     if ctx.settings.quick:
         modules = [m for m in modules if m.name == "test_by_feature.py"]
-    workers = 1 if ctx.settings.quick else max(1, min(8, (os.cpu_count() or 2) // 2))
+    workers = 1 if ctx.settings.quick else max(1, min(16, (os.cpu_count() or 2) - 1))
     with ThreadPoolExecutor(workers) as pool:
         jobs = [pool.submit(ctx.row, m.name, lambda m=m: _module(ctx, m), 10) for m in modules]
     for job in jobs:

@@ -111,6 +111,8 @@ def command_of(program: Path, settings: Settings, path: Path) -> Start:
     """Starts parts by calling `program` again."""
     options = ["--device", settings.device, "--state", str(path)]
     options += ["--quick"] if settings.quick else []
+    for name, chosen in (("--latents", settings.only_latents), ("--l0s", settings.only_l0s)):
+        options += [name, ",".join(map(str, chosen))] if chosen else []
 
     def start(part: str, limit_s: float) -> list[str]:
         return [sys.executable, str(program), *options, "--worker", part, "--limit", str(limit_s)]

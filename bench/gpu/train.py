@@ -36,7 +36,7 @@ def train_1m(ctx: Context) -> None:
     estimate = 1 if s.quick else 60
     ctx.row(f"{s.steps} steps", lambda: _train(ctx, shape), estimate, shape=shape.json())
     free(device_of(ctx))
-    for d_sae in (s.latents[1], s.latents[-1]):
+    for d_sae in sorted({s.latents[min(1, len(s.latents) - 1)], s.latents[-1]}):
         start = Shape(s.n if s.quick else 1024, s.d, d_sae, d_sae // 2)
         ctx.row(
             f"dense start F={d_sae}", lambda start=start: _dense_start(ctx, start), estimate,
