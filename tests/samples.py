@@ -47,6 +47,7 @@ class Problem:
         return self.x, self.W_enc, self.b_enc
 
 
+@torch.device("cpu")  # whatever the default device of the calling test is
 def problem(
     n: int = 13,
     d_in: int = 23,
