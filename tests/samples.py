@@ -47,7 +47,6 @@ class Problem:
         return self.x, self.W_enc, self.b_enc
 
 
-@torch.device("cpu")  # whatever the default device of the calling test is
 def problem(
     n: int = 13,
     d_in: int = 23,
@@ -68,15 +67,17 @@ def problem(
 
     def draw(*shape: int) -> Tensor:
         if integer:
-            return torch.randint(-2, 3, shape, generator=g).float()
-        return torch.randn(*shape, generator=g)
+            return torch.randint(-2, 3, shape, generator=g, device="cpu").float()
+        return torch.randn(*shape, generator=g, device="cpu")
 
     scale = 1.0 if integer else max(d_in, 1) ** -0.5
     return Problem(
         x=draw(n, d_in).to(x_dtype),
         W_enc=(draw(d_sae, d_in) * scale).to(w_dtype).t(),
         b_enc=draw(d_sae) * (1.0 if integer else 0.1),
-        threshold=draw(d_sae) if integer else 0.2 + 0.3 * torch.rand(d_sae, generator=g),
+        threshold=draw(d_sae)
+        if integer
+        else 0.2 + 0.3 * torch.rand(d_sae, generator=g, device="cpu"),
         W_dec=draw(d_sae, d_out).to(w_dtype),
         b_dec=draw(d_out),
     )
@@ -142,7 +143,9 @@ def encode_backward_args(
     """Arguments of `encode_backward` with every gradient wanted."""
     offsets, indices, values, gate, _, *view = jumprelu_entries(p, bandwidth, max_nnz)
     g = torch.Generator().manual_seed(9)
-    d_values, d_gate = (torch.randn(values.shape, generator=g).to(values.dtype) for _ in range(2))
+    d_values, d_gate = (
+        torch.randn(values.shape, generator=g, device="cpu").to(values.dtype) for _ in range(2)
+    )
     inputs = [d_values, d_gate, p.x, p.W_enc, p.threshold, bandwidth]
     return [*inputs, offsets, indices, values, gate, *view, True, True, True, True]
 
@@ -151,7 +154,9 @@ def decode_backward_args(p: Problem, max_nnz: int | None = None) -> list[Any]:
     """Arguments of `decode_backward` with every gradient wanted."""
     offsets, indices, values, _, _, *view = jumprelu_entries(p, max_nnz=max_nnz)
     g = torch.Generator().manual_seed(9)
-    d_recon = torch.randn(p.x.shape[0], p.W_dec.shape[1], generator=g).to(p.W_dec.dtype)
+    d_recon = torch.randn(p.x.shape[0], p.W_dec.shape[1], generator=g, device="cpu").to(
+        p.W_dec.dtype
+    )
     return [d_recon, offsets, indices, values, p.W_dec, *view, True, True, True]
 
 
@@ -165,8 +170,10 @@ def sae_backward_args(
     stacked = torch.cat([p.x + s for s in range(sets)]).to(p.x.dtype)
     offsets, indices, values, gate, _, *view = jumprelu_entries(p.with_(x=stacked), bandwidth)
     shape = (len(group_ends), sets * p.x.shape[0], d_out)
-    d_recon = torch.randn(shape, generator=g).to(p.W_dec.dtype)
-    d_values, d_gate = (torch.randn(values.shape, generator=g).to(values.dtype) for _ in range(2))
+    d_recon = torch.randn(shape, generator=g, device="cpu").to(p.W_dec.dtype)
+    d_values, d_gate = (
+        torch.randn(values.shape, generator=g, device="cpu").to(values.dtype) for _ in range(2)
+    )
     inputs = [p.x, p.W_enc, p.threshold, bandwidth, p.W_dec, d_recon, list(group_ends)]
     return [*inputs, offsets, indices, values, gate, d_values, d_gate, *view, True]
 
@@ -206,7 +213,7 @@ def adam_step_args(
 ) -> list[Any]:
     """Arguments of `adam_step_` at step 3; half of the rows have a gradient."""
     g = torch.Generator().manual_seed(9)
-    gradient = torch.randn(weight.shape, generator=g)
+    gradient = torch.randn(weight.shape, generator=g, device="cpu")
     gradient[::2] = 0
     state = adam_state(weight, moments, beta1)
     return [weight, state, gradient, [0.1, beta1, 0.9, 1e-8], [3, tail, 1, 1, 11]]
