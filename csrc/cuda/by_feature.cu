@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <cub/device/device_radix_sort.cuh>
 #include <limits>
 #include <tuple>
 
@@ -32,6 +33,15 @@ void check_arguments(const Tensor& offsets, const Tensor& indices, int64_t d_sae
   if (d_sae < 0 || d_sae > std::numeric_limits<int32_t>::max()) {
     fail(kOp, "d_sae must be in [0, 2^31), got ", d_sae);
   }
+}
+
+// With workspace null only *bytes, the sort's need, is set.
+cudaError_t by_feature_sort(const ByFeature& p, void* workspace, size_t* bytes,
+                            cudaStream_t stream) {
+  int bits = 1;
+  while (bits < 32 && (p.d_sae >> bits) != 0) ++bits;
+  return cub::DeviceRadixSort::SortPairs(workspace, *bytes, p.keys, p.keys + p.capacity,
+                                         p.positions, p.permutation, p.capacity, 0, bits, stream);
 }
 
 void launch(const ByFeature& p, const Tensor& like, cudaStream_t stream) {

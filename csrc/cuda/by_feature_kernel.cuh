@@ -1,4 +1,4 @@
-// Device code of by_feature: keys, stable radix sort (CUB), segment bounds.
+// Device code of by_feature around the stable radix sort (CUB, by_feature.cu): its keys, segment bounds.
 //
 //   keys[e]             latent of entry e, or d_sae for padding and for latents out of range (they sort last)
 //   feature_offsets[j]  first sorted position whose key is >= j
@@ -8,10 +8,7 @@
 // radix sort is stable and touches ceil(log2(d_sae + 1)) key bits; it is bound by memory bandwidth, as are the kernels.
 #pragma once
 
-#include <cuda_runtime_api.h>
-#include <stdint.h>
-
-#include <cub/device/device_radix_sort.cuh>
+#include "cuda/device.cuh"
 
 namespace gemmascope_fast {
 
@@ -71,15 +68,6 @@ __global__ void __launch_bounds__(kByFeatureThreads) by_feature_padding_kernel(B
 inline unsigned by_feature_blocks(int64_t size) {
   const int64_t blocks = (size + kByFeatureThreads - 1) / kByFeatureThreads;
   return static_cast<unsigned>(blocks<1 ? 1 : blocks>(1 << 20) ? 1 << 20 : blocks);
-}
-
-// With workspace null only *bytes, the sort's need, is set.
-inline cudaError_t by_feature_sort(const ByFeature& p, void* workspace, size_t* bytes,
-                                   cudaStream_t stream) {
-  int bits = 1;
-  while (bits < 32 && (p.d_sae >> bits) != 0) ++bits;
-  return cub::DeviceRadixSort::SortPairs(workspace, *bytes, p.keys, p.keys + p.capacity,
-                                         p.positions, p.permutation, p.capacity, 0, bits, stream);
 }
 
 }  // namespace gemmascope_fast

@@ -14,6 +14,7 @@
 #include "cpu/simd/row.h"
 #include "cpu/simd/screen.h"
 #include "cpu/simd_target.h"
+#include "testing/registry.h"
 
 namespace gemmascope_fast {
 namespace {
@@ -231,6 +232,8 @@ PYBIND11_MODULE(_testing, m) {
         py::arg("first"), py::arg("acc"));
   m.def("row_dot_axpy", &row_dot_axpy, py::arg("target"), py::arg("rows"), py::arg("coef"),
         py::arg("first"), py::arg("w"), py::arg("acc"));
+
+  for (const Bind bind : bindings()) bind(m);
 }
 
 }  // namespace gemmascope_fast
