@@ -1,7 +1,5 @@
 #include "testing/cuda_fibers.h"
 
-#include <link.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -14,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "testing/cuda_shared.h"
 #include "testing/cuda_stacks.h"
 
 namespace cuda_on_cpu {
@@ -22,40 +21,7 @@ Current current;
 
 namespace {
 
-constexpr int kPoison = 0xFF;
 constexpr size_t kMostShared = 227 << 10;
-
-// The thread_local variables of this library, as the calling thread has them; the shared variables of kernels are there.
-class ThreadLocals {
- public:
-  ThreadLocals() {
-    dl_iterate_phdr(&ThreadLocals::find, this);
-    if (begin_ == nullptr)
-      throw std::runtime_error("the library's thread-local memory is not found");
-    saved_.assign(begin_, begin_ + size_);
-  }
-  ~ThreadLocals() { memcpy(begin_, saved_.data(), size_); }
-  void poison() { memset(begin_, kPoison, size_); }
-
- private:
-  static int find(dl_phdr_info* info, size_t, void* self) {
-    static thread_local volatile char one_of_them = 0;
-    one_of_them = 0;
-    const char* wanted = const_cast<const char*>(&one_of_them);
-    char* data = static_cast<char*>(info->dlpi_tls_data);
-    for (int i = 0; i < info->dlpi_phnum && data != nullptr; ++i) {
-      const auto& header = info->dlpi_phdr[i];
-      if (header.p_type == PT_TLS && wanted >= data && wanted < data + header.p_memsz) {
-        static_cast<ThreadLocals*>(self)->begin_ = data;
-        static_cast<ThreadLocals*>(self)->size_ = header.p_memsz;
-      }
-    }
-    return 0;
-  }
-  char* begin_ = nullptr;
-  size_t size_ = 0;
-  std::vector<char> saved_;
-};
 
 struct NamedBarrier {
   int threads = 0, arrived = 0;
@@ -128,10 +94,11 @@ Meeting* join(std::vector<Meeting*>* pending, const char* what, uint32_t mask, S
   }
   Meeting* m = machine.idle.back();
   machine.idle.pop_back();
-  *m = {};
   m->what = what;
   m->site = site;
   m->mask = mask;
+  m->arrived = 0;
+  m->threads = m->leaving = m->count = 0;
   pending->push_back(m);
   return m;
 }
@@ -287,8 +254,8 @@ void run_grid(const char* kernel, const Shape& shape, void (*call)(const void*),
     ThreadLocals shared;
     for (const uint64_t block :
          block_order(uint64_t{1} * shape.grid.x * shape.grid.y * shape.grid.z)) {
-      shared.poison();
-      if (shape.shared_bytes > 0) memset(dynamic, kPoison, shape.shared_bytes);
+      shared.fill();
+      if (shape.shared_bytes > 0) memset(dynamic, kUnwritten, shape.shared_bytes);
       error = run_block(shape, block);
       if (!error.empty()) break;
     }
