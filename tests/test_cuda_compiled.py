@@ -1,0 +1,117 @@
+"""Every CUDA kernel of the built library: resources, and instructions that must or must not be."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import compiling_cuda as compiled
+import pytest
+
+if compiled.missing():
+    pytest.skip(compiled.missing(), allow_module_level=True)
+
+ARCHITECTURES = compiled.architectures()
+SLACK = 1.05
+"""Instructions may grow by this factor: compiler releases schedule differently."""
+
+MEANT: dict[str, tuple[str, ...]] = {}
+"""Expressions for a kernel's name (from its beginning) and for opcodes that it must contain."""
+
+ONLY: dict[str, str] = {}
+"""Kernels of one architecture: elsewhere nothing is left of them."""
+
+ROUNDED: set[str] = set()
+"""Kernels whose bits other kernels and other backends share: each operation rounds."""
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_compiles_within_its_budget(architecture: str) -> None:
+    found = compiled.reports(architecture)
+    budget = json.loads(compiled.BUDGET.read_text()).get(architecture, {})
+    assert sorted(found) == sorted(budget), "kernels without a budget, or the other way round"
+    over = {
+        f"{name}, {key}": f"{now}, budget {budget[name][key]}"
+        for name, report in found.items()
+        for key, now in report.measured.items()
+        if now > budget[name][key] * (SLACK if key == "instructions" else 1)
+    }
+    assert not over, f"`python tests/compiling_cuda.py` writes the budget anew: {over}"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_kernel_of_the_sources_is_built(architecture: str) -> None:
+    sources = [path.read_text() for path in (compiled.ROOT / "csrc" / "cuda").glob("*.cu*")]
+    named = {
+        name
+        for text in sources
+        for name in re.findall(r"__global__[^{;]*?\b(\w+_kernel)\(", text, re.S)
+    }
+    assert sum(text.count("__global__") for text in sources) == len(named)
+    assert {compiled.stem(name) for name in compiled.reports(architecture)} == named
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nothing_is_in_local_memory(architecture: str) -> None:
+    # Spilled registers, and arrays indexed at run time.
+    local = {
+        name: (report.stack, report.count("LDL|STL"))
+        for name, report in compiled.reports(architecture).items()
+        if report.stack or report.count("LDL|STL")
+    }
+    assert local == {}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_sum_depends_on_the_order_of_threads(architecture: str) -> None:
+    atomic = re.compile(r"(RED|ATOM)\w*\..*\b(BF16|F16|F32|F64)")
+    for name, report in compiled.reports(architecture).items():
+        assert [code for code in report.opcodes if atomic.match(code)] == [], name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("kernel", MEANT)
+def test_contains_the_instructions_it_is_built_on(kernel: str, architecture: str) -> None:
+    found = {n: r for n, r in compiled.reports(architecture).items() if re.match(kernel, n)}
+    assert found
+    if ONLY.get(kernel, architecture) != architecture:
+        assert all(report.instructions < 10 for report in found.values())
+        return
+    for name, report in found.items():
+        for opcode in MEANT[kernel]:
+            assert report.count(opcode), f"{name} has no {opcode}"
+
+
+def test_the_optimizer_rounds_every_operation() -> None:
+    loose = re.compile(
+        r"\b(?:fma|(?:mul|add|sub|div)\.(?!rn)|sqrt\.(?!rn))[.\w]*f32\b|\bfma[.\w]*f32x2\b"
+    )
+    found = compiled.intermediate()
+    assert found, "no architecture carries PTX"
+    for name, text in found.items():
+        if compiled.stem(name) in ROUNDED:
+            assert loose.findall(text) == [], name
+    assert {compiled.stem(name) for name in found} >= ROUNDED
+
+
+def test_names_of_kernels() -> None:
+    names = {
+        "_ZN15gemmascope_fast22by_feature_keys_kernelENS_9ByFeatureE": "by_feature_keys_kernel",
+        "_ZN15gemmascope_fast16adam_step_kernelILi64EEEvNS_8AdamViewENS_12AdamGradientE": (
+            "adam_step_kernel<64>"
+        ),
+        "_ZN15gemmascope_fast16adam_slab_kernelILNS_8SlabWorkE2EEEvNS_8AdamViewE": (
+            "adam_slab_kernel<2>"
+        ),
+    }
+    assert {name: compiled.kernel(name) for name in names} == names
+
+
+def test_what_a_line_of_assembly_says() -> None:
+    text = """
+        /*0000*/                   LDC R1, c[0x0][0x37c] ;           /* 0x0000df00ff017b82 */
+                                                                     /* 0x000e220000000800 */
+        /*0010*/              @!P0 LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;   /* 0x0 */
+        /*12340*/             @UP1 UTMALDG.2D [UR8], [UR4] ;         /* 0x000 */
+    """
+    assert compiled.INSTRUCTION.findall(text) == ["LDC", "LDG.E.128.CONSTANT", "UTMALDG.2D"]
