@@ -14,11 +14,18 @@ namespace gemmascope_fast {
 constexpr int kStripTokens = 16;
 constexpr int64_t kMaxRun = 16 * 256;  // most records of one strip
 
-// A record: value in the low half; latent, and kOff for an entry that lies only in the window, in the high half.
-constexpr uint32_t kOff = 0x80000000u;
+// A record: pre-activation (float32) in the low half; column in the strip (8 bits), token in the strip (4 bits) and rank
+// among the token's hits in the strip (8 bits) from bit 32 on. That an entry lies only in the window is found by
+// place_kernel.cuh, which compares with the threshold again.
+constexpr int kRecordToken = 32 + 8;
+constexpr int kRecordRank = kRecordToken + 4;
+
+// A run: position of its first record in the low 48 bits, number of records (0 .. 4096) above.
+constexpr int kRunCount = 48;
+constexpr uint64_t kRunBegin = (static_cast<uint64_t>(1) << kRunCount) - 1;
 
 enum class Limit : int {
-  kPerLatent,  // JumpReLU: pre > threshold[j], or > threshold[j] - window: stored with value 0 and kOff
+  kPerLatent,  // JumpReLU: pre > threshold[j] - window
   kPerToken,   // TopK, BatchTopK: pre > bound[i], or pre is NaN (a hit whose value is NaN)
 };
 
@@ -28,11 +35,12 @@ struct EncodeTiles {
   const void* W;
   int64_t n, d, d_sae;
   int64_t x_stride, W_stride;
-  int64_t first, last;  // latents [first, last) are computed; `first` is a multiple of 256
-  const float* bias;    // [d_sae]
+  int64_t first,
+      last;  // latents [first, last) are computed, last <= d_sae; `first` is a multiple of 256
+  const float* bias;  // [d_sae]
 
-  // kPerLatent. limit[j] is at most threshold[j] - window - bias[j] minus the rounding of acc + bias, and NaN where any of
-  // them is: whatever is not `acc <= limit[j]` is decided exactly, by pre = acc + bias[j] rounded once.
+  // kPerLatent. limit[j] is the largest float whose sum with bias[j], rounded once, is <= threshold[j] - window: exactly
+  // `acc > limit[j]` is stored. It is NaN where the threshold is NaN or the bias is not finite.
   const float* limit;      // [d_sae]
   const float* threshold;  // [d_sae]
   float window;            // bandwidth / 2, or 0: no window entries
@@ -42,12 +50,14 @@ struct EncodeTiles {
 
   // Outputs. Column block c of the run covers latents first + c * width .. of `width` latents each, strip s covers tokens
   // 16 s .. 16 s + 15, strips = ceil(n / 16).
-  uint16_t* counts;           // [column blocks][strips * 16] hits of each token, 0 beyond n
-  uint64_t* runs;             // [column blocks][strips] position of the strip's first record (anything where it has none)
-  uint64_t* records;          // [arena]
-  uint64_t arena;             // records that fit
-  unsigned long long* needed; // records reserved by all strips, those that did not fit included; starts at 0
-  int32_t* invalid;           // [n] smallest latent whose pre or threshold is NaN (kPerLatent); starts at d_sae
+  uint16_t* counts;   // [column blocks][strips * 16] hits of each token, 0 beyond n
+  uint64_t* runs;     // [column blocks][strips] run of the strip, 0 where it has no hits
+  uint64_t* records;  // [arena]
+  uint64_t arena;     // records that fit
+  unsigned long long*
+      needed;  // records reserved by all strips, those that did not fit included; starts at 0
+  int32_t*
+      invalid;  // [n] smallest latent whose pre or threshold is NaN (kPerLatent); starts at d_sae
 
   // Second pass: only strips with run + count > arena are computed, nothing is reserved or counted, and the records go to
   // rest[run - rest_begin ...], rest_begin = max(arena - kMaxRun, 0). Null in the first pass.
