@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 namespace gemmascope_fast {
+inline namespace on_cuda {  // csrc/cpu has an EncodeTiles of its own
 
 constexpr int kStripTokens = 16;
 constexpr int64_t kMaxRun = 16 * 256;  // most records of one strip
@@ -65,4 +66,5 @@ struct EncodeTiles {
   uint64_t rest_begin;
 };
 
+}  // namespace on_cuda
 }  // namespace gemmascope_fast

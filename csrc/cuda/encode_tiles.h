@@ -1,0 +1,78 @@
+// Host side of the encoders: from x, W_enc, b_enc and a limit to the entries that pass it, as CSR.
+//
+//   encode_inputs   x and W_enc as the kernels read them; a copy only where dtypes or layouts ask for one
+//   encode_hits     the product with its limit, and the exact offsets of the result; nothing waits for the device
+//   encode_missing  again what the first arena had no room for
+//   place_hits      the entries in canonical order
+//
+// jumprelu_encode calls them one by one, TopK and BatchTopK call encode_candidates for each prefix of the latents.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "common/matrix.h"
+#include "cuda/encode_tiles.cuh"
+
+namespace gemmascope_fast {
+inline namespace on_cuda {
+
+// dtype, dimensions and device of an encoder's arguments.
+void check_encode(const char* op, const Tensor& x, const Tensor& W_enc, const Tensor& b_enc);
+
+// Rows are contiguous, begin at multiples of 16 bytes, and have a multiple of 16 bytes, zeros behind d.
+struct EncodeInputs {
+  Tensor x;     // [n, d]
+  Tensor W;     // [d_sae, d]
+  Tensor bias;  // [d_sae] float32
+  Dtype dtype;  // of x and W; float32 where they differed
+  int64_t n() const { return x.size(0); }
+  int64_t d_sae() const { return W.size(0); }
+};
+EncodeInputs encode_inputs(const Tensor& x, const Tensor& W_enc, const Tensor& b_enc);
+
+// What to keep of latents [first, last). `first` is a multiple of 256.
+struct EncodeLimit {
+  Limit kind;
+  Tensor
+      values;  // kPerLatent: threshold [d_sae]; kPerToken: bound [n], never negative. float32, contiguous
+  float window = 0.0f;  // kPerLatent: bandwidth / 2
+  int64_t first, last;
+};
+
+struct EncodeHits {
+  EncodeTiles tiles;
+  Limit kind;
+  Dtype dtype;
+  int width;  // latents of a column block
+  Tensor limit, counts, bases, runs, records, rest, invalid;
+  Tensor reserved;  // [1] int64: records of all strips
+  Tensor offsets;   // [n + 1] int64: of the CSR with all entries
+};
+EncodeHits encode_hits(const char* op, const EncodeInputs& in, const EncodeLimit& limit,
+                       int64_t arena, cudaStream_t stream);
+
+// `reserved` is the value of hits.reserved, larger than the arena.
+void encode_missing(const char* op, EncodeHits& hits, int64_t reserved, cudaStream_t stream);
+
+// Entries of fixed capacity, zeros behind offsets[n]. More than fit: offsets are clamped to the capacity, indices are 0,
+// values NaN, gates 1.
+struct EncodeCsr {
+  Tensor offsets;  // [n + 1] int64
+  Tensor indices;  // [capacity] int32
+  Tensor values;   // [capacity] float32
+  Tensor gate;     // [capacity] float32; kPerToken: of size 0
+  Tensor needed;   // int64 scalar: the true number of entries
+};
+EncodeCsr place_hits(const char* op, EncodeHits& hits, int64_t capacity, cudaStream_t stream);
+
+// (i, j), first <= j < last, with pre[i, j] > bound[i] or NaN. Nothing waits: compare `needed` with the capacity.
+EncodeCsr encode_candidates(const char* op, const EncodeInputs& in, const Tensor& bound,
+                            int64_t first, int64_t last, int64_t capacity, cudaStream_t stream);
+
+// The choice of a kernel: latents per strip, and the launch.
+int encode_width(const EncodeTiles& p, Dtype dtype);
+void encode_tiles(const char* op, const EncodeTiles& p, Dtype dtype, Limit limit,
+                  cudaStream_t stream);
+
+}  // namespace on_cuda
+}  // namespace gemmascope_fast
