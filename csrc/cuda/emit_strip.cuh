@@ -11,9 +11,11 @@
 // Bound by the comparisons: 2 instructions per element; a strip of 4096 holds about 4 hits.
 #pragma once
 
+#include "cuda/device.cuh"
 #include "cuda/encode_tiles.cuh"
 
 namespace gemmascope_fast {
+inline namespace on_cuda {
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
@@ -282,4 +284,5 @@ __device__ __forceinline__ void emit_strip(const EncodeTiles& p,
   if (run != nullptr) write_strip<kColumns>(acc, run, place, lane, bias, blocks, hits);
 }
 
+}  // namespace on_cuda
 }  // namespace gemmascope_fast

@@ -1,0 +1,192 @@
+// From the runs that the encoder's strips left (encode_tiles.cuh) to canonical CSR.
+//
+//   position = offsets[token] + bases[group][token] + counts[column block][token] + rank
+//
+// scan_counts_kernel turns the counts of each group of kScanBlocks column blocks into exclusive sums, in place, and adds
+// the group up; scan_groups_kernel does the same with the groups, and leaves each token's total. CUB sums the totals to
+// offsets (encode_tiles.cu). place_kernel moves every record; an entry behind its token's first invalid latent moves up by
+// one, and insert_invalid_kernel fills the gap. pad_kernel writes what lies behind the entries.
+// Bound by memory and latency: 4 bytes per count, and about 60 bytes of scattered traffic per entry.
+#pragma once
+
+#include "cuda/device.cuh"
+#include "cuda/encode_tiles.cuh"
+
+namespace gemmascope_fast {
+inline namespace on_cuda {
+
+constexpr int kPlaceThreads = 256;
+constexpr int kScanBlocks = 32;  // 32 x 256 hits of a token in a group: two sums fit in one word
+
+struct PlaceHits {
+  EncodeTiles tiles;  // counts become exclusive sums within their group
+  int width;          // latents of a column block
+  int64_t column_blocks;
+  uint32_t* bases;  // [groups][strips * 16]
+  int64_t*
+      offsets;  // [n + 1]: totals of scan_groups_kernel, their sums, at last at most the capacity
+  int64_t* needed;  // [1] entries of the result, whether they fit or not
+  int64_t capacity;
+  int32_t* indices;  // [capacity]
+  float* values;     // [capacity]
+  float* gate;       // [capacity]; null for kPerToken
+
+  __host__ __device__ int64_t strips() const { return (tiles.n + kStripTokens - 1) / kStripTokens; }
+  __host__ __device__ int64_t tokens() const { return strips() * kStripTokens; }
+  __host__ __device__ int64_t groups() const {
+    return (column_blocks + kScanBlocks - 1) / kScanBlocks;
+  }
+};
+
+// First index of this thread in a loop over the whole grid, and the step to the next.
+__device__ __forceinline__ int64_t grid_thread() {
+  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+__device__ __forceinline__ int64_t grid_threads() {
+  return static_cast<int64_t>(gridDim.x) * blockDim.x;
+}
+
+// One thread per group and pair of tokens: all loads are in flight at once, and a warp reads 128 bytes of each.
+__global__ void __launch_bounds__(kPlaceThreads) scan_counts_kernel(PlaceHits p) {
+  const int64_t pairs = p.tokens() / 2;
+  for (int64_t item = grid_thread(); item < p.groups() * pairs; item += grid_threads()) {
+    const int64_t group = item / pairs, pair = item % pairs, first = group * kScanBlocks;
+    uint32_t* counts = reinterpret_cast<uint32_t*>(p.tiles.counts) + first * pairs + pair;
+    const int64_t left = p.column_blocks - first;
+    uint32_t count[kScanBlocks];
+#pragma unroll
+    for (int b = 0; b < kScanBlocks; ++b) count[b] = b < left ? counts[b * pairs] : 0;
+    uint32_t sum = 0;
+#pragma unroll
+    for (int b = 0; b < kScanBlocks; ++b) {
+      if (b < left) counts[b * pairs] = sum;
+      sum += count[b];
+    }
+    uint32_t* base = p.bases + group * 2 * pairs + 2 * pair;
+    base[0] = sum & 0xffff;
+    base[1] = sum >> 16;
+  }
+}
+
+__global__ void __launch_bounds__(kPlaceThreads) scan_groups_kernel(PlaceHits p) {
+  constexpr int kAhead = 8;  // loads in flight
+  const int64_t tokens = p.tokens(), groups = p.groups();
+  for (int64_t token = grid_thread(); token <= p.tiles.n; token += grid_threads()) {
+    if (token == p.tiles.n) {
+      p.offsets[token] = 0;
+      continue;
+    }
+    uint32_t sum = 0;
+    for (int64_t group = 0; group < groups; group += kAhead) {
+      uint32_t count[kAhead];
+#pragma unroll
+      for (int g = 0; g < kAhead; ++g) {
+        count[g] = group + g < groups ? p.bases[(group + g) * tokens + token] : 0;
+      }
+#pragma unroll
+      for (int g = 0; g < kAhead; ++g) {
+        if (group + g < groups) p.bases[(group + g) * tokens + token] = sum;
+        sum += count[g];
+      }
+    }
+    const bool invalid = p.tiles.invalid != nullptr && p.tiles.invalid[token] < p.tiles.d_sae;
+    p.offsets[token] = static_cast<int64_t>(sum) + invalid;
+  }
+}
+
+__global__ void __launch_bounds__(kPlaceThreads) limit_offsets_kernel(PlaceHits p) {
+  for (int64_t i = grid_thread(); i <= p.tiles.n; i += grid_threads()) {
+    const int64_t offset = p.offsets[i];
+    if (i == p.tiles.n) *p.needed = offset;
+    if (offset > p.capacity) p.offsets[i] = p.capacity;
+  }
+}
+
+// Where the records of a run are; null when neither pass had room for them.
+__device__ __forceinline__ const uint64_t* run_records(const EncodeTiles& p, uint64_t run) {
+  const uint64_t begin = run & kRunBegin;
+  if (begin + (run >> kRunCount) <= p.arena) return p.records + begin;
+  return p.rest == nullptr ? nullptr : p.rest + (begin - p.rest_begin);
+}
+
+__device__ __forceinline__ int64_t strip_position(const PlaceHits& p, int64_t column_block,
+                                                  int64_t token) {
+  const int64_t group = column_block / kScanBlocks;
+  return p.offsets[token] + p.bases[group * p.tokens() + token] +
+         p.tiles.counts[column_block * p.tokens() + token];
+}
+
+__device__ __forceinline__ void place_record(const PlaceHits& p, uint64_t record,
+                                             int64_t column_block, int64_t token0) {
+  const int64_t token = token0 + (record >> kRecordToken & 15);
+  const int64_t latent =
+      p.tiles.first + column_block * p.width + static_cast<int64_t>(record >> 32 & 255);
+  int64_t at = strip_position(p, column_block, token) + static_cast<int64_t>(record >> kRecordRank);
+  if (p.tiles.invalid != nullptr && latent > p.tiles.invalid[token]) ++at;
+  const float pre = __uint_as_float(static_cast<uint32_t>(record));
+  p.indices[at] = static_cast<int32_t>(latent);
+  if (p.gate == nullptr) {
+    p.values[at] = pre;
+    return;
+  }
+  const bool active = pre > p.tiles.threshold[latent];
+  p.values[at] = active ? pre + 0.0f : 0.0f;  // -0.0 + 0.0 is 0.0
+  p.gate[at] = active ? 1.0f : 0.0f;
+}
+
+// One warp per run.
+__global__ void __launch_bounds__(kPlaceThreads) place_kernel(PlaceHits p) {
+  if (*p.needed > p.capacity) return;
+  const int64_t strips = p.strips(), lane = threadIdx.x % 32;
+  for (int64_t index = grid_thread() / 32; index < p.column_blocks * strips;
+       index += grid_threads() / 32) {
+    const uint64_t run = p.tiles.runs[index];
+    const int64_t count = static_cast<int64_t>(run >> kRunCount);
+    const uint64_t* records = run_records(p.tiles, run);
+    if (count == 0 || records == nullptr) continue;
+    const int64_t column_block = index / strips, token0 = index % strips * kStripTokens;
+    for (int64_t e = lane; e < count; e += 32) place_record(p, records[e], column_block, token0);
+  }
+}
+
+// One thread per token; almost no token has an invalid latent.
+__global__ void __launch_bounds__(kPlaceThreads) insert_invalid_kernel(PlaceHits p) {
+  if (*p.needed > p.capacity) return;
+  for (int64_t token = grid_thread(); token < p.tiles.n; token += grid_threads()) {
+    const int64_t latent = p.tiles.invalid[token];
+    if (latent >= p.tiles.d_sae) continue;
+    const int64_t column_block = (latent - p.tiles.first) / p.width;
+    const uint64_t column = static_cast<uint64_t>((latent - p.tiles.first) % p.width);
+    const uint64_t run = p.tiles.runs[column_block * p.strips() + token / kStripTokens];
+    const uint64_t* records = run_records(p.tiles, run);
+    if (records == nullptr) continue;
+    int64_t at = strip_position(p, column_block, token);
+    for (uint64_t e = 0; e < run >> kRunCount; ++e) {
+      const bool own =
+          (records[e] >> kRecordToken & 15) == static_cast<uint64_t>(token % kStripTokens);
+      at += own && (records[e] >> 32 & 255) < column;
+    }
+    p.indices[at] = static_cast<int32_t>(latent);
+    p.values[at] = __int_as_float(0x7fc00000);
+    p.gate[at] = 1.0f;
+  }
+}
+
+__global__ void __launch_bounds__(kPlaceThreads) pad_kernel(PlaceHits p) {
+  const bool lost = *p.needed > p.capacity;
+  const int64_t begin = lost ? 0 : *p.needed;
+  for (int64_t e = begin + grid_thread(); e < p.capacity; e += grid_threads()) {
+    p.indices[e] = 0;
+    p.values[e] = lost ? __int_as_float(0x7fc00000) : 0.0f;
+    if (p.gate != nullptr) p.gate[e] = lost ? 1.0f : 0.0f;
+  }
+}
+
+// Grid for `size` items, one thread each; the kernels loop over the rest.
+inline unsigned place_blocks(int64_t size) {
+  const int64_t blocks = (size + kPlaceThreads - 1) / kPlaceThreads;
+  return static_cast<unsigned>(blocks<1 ? 1 : blocks>(1 << 16) ? 1 << 16 : blocks);
+}
+
+}  // namespace on_cuda
+}  // namespace gemmascope_fast
