@@ -39,11 +39,13 @@ struct EncodeLimit {
   int64_t first, last;
 };
 
+// What the strips left, with the memory that `tiles` points into. The tensors follow the stream they were made on.
 struct EncodeHits {
   EncodeTiles tiles;
+  EncodeInputs inputs;
   Limit kind;
-  Dtype dtype;
-  int width;  // latents of a column block
+  int width;      // latents of a column block
+  Tensor values;  // of the EncodeLimit
   Tensor limit, counts, bases, runs, records, rest, invalid;
   Tensor reserved;  // [1] int64: records of all strips
   Tensor offsets;   // [n + 1] int64: of the CSR with all entries
