@@ -1,0 +1,174 @@
+// Host side of encode_sm90_kernel.cuh: which problems it serves, tensor maps, launch.
+//
+// libcuda is not linked: the one driver function needed is asked of the runtime.
+#include <map>
+#include <mutex>
+
+#include "cuda/encode_sm90.h"
+#include "cuda/encode_sm90_kernel.cuh"
+
+namespace gemmascope_fast {
+namespace {
+
+constexpr int kCluster = 1;             // CTAs that share the blocks of W
+constexpr int kLead = 0;                // blocks that one multiplying group is ahead of the other
+constexpr int64_t kGroupTokens = 2048;  // rows of tiles that sweep the latents together
+constexpr int64_t kMostRows = (int64_t{1} << 31) - 1024;  // coordinates of a tensor copy are int32
+
+using EncodeMap = decltype(&cuTensorMapEncodeTiled);
+
+struct Device {
+  bool serves = false;
+  int processors = 0;
+  EncodeMap encode_map = nullptr;
+};
+
+const void* kernel_of(Dtype dtype, Limit limit) {
+  const bool half = dtype == Dtype::kFloat16;
+  if (limit == Limit::kPerLatent) {
+    return half ? reinterpret_cast<const void*>(
+                      &encode_sm90_kernel<__half, Limit::kPerLatent, kCluster, kLead>)
+                : reinterpret_cast<const void*>(
+                      &encode_sm90_kernel<__nv_bfloat16, Limit::kPerLatent, kCluster, kLead>);
+  }
+  return half ? reinterpret_cast<const void*>(
+                    &encode_sm90_kernel<__half, Limit::kPerToken, kCluster, kLead>)
+              : reinterpret_cast<const void*>(
+                    &encode_sm90_kernel<__nv_bfloat16, Limit::kPerToken, kCluster, kLead>);
+}
+
+EncodeMap find_encode_map() {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+  const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
+                                                              12000, cudaEnableDefault, &result);
+  const bool usable = status == cudaSuccess && result == cudaDriverEntryPointSuccess;
+  return usable ? reinterpret_cast<EncodeMap>(found) : nullptr;
+}
+
+// Raises the kernel's limit of shared memory. False without 9.0a code, seen by the registers: the accumulators alone are 128.
+bool prepare_kernel(const void* kernel) {
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return false;
+  return attributes.numRegs >= 128 &&
+         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              kSm90SharedBytes) == cudaSuccess;
+}
+
+Device ask_device(int device) {
+  Device found;
+  int major = 0, minor = 0;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&found.processors, cudaDevAttrMultiProcessorCount, device) !=
+          cudaSuccess ||
+      major != 9 || minor != 0 || found.processors < kCluster) {
+    return found;
+  }
+  found.encode_map = find_encode_map();
+  if (found.encode_map == nullptr) return found;
+  for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16}) {
+    for (const Limit limit : {Limit::kPerLatent, Limit::kPerToken}) {
+      if (!prepare_kernel(kernel_of(dtype, limit))) return found;
+    }
+  }
+  found.serves = true;
+  return found;
+}
+
+// The current device; asked once each.
+Device this_device() {
+  static std::mutex mutex;
+  static std::map<int, Device> known;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) {
+    cudaGetLastError();
+    return {};
+  }
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
+  const Device asked = ask_device(device);
+  if (!asked.serves) cudaGetLastError();  // a failed question is no error of the launches to come
+  return known[device] = asked;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Of a single row the stride means nothing.
+int64_t row_stride(int64_t rows, int64_t d, int64_t stride) {
+  return rows > 1 ? stride : ceil_div(d, 8) * 8;
+}
+
+bool rows_fit(const void* data, int64_t rows, int64_t d, int64_t stride) {
+  const int64_t used = row_stride(rows, d, stride);
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && rows >= 1 && rows <= kMostRows &&
+         used >= d && used % 8 == 0 && used < (int64_t{1} << 39);
+}
+
+bool make_map(EncodeMap encode, CUtensorMap* map, Dtype dtype, const void* data, int64_t rows,
+              int64_t d, int64_t stride, int box_rows) {
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(d), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(row_stride(rows, d, stride) * 2)};
+  const cuuint32_t box[2] = {kSm90Depth, static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[2] = {1, 1};
+  const CUtensorMapDataType type =
+      dtype == Dtype::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  return encode(map, type, 2, const_cast<void*>(data), sizes, strides, box, steps,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+int64_t tile_rows(const EncodeTiles& p, int cluster) {
+  return ceil_div(p.n, cluster * kSm90Tokens);
+}
+int64_t tile_columns(const EncodeTiles& p) { return ceil_div(p.last - p.first, kSm90Latents); }
+
+// `kernel` is an encode_sm90_kernel of this dtype and cluster.
+cudaError_t launch(const Device& device, const void* kernel, int cluster, int64_t group_tokens,
+                   const EncodeTiles& p, Dtype dtype, cudaStream_t stream) {
+  const int64_t rows = tile_rows(p, cluster), columns = tile_columns(p);
+  // Groups of almost one size: a last group of a single row would read all of W for itself.
+  const int64_t groups = ceil_div(rows * cluster * kSm90Tokens, group_tokens);
+  const Sm90Raster raster = {static_cast<uint32_t>(rows), static_cast<uint32_t>(columns),
+                             static_cast<uint32_t>(ceil_div(rows, groups))};
+  CUtensorMap x, W;
+  if (!make_map(device.encode_map, &x, dtype, p.x, p.n, p.d, p.x_stride, kSm90Tokens) ||
+      !make_map(device.encode_map, &W, dtype, p.W, p.last, p.d, p.W_stride,
+                kSm90Latents / cluster)) {
+    return cudaErrorInvalidValue;
+  }
+  const int64_t most = device.processors / cluster, tiles = rows * columns;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>((tiles < most ? tiles : most) * cluster));
+  config.blockDim = dim3(kSm90Threads);
+  config.dynamicSmemBytes = kSm90SharedBytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  void* arguments[] = {&x, &W, const_cast<EncodeTiles*>(&p), const_cast<Sm90Raster*>(&raster)};
+  return cudaLaunchKernelExC(&config, kernel, arguments);
+}
+
+}  // namespace
+
+bool encode_sm90_serves(const EncodeTiles& p, Dtype dtype) {
+  if (dtype == Dtype::kFloat32 || p.d < 1 || p.d > kMostRows) return false;
+  if (p.first < 0 || p.first % kSm90Latents != 0 || p.first >= p.last || p.last > p.d_sae) {
+    return false;
+  }
+  return rows_fit(p.x, p.n, p.d, p.x_stride) && rows_fit(p.W, p.last, p.d, p.W_stride) &&
+         tile_rows(p, 1) * tile_columns(p) < (int64_t{1} << 31) && this_device().serves;
+}
+
+cudaError_t encode_sm90(const EncodeTiles& p, Dtype dtype, Limit limit, cudaStream_t stream) {
+  if (!encode_sm90_serves(p, dtype)) return cudaErrorNotSupported;
+  return launch(this_device(), kernel_of(dtype, limit), kCluster, kGroupTokens, p, dtype, stream);
+}
+
+}  // namespace gemmascope_fast
