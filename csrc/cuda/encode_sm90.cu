@@ -8,10 +8,12 @@
 #include "cuda/encode_sm90_kernel.cuh"
 
 namespace gemmascope_fast {
+inline namespace on_cuda {
 namespace {
 
 constexpr int kCluster = 1;             // CTAs that share the blocks of W
 constexpr int kLead = 0;                // blocks that one multiplying group is ahead of the other
+constexpr bool kFew = true;             // strips of few hits have a path of their own
 constexpr int64_t kGroupTokens = 2048;  // rows of tiles that sweep the latents together
 constexpr int64_t kMostRows = (int64_t{1} << 31) - 1024;  // coordinates of a tensor copy are int32
 
@@ -27,14 +29,14 @@ const void* kernel_of(Dtype dtype, Limit limit) {
   const bool half = dtype == Dtype::kFloat16;
   if (limit == Limit::kPerLatent) {
     return half ? reinterpret_cast<const void*>(
-                      &encode_sm90_kernel<__half, Limit::kPerLatent, kCluster, kLead>)
+                      &encode_sm90_kernel<__half, Limit::kPerLatent, kCluster, kLead, kFew>)
                 : reinterpret_cast<const void*>(
-                      &encode_sm90_kernel<__nv_bfloat16, Limit::kPerLatent, kCluster, kLead>);
+                      &encode_sm90_kernel<__nv_bfloat16, Limit::kPerLatent, kCluster, kLead, kFew>);
   }
   return half ? reinterpret_cast<const void*>(
-                    &encode_sm90_kernel<__half, Limit::kPerToken, kCluster, kLead>)
+                    &encode_sm90_kernel<__half, Limit::kPerToken, kCluster, kLead, kFew>)
               : reinterpret_cast<const void*>(
-                    &encode_sm90_kernel<__nv_bfloat16, Limit::kPerToken, kCluster, kLead>);
+                    &encode_sm90_kernel<__nv_bfloat16, Limit::kPerToken, kCluster, kLead, kFew>);
 }
 
 EncodeMap find_encode_map() {
@@ -171,4 +173,5 @@ cudaError_t encode_sm90(const EncodeTiles& p, Dtype dtype, Limit limit, cudaStre
   return launch(this_device(), kernel_of(dtype, limit), kCluster, kGroupTokens, p, dtype, stream);
 }
 
+}  // namespace on_cuda
 }  // namespace gemmascope_fast

@@ -8,11 +8,13 @@
 // Bound by the tensor cores, 2 n d F operations; at small d the emitting shows.
 #pragma once
 
+#include "cuda/emit_few.cuh"
 #include "cuda/emit_strip.cuh"
 #include "cuda/encode_tiles.cuh"
 #include "cuda/sm90_ptx.cuh"
 
 namespace gemmascope_fast {
+inline namespace on_cuda {
 
 constexpr int kSm90Tokens = 128;
 constexpr int kSm90Latents = 256;
@@ -23,7 +25,6 @@ constexpr int kSm90LatentBytes = kSm90Latents * kSm90Depth * 2;
 constexpr int kSm90StageBytes = kSm90TokenBytes + kSm90LatentBytes;
 constexpr int kSm90Slots = 2;  // tiles whose biases and limits are held
 constexpr int kSm90SlotFloats = 2 * kSm90Latents;
-
 constexpr int kSm90Stages = 4;
 
 // Order of the tiles: `group` rows of tiles sweep the columns together, so that x of these rows and W of a few columns stay
@@ -219,14 +220,14 @@ __device__ __forceinline__ void sm90_multiply(const Sm90Place& at, int group, in
 }
 
 // A warpgroup: products and strips.
-template <typename T, Limit kLimit, int kCluster, int kLead>
+template <typename T, Limit kLimit, int kCluster, int kLead, bool kFew>
 __device__ __forceinline__ void sm90_consume(const Sm90Place& at, const EncodeTiles& p,
                                              const Sm90Raster& raster) {
   const int group = at.warp / 4 - 1;
   const int blocks = static_cast<int>((p.d + kSm90Depth - 1) / kSm90Depth);
   Sm90Ring<kSm90Stages> ring;
   Sm90Ring<kSm90Slots> slots;
-  int start = min(kLead, blocks);
+  int start = kLead > 0 ? min(kLead, blocks) : 0;
   float acc[32][4];
   for (uint32_t index = at.first; index < at.tiles; index += at.step) {
     const Sm90Tile tile = sm90_tile(raster, index);
@@ -238,8 +239,13 @@ __device__ __forceinline__ void sm90_consume(const Sm90Place& at, const EncodeTi
     const int64_t latent0 = p.first + static_cast<int64_t>(tile.column) * kSm90Latents;
     const float* slot = at.shared->slots[slots.place];
     sm90::barrier_wait(at.ready(slots.place), slots.phase);
-    emit_strip<kSm90Latents, kLimit>(p, acc, token0, latent0, tile.column, at.lane, slot,
-                                     slot + kSm90Latents);
+    if constexpr (kFew) {
+      emit_strip_of_few<kSm90Latents, kLimit>(p, acc, token0, latent0, tile.column, at.lane, slot,
+                                              slot + kSm90Latents);
+    } else {
+      emit_strip<kSm90Latents, kLimit>(p, acc, token0, latent0, tile.column, at.lane, slot,
+                                       slot + kSm90Latents);
+    }
     __syncwarp();
     if (at.lane == 0) sm90::barrier_arrive(at.unused(slots.place));
     slots.advance();
@@ -268,7 +274,7 @@ __device__ __forceinline__ void sm90_start(const Sm90Place& at, const CUtensorMa
 
 // Of the cluster's CTAs and of 384 threads; dynamic shared memory of kSm90SharedBytes. The boxes are 64 x 128 of x and
 // 64 x 256 / kCluster of W. Compiled for another architecture it is a trap of a few registers, which tells the host.
-template <typename T, Limit kLimit, int kCluster, int kLead>
+template <typename T, Limit kLimit, int kCluster, int kLead, bool kFew>
 __global__ void __launch_bounds__(kSm90Threads, 1)
     encode_sm90_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap W,
                        const __grid_constant__ EncodeTiles p,
@@ -292,7 +298,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
     if (at.warp == 1) sm90_bring_slots<kLimit, kCluster>(at, p, raster);
   } else {
     sm90::registers_grow<232>();
-    sm90_consume<T, kLimit, kCluster, kLead>(at, p, raster);
+    sm90_consume<T, kLimit, kCluster, kLead, kFew>(at, p, raster);
   }
   // A CTA's shared memory must outlive what its peer still sends there.
   if constexpr (kCluster > 1) {
@@ -304,4 +310,5 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
 #endif
 }
 
+}  // namespace on_cuda
 }  // namespace gemmascope_fast

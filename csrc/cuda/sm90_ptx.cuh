@@ -5,13 +5,13 @@
 #pragma once
 
 #include <cuda.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <stdint.h>
 
 #include <type_traits>
 
+#include "cuda/device.cuh"
+
 namespace gemmascope_fast {
+inline namespace on_cuda {
 namespace sm90 {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
@@ -214,4 +214,5 @@ __device__ __forceinline__ void pin(float (&acc)[32][4]) {
 }
 
 }  // namespace sm90
+}  // namespace on_cuda
 }  // namespace gemmascope_fast
