@@ -274,7 +274,7 @@ EncodeCsr encode_candidates(const char* op, const EncodeInputs& in, const Tensor
                             int64_t first, int64_t last, int64_t capacity, cudaStream_t stream) {
   EncodeLimit limit;
   limit.kind = Limit::kPerToken;
-  limit.values = bound;
+  limit.values = torch::stable::contiguous(bound);
   limit.first = first;
   limit.last = last;
   EncodeHits hits = encode_hits(op, in, limit, capacity, stream);

@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kPlaceThreads) insert_invalid_kernel(PlaceHits
     const uint64_t column = static_cast<uint64_t>((latent - p.tiles.first) % p.width);
     const uint64_t run = p.tiles.runs[column_block * p.strips() + token / kStripTokens];
     const uint64_t* records = run_records(p.tiles, run);
-    if (records == nullptr) continue;
+    if (records == nullptr && run >> kRunCount != 0) continue;
     int64_t at = strip_position(p, column_block, token);
     for (uint64_t e = 0; e < run >> kRunCount; ++e) {
       const bool own =
