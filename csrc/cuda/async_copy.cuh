@@ -4,8 +4,7 @@
 // is done where it is started.
 #pragma once
 
-#include <cuda_runtime_api.h>
-#include <stdint.h>
+#include "cuda/device.cuh"
 
 namespace gemmascope_fast {
 

@@ -68,7 +68,6 @@ struct FeatureShared {
   Record records[kSegment];
   float gradients[kSegment];
   float4 partial[2][4][kFeatureWarps / 4];  // [batch % 2][entry of the batch][warp]
-  float scratch[2 * kWarp];                 // for what finishes a row
 };
 
 // Window w of the sorted entries covers positions [w kSegment, (w + 1) kSegment). At most one later piece starts in it, and
@@ -343,7 +342,7 @@ __device__ inline void finish_entries(const FeaturePass& p, const Piece& piece,
                                       FeatureShared& shared, float* bias, float* window) {
   *bias = 0.0f;
   *window = 0.0f;
-  if (p.dots) __syncthreads();  // shared.gradients
+  __syncthreads();  // shared.gradients; and nobody reads rows from shared memory any more
   const bool first_warp = threadIdx.x < kWarp;
   const float theta = p.d_threshold != nullptr && first_warp ? p.threshold[piece.latent] : 0.0f;
   const bool scatter = p.d_values != nullptr || p.d_pre != nullptr;
@@ -465,7 +464,7 @@ __device__ inline void add_pieces(const FeaturePass& p, const Piece& piece, Feat
 template <int K>
 __global__ void __launch_bounds__(feature_threads(K), feature_blocks(K))
     feature_pieces_kernel(FeaturePass p) {
-  extern __shared__ uint4 memory[];
+  GSF_DYNAMIC_SHARED(uint4, memory);
   __shared__ FeatureShared shared;
   const Piece piece = window_piece(p, blockIdx.x);
   if (piece.count == 0) return;
@@ -492,15 +491,15 @@ __global__ void __launch_bounds__(feature_threads(K), feature_blocks(K))
 // Finish: what becomes of the sums of a latent, called by all threads of its CTA, after `feature_pieces_kernel`.
 //
 //   static constexpr int blocks(int K)      CTAs per multiprocessor that its registers must leave room for
-//   template <int K> __device__ void operator()(int64_t latent, int64_t entries, FeatureSums<K>& sums,
-//                                               FeatureShared& shared) const
+//   template <int K> __device__ void operator()(int64_t latent, int64_t entries, FeatureSums<K>& sums, uint4* memory) const
 //
-// Thread t holds columns (k threads + t) kChunk .. + 7 of both rows, zeros beyond the last; `shared.scratch` is free. A
-// latent without entries has sums of zero.
+// Thread t holds columns (k threads + t) kChunk .. + 7 of both rows, zeros beyond the last. `memory`, the dynamic shared
+// memory, is free: with both parts it has room for a row of float32 (thread t's chunks and those of others). A latent
+// without entries has sums of zero.
 template <int K, class Finish>
 __global__ void __launch_bounds__(feature_threads(K), Finish::blocks(K))
     feature_pass_kernel(FeaturePass p, Finish finish) {
-  extern __shared__ uint4 memory[];
+  GSF_DYNAMIC_SHARED(uint4, memory);
   __shared__ FeatureShared shared;
   const int64_t latent = p.first + blockIdx.x;
   const Piece piece = latent_piece(p, latent);
@@ -514,7 +513,7 @@ __global__ void __launch_bounds__(feature_threads(K), Finish::blocks(K))
     if (p.d_b_enc != nullptr) p.d_b_enc[latent] = sums.bias;
     if (p.d_threshold != nullptr) p.d_threshold[latent] = sums.window / -p.bandwidth;
   }
-  finish.template operator()<K>(latent, piece.end - piece.begin, sums, shared);
+  finish.template operator()<K>(latent, piece.end - piece.begin, sums, memory);
 }
 
 // Gradients in the dtype of the parameters, one row per latent; data null: not wanted.
@@ -534,7 +533,7 @@ struct StoreGradients {
   }
 
   template <int K>
-  __device__ void operator()(int64_t latent, int64_t, FeatureSums<K>& sums, FeatureShared&) const {
+  __device__ void operator()(int64_t latent, int64_t, FeatureSums<K>& sums, uint4*) const {
     store<K>(d_W_dec, latent, sums.dec);
     store<K>(d_W_enc, latent, sums.enc);
   }

@@ -4,10 +4,7 @@
 // can be read in whole 16-byte words; the others are read element by element, as float32 from then on.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime_api.h>
-#include <stdint.h>
+#include "cuda/device.cuh"
 
 namespace gemmascope_fast {
 
