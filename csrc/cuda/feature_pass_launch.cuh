@@ -34,13 +34,17 @@ cudaError_t launch_feature_pass(FeaturePass p, const FeatureShape& shape, const 
   if (blocks <= 0) return cudaSuccess;
   switch (shape.K) {
     case 1:
-      return launch_feature_kernel(&feature_pass_kernel<1, Finish>, blocks, shape, stream, p, finish);
+      return launch_feature_kernel(&feature_pass_kernel<1, Finish>, blocks, shape, stream, p,
+                                   finish);
     case 2:
-      return launch_feature_kernel(&feature_pass_kernel<2, Finish>, blocks, shape, stream, p, finish);
+      return launch_feature_kernel(&feature_pass_kernel<2, Finish>, blocks, shape, stream, p,
+                                   finish);
     case 3:
-      return launch_feature_kernel(&feature_pass_kernel<3, Finish>, blocks, shape, stream, p, finish);
+      return launch_feature_kernel(&feature_pass_kernel<3, Finish>, blocks, shape, stream, p,
+                                   finish);
     default:
-      return launch_feature_kernel(&feature_pass_kernel<4, Finish>, blocks, shape, stream, p, finish);
+      return launch_feature_kernel(&feature_pass_kernel<4, Finish>, blocks, shape, stream, p,
+                                   finish);
   }
 }
 

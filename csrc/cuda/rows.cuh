@@ -121,6 +121,11 @@ __device__ inline void widen_chunk(const uint4& first, const uint4& second, int 
 // What a chunk of these rows is once it has been read: rows that are not wide become float32.
 __device__ inline int chunk_dtype(const Rows& m) { return m.wide ? m.dtype : kFloat32; }
 
+// 16-byte words of such a chunk.
+__host__ __device__ inline int chunk_words(const Rows& m) {
+  return m.wide && m.dtype != kFloat32 ? 1 : 2;
+}
+
 __device__ inline const char* chunk_address(const Rows& m, int64_t row, int64_t col) {
   return static_cast<const char*>(m.data) +
          (row * m.row_stride + col) * (m.dtype == kFloat32 ? 4 : 2);
@@ -189,8 +194,8 @@ __device__ inline void store_target(const Target& out, int64_t row, int64_t col,
   }
   uint16_t* to = static_cast<uint16_t*>(out.data) + at;
   if constexpr (kColumns == 8) {
-    *reinterpret_cast<uint4*>(to) = make_uint4(word[0], word[1], word[kColumns / 2 - 2],
-                                               word[kColumns / 2 - 1]);
+    *reinterpret_cast<uint4*>(to) =
+        make_uint4(word[0], word[1], word[kColumns / 2 - 2], word[kColumns / 2 - 1]);
   } else {
     *reinterpret_cast<uint2*>(to) = make_uint2(word[0], word[1]);
   }

@@ -36,7 +36,9 @@ enum class Access : int {
   kAny,  // 4 columns, element by element
 };
 
-__host__ __device__ constexpr int token_columns(Access access) { return access == Access::k16 ? 8 : 4; }
+__host__ __device__ constexpr int token_columns(Access access) {
+  return access == Access::k16 ? 8 : 4;
+}
 
 template <Access access>
 __device__ inline uint4 load_columns(const Rows& m, int64_t row, int64_t col) {
