@@ -1,5 +1,6 @@
 // Launches of the feature-major pass whose sums are stored as gradients.
 #include "cuda/by_feature.h"
+#include "cuda/feature_slabs.cuh"
 #include "cuda/feature_pass.h"
 #include "cuda/latent_order_kernel.cuh"
 
@@ -50,47 +51,6 @@ void launch_slab(const char* op, const FeaturePass& p, const StoreGradients& gra
   const FeatureShape shape = shape_of(op, p);
   if (shape.K == 0) fail(op, "this device has too little shared memory for rows of ", kSlab);
   launch(op, p, shape, gradients, like);
-}
-
-// The decoder's part alone, which completes the gradients of the entries.
-void store_decoder(const char* op, const FeaturePass& whole, const StoreGradients& gradients,
-                   const Tensor& like) {
-  for (int64_t begin = 0; begin < whole.g.cols; begin += kSlab) {
-    const int64_t cols = std::min(kSlab, whole.g.cols - begin);
-    const bool last = begin + cols == whole.g.cols;
-    FeaturePass p = whole;
-    p.encoder = 0;
-    p.g = columns_of(whole.g, begin, cols);
-    if (p.dots) p.W_dec = columns_of(whole.W_dec, begin, cols);
-    p.d_b_enc = p.d_threshold = p.d_pre = nullptr;
-    if (!last) p.d_values = nullptr;
-    p.keep_gradients = 1;
-    StoreGradients slab = {};
-    if (gradients.d_W_dec.data != nullptr) {
-      slab.d_W_dec = columns_of(gradients.d_W_dec, begin, cols);
-    }
-    launch_slab(op, p, slab, like);
-  }
-}
-
-// The encoder's part alone, after the decoder's: the sums over entries with the first slab.
-void store_encoder(const char* op, const FeaturePass& whole, const StoreGradients& gradients,
-                   const Tensor& like) {
-  FeaturePass p = whole;
-  p.decoder = p.dots = 0;
-  p.d_values = nullptr;
-  int64_t begin = 0;
-  do {
-    const int64_t cols = p.encoder ? std::min(kSlab, whole.x.cols - begin) : 0;
-    StoreGradients slab = {};
-    if (p.encoder) {
-      p.x = columns_of(whole.x, begin, cols);
-      slab.d_W_enc = columns_of(gradients.d_W_enc, begin, cols);
-    }
-    launch_slab(op, p, slab, like);
-    p.d_b_enc = p.d_threshold = p.d_pre = nullptr;
-    begin += cols;
-  } while (p.encoder && begin < whole.x.cols);
 }
 
 }  // namespace
@@ -186,9 +146,9 @@ void store_gradients(const char* op, FeaturePass p, const StoreGradients& gradie
     launch(op, p, shape, gradients, like);
     return;
   }
-  if (p.decoder) store_decoder(op, p, gradients, like);
-  const bool sums = p.d_b_enc != nullptr || p.d_threshold != nullptr || p.d_pre != nullptr;
-  if (p.encoder || sums) store_encoder(op, p, gradients, like);
+  store_in_slabs(p, gradients, kSlab, [&](const FeaturePass& part, const StoreGradients& slab) {
+    launch_slab(op, part, slab, like);
+  });
 }
 
 RowGradient::RowGradient(const Tensor& parameter, bool transpose)

@@ -94,16 +94,6 @@ inline Target target_of(const Tensor& t) {
   return {const_cast<void*>(m.data), m.rows, m.cols, m.row_stride, m.col_stride, m.dtype, m.wide};
 }
 
-// Columns [begin, begin + cols).
-template <class Any>  // Rows or Target
-Any columns_of(Any m, int64_t begin, int64_t cols) {
-  const int64_t bytes = begin * m.col_stride * (m.dtype == kFloat32 ? 4 : 2);
-  m.data = (decltype(m.data))(reinterpret_cast<uintptr_t>(m.data) + static_cast<uintptr_t>(bytes));
-  m.cols = cols;
-  m.wide = rows_are_wide(m.data, m.dtype, cols, m.row_stride, m.col_stride) ? 1 : 0;
-  return m;
-}
-
 // t, or a copy of it, with the columns of a row adjacent in memory: any other column is a sector of 32 bytes.
 inline Tensor adjacent_columns(const Tensor& t) {
   return t.stride(1) == 1 || t.size(1) <= 1 ? t : torch::stable::contiguous(t);

@@ -38,6 +38,16 @@ inline bool rows_are_wide(const void* data, int dtype, int64_t cols, int64_t row
          (col_stride == 1 || cols == 0) && row_stride * size % 16 == 0;
 }
 
+// Columns [begin, begin + cols) of rows or of a target.
+template <class Any>
+inline Any columns_of(Any m, int64_t begin, int64_t cols) {
+  const int64_t bytes = begin * m.col_stride * (m.dtype == kFloat32 ? 4 : 2);
+  m.data = (decltype(m.data))(reinterpret_cast<uintptr_t>(m.data) + static_cast<uintptr_t>(bytes));
+  m.cols = cols;
+  m.wide = rows_are_wide(m.data, m.dtype, cols, m.row_stride, m.col_stride) ? 1 : 0;
+  return m;
+}
+
 // ---- one element
 
 __device__ inline float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }

@@ -1,0 +1,221 @@
+// The device code of decode, pre_at and the backward ops on the CPU (cuda_on_cpu.h), over numpy arrays. Matrices are float32
+// or the bits of a 16-bit dtype (`dtype` 1: bfloat16, 2: float16), with any strides; outputs are written in place.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <utility>
+
+#include "cuda/entry_dots_kernel.cuh"
+#include "cuda/feature_slabs.cuh"
+#include "cuda/group_sums_kernel.cuh"
+#include "cuda/latent_order_kernel.cuh"
+#include "cuda/pre_at_kernel.cuh"
+#include "cuda/token_pass_kernel.cuh"
+#include "testing/cuda_on_cpu.h"
+#include "testing/registry.h"
+
+namespace gemmascope_fast {
+namespace {
+
+namespace py = pybind11;
+using Matrix = std::pair<py::array, int>;  // elements, dtype
+
+void require(bool ok, const char* message) {
+  if (!ok) throw py::value_error(message);
+}
+
+Rows rows_of(const Matrix& m) {
+  const auto& [a, dtype] = m;
+  const py::ssize_t size = dtype == kFloat32 ? 4 : 2;
+  require(dtype >= 0 && dtype <= 2 && a.itemsize() == size, "dtype 0: float32, else uint16");
+  require(a.ndim() == 2, "a matrix has two dimensions");
+  Rows r = {a.data(), a.shape(0), a.shape(1), a.strides(0) / size, a.strides(1) / size, dtype, 0};
+  r.wide = rows_are_wide(r.data, dtype, r.cols, r.row_stride, r.col_stride) ? 1 : 0;
+  return r;
+}
+
+Target target_of(Matrix& m) {
+  const Rows r = rows_of(m);
+  return {m.first.mutable_data(), r.rows, r.cols, r.row_stride, r.col_stride, r.dtype, r.wide};
+}
+
+// A vector of T, or null for None.
+template <class T>
+T* vector_of(const py::object& o) {
+  if (o.is_none()) return nullptr;
+  const auto a = py::cast<py::array>(o);
+  require(py::isinstance<py::array_t<T>>(a) && a.ndim() >= 1 &&
+              (a.flags() & py::array::c_style) != 0,
+          "a contiguous vector of another dtype was expected");
+  return static_cast<T*>(const_cast<void*>(a.data()));
+}
+
+int64_t size_of(const py::object& o) { return py::cast<py::array>(o).shape(0); }
+
+unsigned few(int64_t blocks) { return static_cast<unsigned>(blocks < 3 ? blocks : 3); }
+
+void token_pass(const py::object& offsets, const py::object& indices,
+                const py::object& coefficients, const py::object& gate, const Matrix& matrix,
+                const py::object& bias, Matrix out, bool add) {
+  TokenPass p;
+  p.offsets = vector_of<int64_t>(offsets);
+  p.indices = vector_of<int32_t>(indices);
+  p.coefficients = vector_of<float>(coefficients);
+  p.gate = vector_of<float>(gate);
+  p.matrix = rows_of(matrix);
+  p.bias = vector_of<float>(bias);
+  p.out = target_of(out);
+  p.n = p.out.rows;
+  p.sets = p.n == 0 ? 0 : (size_of(offsets) - 1) / p.n;
+  p.capacity = size_of(indices);
+  p.add = add ? 1 : 0;
+  const auto run = [&](auto access) {
+    constexpr Access kAccess = decltype(access)::value;
+    const unsigned blocks = few(token_pass_items(p, kAccess));  // so that blocks loop
+    if (blocks > 0) cuda_on_cpu::launch<token_pass_kernel<kAccess>>(blocks, kTokenThreads, 0, p);
+  };
+  if (!p.matrix.wide) {
+    run(std::integral_constant<Access, Access::kAny>());
+  } else if (p.matrix.dtype == kFloat32) {
+    run(std::integral_constant<Access, Access::k32>());
+  } else {
+    run(std::integral_constant<Access, Access::k16>());
+  }
+}
+
+void pre_at(const Matrix& x, const Matrix& W, const py::object& bias, const py::object& rows,
+            const py::object& latents, const py::object& out) {
+  PreAt p;
+  p.x = rows_of(x);
+  p.W = rows_of(W);
+  p.bias = vector_of<float>(bias);
+  p.rows = vector_of<int64_t>(rows);
+  p.latents = vector_of<int64_t>(latents);
+  p.pairs = size_of(rows);
+  p.pre = vector_of<float>(out);
+  if (p.pairs > 0) {
+    cuda_on_cpu::launch<pre_at_kernel>(few(pair_blocks(p.pairs)), kPairThreads, 0, p);
+  }
+}
+
+void entry_dots(const py::object& offsets, const py::object& indices, const Matrix& W,
+                const Matrix& g, const py::object& out) {
+  EntryDots p;
+  p.offsets = vector_of<int64_t>(offsets);
+  p.indices = vector_of<int32_t>(indices);
+  p.n = size_of(offsets) - 1;
+  p.capacity = size_of(indices);
+  p.W = rows_of(W);
+  p.g = rows_of(g);
+  p.out = vector_of<float>(out);
+  if (p.capacity > 0) {
+    cuda_on_cpu::launch<entry_dots_kernel>(few(pair_blocks(p.capacity)), kPairThreads, 0, p);
+  }
+}
+
+void group_sums(const Matrix& later, const Matrix& own, const py::object& out) {
+  cuda_on_cpu::launch<group_sums_kernel>(2, kGroupThreads, 0, rows_of(later), rows_of(own),
+                                         vector_of<float>(out));
+}
+
+void latent_order(const py::dict& a, const py::object& records) {
+  LatentOrder p;
+  p.offsets = vector_of<int64_t>(a["offsets"]);
+  p.feature_offsets = vector_of<int64_t>(a["feature_offsets"]);
+  p.permutation = vector_of<int64_t>(a["permutation"]);
+  p.values = vector_of<float>(a["values"]);
+  p.gate = vector_of<float>(a["gate"]);
+  p.d_values = vector_of<float>(a["gradient"]);
+  p.m = size_of(a["offsets"]) - 1;
+  p.d_sae = size_of(a["feature_offsets"]) - 1;
+  p.capacity = size_of(a["permutation"]);
+  p.records = reinterpret_cast<Record*>(vector_of<int32_t>(records));
+  if (p.capacity > 0) cuda_on_cpu::launch<latent_order_kernel>(2, kOrderThreads, 0, p);
+}
+
+template <int K>
+void run_pass(const FeaturePass& p, const FeatureShape& shape, const StoreGradients& gradients) {
+  const auto bytes = static_cast<size_t>(shape.bytes);
+  const unsigned windows = static_cast<unsigned>(feature_windows(p));
+  if (windows > 0) {
+    cuda_on_cpu::launch<feature_pieces_kernel<K>>(windows, shape.threads, bytes, p);
+  }
+  if (p.last == p.first) return;
+  cuda_on_cpu::launch<feature_pass_kernel<K, StoreGradients>>(
+      static_cast<unsigned>(p.last - p.first), shape.threads, bytes, p, gradients);
+}
+
+// One pass that fits into `shared` bytes of a block.
+int run_fitting(FeaturePass p, const StoreGradients& gradients, int64_t shared) {
+  const FeatureShape shape = feature_shape(p, shared, 64 * shared);
+  if (shape.K == 0) return 0;
+  std::vector<float> pieces(static_cast<size_t>(feature_windows(p) * feature_piece_size(p)), NAN);
+  p.pieces = pieces.data();
+  p.stages = shape.stages;
+  if (shape.K == 1) run_pass<1>(p, shape, gradients);
+  if (shape.K == 2) run_pass<2>(p, shape, gradients);
+  if (shape.K == 3) run_pass<3>(p, shape, gradients);
+  if (shape.K == 4) run_pass<4>(p, shape, gradients);
+  return shape.K * 10 + shape.stages;
+}
+
+// The names are those of FeaturePass; matrices and targets that are absent leave their part out. Returns 10 K + stages of
+// the (last) launch.
+int feature_pass(const py::dict& a, int64_t shared, int64_t slab) {
+  FeaturePass p = {};
+  p.feature_offsets = vector_of<int64_t>(a["feature_offsets"]);
+  p.permutation = vector_of<int64_t>(a["permutation"]);
+  p.indices = vector_of<int32_t>(a["indices"]);
+  p.records = reinterpret_cast<Record*>(vector_of<int32_t>(a["records"]));
+  p.capacity = size_of(a["indices"]);
+  p.d_sae = size_of(a["feature_offsets"]) - 1;
+  p.first = py::cast<int64_t>(a["first"]);
+  p.last = py::cast<int64_t>(a["last"]);
+  p.n = py::cast<int64_t>(a["n"]);
+  p.threshold = vector_of<float>(a["threshold"]);
+  p.d_gate = vector_of<float>(a["d_gate"]);
+  const double bandwidth = py::cast<double>(a["bandwidth"]);
+  p.bandwidth = static_cast<float>(bandwidth);
+  p.half = static_cast<float>(bandwidth / 2);
+  p.d_b_enc = vector_of<float>(a["d_b_enc"]);
+  p.d_threshold = vector_of<float>(a["d_threshold"]);
+  p.d_values = vector_of<float>(a["d_values"]);
+  p.d_pre = vector_of<float>(a["d_pre"]);
+  StoreGradients gradients = {};
+  if (!a["g"].is_none()) {
+    p.decoder = 1;
+    p.g = rows_of(py::cast<Matrix>(a["g"]));
+    auto target = py::cast<Matrix>(a["d_W_dec"]);
+    gradients.d_W_dec = target_of(target);
+  }
+  if (!a["W_dec"].is_none()) {
+    p.dots = 1;
+    p.W_dec = rows_of(py::cast<Matrix>(a["W_dec"]));
+  }
+  if (!a["x"].is_none()) {
+    p.encoder = 1;
+    p.x = rows_of(py::cast<Matrix>(a["x"]));
+    auto target = py::cast<Matrix>(a["d_W_enc"]);
+    gradients.d_W_enc = target_of(target);
+  }
+  if (slab == 0) return run_fitting(p, gradients, shared);
+  int shape = 0;
+  store_in_slabs(p, gradients, slab, [&](const FeaturePass& part, const StoreGradients& out) {
+    shape = run_fitting(part, out, shared);
+    require(shape != 0, "a slab does not fit");
+  });
+  return shape;
+}
+
+const BindLater later([](py::module_& m) {
+  m.def("cuda_token_pass", &token_pass);
+  m.def("cuda_pre_at", &pre_at);
+  m.def("cuda_entry_dots", &entry_dots);
+  m.def("cuda_group_sums", &group_sums);
+  m.def("cuda_latent_order", &latent_order);
+  m.def("cuda_feature_pass", &feature_pass, py::arg("arguments"), py::arg("shared"),
+        py::arg("slab"));
+});
+
+}  // namespace
+}  // namespace gemmascope_fast
