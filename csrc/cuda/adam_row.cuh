@@ -1,0 +1,153 @@
+// Adam on one row of a matrix, by the threads of one block: what adam_step_ and fused_sparse_step share, bits included.
+//
+// The gradient lies in shared memory, where the new row replaces it, so that no thread holds more than two quads of
+// columns: what the next one needs is read while one is computed. A warp covers 128 columns at a time. The sums of
+// remove_parallel and unit_norm add neighbours in pairs, then pairs of pairs, up to 128 columns; lane l of 32 then adds
+// blocks l, l + 32, ... in order, and the lanes are added in pairs: no bit depends on the threads or on how a row is cut.
+// A row moves when its gradient has an element other than 0 (NaN counts), or had one at most `tail` steps ago; nothing
+// but the gradient and touched_at is read of the others.
+// Bound by memory: w and v, read and written, 16 bytes per element in float32, 8 more with a first moment.
+#pragma once
+
+#include "cuda/adam_quad.cuh"
+
+namespace gemmascope_fast {
+
+constexpr int kAdamLargestRow = 8192;  // longest row in shared memory
+constexpr int kAdamBlocks = kAdamLargestRow / kMomentColumns;
+
+struct AdamShared {
+  float sums[3][kAdamBlocks];  // of each block of 128 columns: <g, w>, <w, w>, |new w|^2
+  float decays[2];
+  int flags[32];
+};
+
+// Bytes of shared memory that a gradient of `cols` columns takes.
+GSF_BOTH int64_t adam_row_bytes(int64_t cols) { return (cols + 3) / 4 * 16; }
+
+// Whether `mine` holds for any thread of the block.
+template <int kThreads>
+__device__ inline bool block_any(bool mine, AdamShared* shared) {
+  const bool any = __any_sync(0xffffffffu, mine) != 0;
+  if (threadIdx.x % 32 == 0) shared->flags[threadIdx.x / 32] = any ? 1 : 0;
+  __syncthreads();
+  int found = 0;
+#pragma unroll
+  for (int warp = 0; warp < kThreads / 32; ++warp) found |= shared->flags[warp];
+  return found != 0;
+}
+
+// The decays of a row: a power takes two thousand cycles of one thread.
+__device__ inline void share_decays(const AdamView& a, int64_t gap, AdamShared* shared) {
+  if (threadIdx.x == 0) shared->decays[1] = adam_power(a.beta2, gap);
+  if (threadIdx.x == 32 && a.exp_avg != nullptr) shared->decays[0] = adam_power(a.beta1, gap);
+}
+
+__device__ inline int64_t first_column() { return static_cast<int64_t>(threadIdx.x) * 4; }
+
+// Whether a quad of any lane of the warp begins inside the row: all lanes go on together.
+__device__ inline bool warp_inside(const AdamView& a, int64_t column) {
+  return column - static_cast<int64_t>(threadIdx.x % 32) * 4 < a.cols;
+}
+
+// A quad of what lies in shared memory, 0 beyond the row.
+__device__ inline void take_quad(const AdamView& a, const float* g, int64_t column,
+                                 float (&out)[4]) {
+  const bool inside = column < a.cols;
+  const float4 quad =
+      inside ? *reinterpret_cast<const float4*>(g + column) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  out[0] = quad.x;
+  out[1] = quad.y;
+  out[2] = quad.z;
+  out[3] = quad.w;
+}
+
+__device__ inline void put_quad(const AdamView& a, float* g, int64_t column, const float (&in)[4]) {
+  if (column < a.cols) {
+    *reinterpret_cast<float4*>(g + column) = make_float4(in[0], in[1], in[2], in[3]);
+  }
+}
+
+// <g, w> and <w, w> by blocks of 128 columns.
+template <int kThreads>
+__device__ inline void measure_parallel(const AdamView& a, int64_t row, const float* g,
+                                        AdamShared* shared) {
+#pragma unroll 1
+  for (int64_t column = first_column(); warp_inside(a, column); column += kThreads * 4) {
+    float w[4], mine[4];
+    load_quad(weight_row(a, row), a.weight_dtype, column, a.cols, w);
+    take_quad(a, g, column, mine);
+    keep_block(shared->sums[0], column, block_sum(mine, w));
+    keep_block(shared->sums[1], column, block_sum(w, w));
+  }
+}
+
+// The new row: into g with unit_norm, else stored.
+template <int kThreads>
+__device__ inline void update_row(const AdamView& a, int64_t row, const AdamDecays& decays,
+                                  float* g) {
+  AdamQuad next;
+  load_state(a, row, first_column(), &next);
+#pragma unroll 1
+  for (int64_t column = first_column(); warp_inside(a, column); column += kThreads * 4) {
+    AdamQuad quad = next;
+    if (warp_inside(a, column + kThreads * 4)) load_state(a, row, column + kThreads * 4, &next);
+    float mine[4];
+    take_quad(a, g, column, mine);
+    adam_quad<true>(a, row, column, decays, &quad, mine);
+    if (a.unit_norm) {
+      put_quad(a, g, column, mine);
+    } else {
+      store_weight(a, row, column, mine);
+    }
+  }
+}
+
+// Divides the new row in g by its norm, and stores it.
+template <int kThreads>
+__device__ inline void normalise_row(const AdamView& a, int64_t row, const float* g,
+                                     AdamShared* shared) {
+  float w[4];
+#pragma unroll 1
+  for (int64_t column = first_column(); warp_inside(a, column); column += kThreads * 4) {
+    take_quad(a, g, column, w);
+    keep_block(shared->sums[2], column, block_sum(w, w));
+  }
+  __syncthreads();
+  const float square = row_sum(shared->sums[2], column_blocks(a));
+#pragma unroll 1
+  for (int64_t column = first_column(); warp_inside(a, column); column += kThreads * 4) {
+    take_quad(a, g, column, w);
+    store_normalised(a, row, column, square, w);
+  }
+}
+
+// One step of one row from its gradient g, in shared memory, 0 beyond the row up to a multiple of four columns; g is
+// overwritten. All kThreads threads of the block call it. nonzero: of what the calling thread put into g, if the threads
+// together put all of it; __syncthreads() lies between that and the first look at what others put there.
+template <int kThreads>
+__device__ inline void adam_row(const AdamView& a, int64_t row, float* g, bool nonzero,
+                                AdamShared* shared) {
+  const int64_t at = a.touched_at[row];
+  const bool touched = block_any<kThreads>(nonzero, shared);
+  if (!touched && !adam_live(at, a.step, a.tail)) {
+    __syncthreads();  // flags have been read
+    return;
+  }
+  const bool parallel = touched && a.remove_parallel;
+  share_decays(a, adam_gap(at, a.step, a.tail), shared);
+  if (touched && threadIdx.x == 0) a.touched_at[row] = a.step;
+  if (parallel) measure_parallel<kThreads>(a, row, g, shared);
+  __syncthreads();
+  AdamDecays decays = {shared->decays[0], shared->decays[1], 0.0f};
+  if (parallel) {
+    const int64_t blocks = column_blocks(a);
+    decays.share =
+        parallel_share(row_sum(shared->sums[0], blocks), row_sum(shared->sums[1], blocks));
+  }
+  update_row<kThreads>(a, row, decays, g);
+  if (a.unit_norm) normalise_row<kThreads>(a, row, g, shared);
+  __syncthreads();  // g and sums may be written again
+}
+
+}  // namespace gemmascope_fast
