@@ -23,9 +23,9 @@ void adam_view(const char* op, const char* name, const Tensor& weight,
                const std::vector<int64_t>& rule, AdamView* view) {
   const AdamMatrix m = adam_matrix(op, name, matrix_of(weight), state, rates, rule);
   check_devices(op, weight, state);
-  static_assert(kQuadFloat32 == static_cast<int>(Dtype::kFloat32), "dtypes differ");
-  static_assert(kQuadBFloat16 == static_cast<int>(Dtype::kBFloat16), "dtypes differ");
-  static_assert(kQuadFloat16 == static_cast<int>(Dtype::kFloat16), "dtypes differ");
+  static_assert(kFloat32 == static_cast<int>(Dtype::kFloat32), "dtypes differ");
+  static_assert(kBFloat16 == static_cast<int>(Dtype::kBFloat16), "dtypes differ");
+  static_assert(kFloat16 == static_cast<int>(Dtype::kFloat16), "dtypes differ");
   static_assert(kMomentColumns == kMomentBlock, "sizes of blocks differ");
   AdamView& a = *view;
   a.weight = const_cast<void*>(m.weight.data);

@@ -31,7 +31,7 @@ struct AdamView {
 
 __device__ inline const void* weight_row(const AdamView& a, int64_t row) {
   return static_cast<const char*>(a.weight) +
-         row * a.weight_stride * (a.weight_dtype == kQuadFloat32 ? 4 : 2);
+         row * a.weight_stride * (a.weight_dtype == kFloat32 ? 4 : 2);
 }
 
 // Blocks of 128 columns of a row.
@@ -158,7 +158,7 @@ __device__ inline void adam_quad(const AdamView& a, int64_t row, int64_t column,
 __device__ inline void store_weight(const AdamView& a, int64_t row, int64_t column,
                                     const float (&w)[4]) {
   void* out = const_cast<void*>(weight_row(a, row));
-  if (a.weight_dtype == kQuadFloat32) {
+  if (a.weight_dtype == kFloat32) {
     store_floats(static_cast<float*>(out), column, a.cols, w);
     return;
   }

@@ -19,30 +19,20 @@ constexpr int kAdamBlocks = kAdamLargestRow / kMomentColumns;
 struct AdamShared {
   float sums[3][kAdamBlocks];  // of each block of 128 columns: <g, w>, <w, w>, |new w|^2
   float decays[2];
-  int flags[32];
 };
 
 // Bytes of shared memory that a gradient of `cols` columns takes.
 GSF_BOTH int64_t adam_row_bytes(int64_t cols) { return (cols + 3) / 4 * 16; }
 
-// Whether `mine` holds for any thread of the block.
-template <int kThreads>
-__device__ inline bool block_any(bool mine, AdamShared* shared) {
-  const bool any = __any_sync(0xffffffffu, mine) != 0;
-  if (threadIdx.x % 32 == 0) shared->flags[threadIdx.x / 32] = any ? 1 : 0;
-  __syncthreads();
-  int found = 0;
-#pragma unroll
-  for (int warp = 0; warp < kThreads / 32; ++warp) found |= shared->flags[warp];
-  return found != 0;
-}
-
 // The decays of a row: a power takes two thousand cycles of one thread.
 __device__ inline void share_decays(const AdamView& a, int64_t gap, AdamShared* shared) {
   if (threadIdx.x == 0) shared->decays[1] = adam_power(a.beta2, gap);
-  if (threadIdx.x == 32 && a.exp_avg != nullptr) shared->decays[0] = adam_power(a.beta1, gap);
+  if (threadIdx.x == blockDim.x - 1 && a.exp_avg != nullptr)
+    shared->decays[0] = adam_power(a.beta1, gap);
 }
 
+// Columns that the block covers at a time; the calling thread's first of them.
+__device__ inline int64_t block_columns() { return static_cast<int64_t>(blockDim.x) * 4; }
 __device__ inline int64_t first_column() { return static_cast<int64_t>(threadIdx.x) * 4; }
 
 // Whether a quad of any lane of the warp begins inside the row: all lanes go on together.
@@ -69,11 +59,10 @@ __device__ inline void put_quad(const AdamView& a, float* g, int64_t column, con
 }
 
 // <g, w> and <w, w> by blocks of 128 columns.
-template <int kThreads>
 __device__ inline void measure_parallel(const AdamView& a, int64_t row, const float* g,
                                         AdamShared* shared) {
 #pragma unroll 1
-  for (int64_t column = first_column(); warp_inside(a, column); column += kThreads * 4) {
+  for (int64_t column = first_column(); warp_inside(a, column); column += block_columns()) {
     float w[4], mine[4];
     load_quad(weight_row(a, row), a.weight_dtype, column, a.cols, w);
     take_quad(a, g, column, mine);
@@ -83,15 +72,15 @@ __device__ inline void measure_parallel(const AdamView& a, int64_t row, const fl
 }
 
 // The new row: into g with unit_norm, else stored.
-template <int kThreads>
 __device__ inline void update_row(const AdamView& a, int64_t row, const AdamDecays& decays,
                                   float* g) {
   AdamQuad next;
   load_state(a, row, first_column(), &next);
 #pragma unroll 1
-  for (int64_t column = first_column(); warp_inside(a, column); column += kThreads * 4) {
+  for (int64_t column = first_column(); warp_inside(a, column); column += block_columns()) {
     AdamQuad quad = next;
-    if (warp_inside(a, column + kThreads * 4)) load_state(a, row, column + kThreads * 4, &next);
+    if (warp_inside(a, column + block_columns()))
+      load_state(a, row, column + block_columns(), &next);
     float mine[4];
     take_quad(a, g, column, mine);
     adam_quad<true>(a, row, column, decays, &quad, mine);
@@ -104,40 +93,34 @@ __device__ inline void update_row(const AdamView& a, int64_t row, const AdamDeca
 }
 
 // Divides the new row in g by its norm, and stores it.
-template <int kThreads>
 __device__ inline void normalise_row(const AdamView& a, int64_t row, const float* g,
                                      AdamShared* shared) {
   float w[4];
 #pragma unroll 1
-  for (int64_t column = first_column(); warp_inside(a, column); column += kThreads * 4) {
+  for (int64_t column = first_column(); warp_inside(a, column); column += block_columns()) {
     take_quad(a, g, column, w);
     keep_block(shared->sums[2], column, block_sum(w, w));
   }
   __syncthreads();
   const float square = row_sum(shared->sums[2], column_blocks(a));
 #pragma unroll 1
-  for (int64_t column = first_column(); warp_inside(a, column); column += kThreads * 4) {
+  for (int64_t column = first_column(); warp_inside(a, column); column += block_columns()) {
     take_quad(a, g, column, w);
     store_normalised(a, row, column, square, w);
   }
 }
 
-// One step of one row from its gradient g, in shared memory, 0 beyond the row up to a multiple of four columns; g is
-// overwritten. All kThreads threads of the block call it. nonzero: of what the calling thread put into g, if the threads
-// together put all of it; __syncthreads() lies between that and the first look at what others put there.
-template <int kThreads>
+// One step of one row from its gradient g in shared memory, 0 beyond the row up to a multiple of four columns; g is
+// overwritten. All threads of the block, whole warps, call it; `nonzero`: of what the calling thread put into g.
 __device__ inline void adam_row(const AdamView& a, int64_t row, float* g, bool nonzero,
                                 AdamShared* shared) {
   const int64_t at = a.touched_at[row];
-  const bool touched = block_any<kThreads>(nonzero, shared);
-  if (!touched && !adam_live(at, a.step, a.tail)) {
-    __syncthreads();  // flags have been read
-    return;
-  }
+  const bool touched = __syncthreads_or(nonzero) != 0;  // and all of g is there
+  if (!touched && !adam_live(at, a.step, a.tail)) return;
   const bool parallel = touched && a.remove_parallel;
   share_decays(a, adam_gap(at, a.step, a.tail), shared);
   if (touched && threadIdx.x == 0) a.touched_at[row] = a.step;
-  if (parallel) measure_parallel<kThreads>(a, row, g, shared);
+  if (parallel) measure_parallel(a, row, g, shared);
   __syncthreads();
   AdamDecays decays = {shared->decays[0], shared->decays[1], 0.0f};
   if (parallel) {
@@ -145,8 +128,8 @@ __device__ inline void adam_row(const AdamView& a, int64_t row, float* g, bool n
     decays.share =
         parallel_share(row_sum(shared->sums[0], blocks), row_sum(shared->sums[1], blocks));
   }
-  update_row<kThreads>(a, row, decays, g);
-  if (a.unit_norm) normalise_row<kThreads>(a, row, g, shared);
+  update_row(a, row, decays, g);
+  if (a.unit_norm) normalise_row(a, row, g, shared);
   __syncthreads();  // g and sums may be written again
 }
 

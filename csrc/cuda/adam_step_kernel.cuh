@@ -25,28 +25,28 @@ struct AdamGradient {
 };
 
 __device__ inline const void* gradient_row(const AdamGradient& g, int64_t row) {
-  return static_cast<const char*>(g.data) + row * g.stride * (g.dtype == kQuadFloat32 ? 4 : 2);
+  return static_cast<const char*>(g.data) + row * g.stride * (g.dtype == kFloat32 ? 4 : 2);
 }
 
 constexpr int kGradientQuads = 4;  // in flight per thread
 
 // Reads a row into g; whether one of the calling thread's elements is not 0.
-template <int kThreads>
 __device__ inline bool read_gradient(const AdamView& a, const AdamGradient& gradient, int64_t row,
                                      float* g) {
   const void* from = gradient_row(gradient, row);
   bool nonzero = false;
 #pragma unroll 1
-  for (int64_t column = first_column(); column < a.cols; column += kGradientQuads * kThreads * 4) {
+  for (int64_t column = first_column(); column < a.cols;
+       column += kGradientQuads * block_columns()) {
     float quad[kGradientQuads][4];
 #pragma unroll
     for (int i = 0; i < kGradientQuads; ++i) {
-      load_quad(from, gradient.dtype, column + i * kThreads * 4, a.cols, quad[i]);
+      load_quad(from, gradient.dtype, column + i * block_columns(), a.cols, quad[i]);
     }
 #pragma unroll
     for (int i = 0; i < kGradientQuads; ++i) {
       nonzero |= quad_nonzero(quad[i]);
-      put_quad(a, g, column + i * kThreads * 4, quad[i]);
+      put_quad(a, g, column + i * block_columns(), quad[i]);
     }
   }
   return nonzero;
@@ -58,8 +58,8 @@ __global__ void __launch_bounds__(kThreads, 768 / kThreads)
   GSF_DYNAMIC_SHARED(float, g);
   __shared__ AdamShared shared;
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
-    const bool nonzero = read_gradient<kThreads>(a, gradient, row, g);
-    adam_row<kThreads>(a, row, g, nonzero, &shared);
+    const bool nonzero = read_gradient(a, gradient, row, g);
+    adam_row(a, row, g, nonzero, &shared);
   }
 }
 

@@ -2,13 +2,9 @@
 // element, those beyond the row left out. A warp covers 128 columns, the block of the 8-bit second moments.
 #pragma once
 
-#include "cuda/device.cuh"
-#include "cuda/rounded.cuh"
+#include "cuda/rows.cuh"
 
 namespace gemmascope_fast {
-
-// The values of Dtype (common/matrix.h), which needs torch.
-constexpr int kQuadFloat32 = 0, kQuadBFloat16 = 1, kQuadFloat16 = 2;
 
 template <int kBytes>
 __device__ inline bool whole_quad(const void* quad, int64_t column, int64_t cols) {
@@ -100,22 +96,18 @@ __device__ inline void store_bytes(uint8_t* row, int64_t column, int64_t cols,
   }
 }
 
-__device__ inline float widen(uint16_t bits, int dtype) {
-  return dtype == kQuadBFloat16 ? float_of(static_cast<uint32_t>(bits) << 16)
-                                : __half2float(__ushort_as_half(bits));
-}
-
 // Float32 values of a quad of a row of any dtype, 0 beyond the row.
 __device__ inline void load_quad(const void* row, int dtype, int64_t column, int64_t cols,
                                  float (&out)[4]) {
-  if (dtype == kQuadFloat32) {
+  if (dtype == kFloat32) {
     load_floats(static_cast<const float*>(row), column, cols, out);
     return;
   }
   uint16_t halves[4];
   load_halves(static_cast<const uint16_t*>(row), column, cols, halves);
 #pragma unroll
-  for (int e = 0; e < 4; ++e) out[e] = widen(halves[e], dtype);
+  for (int e = 0; e < 4; ++e)
+    out[e] = dtype == kBFloat16 ? bf16_bits_to_float(halves[e]) : fp16_bits_to_float(halves[e]);
 }
 
 }  // namespace gemmascope_fast

@@ -1,7 +1,9 @@
 // The optimizer's device code on the CPU: its plain arithmetic element by element, and the kernels of adam_step_.
-#include "testing/cuda_adam_matrix.h"
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
 
 #include "cuda/adam_step_kernel.cuh"
+#include "testing/cuda_adam_matrix.h"
 #include "testing/registry.h"
 
 namespace gemmascope_fast {
@@ -56,22 +58,21 @@ py::tuple encoded(const Array<float>& v, const Array<uint32_t>& random) {
   return py::make_tuple(codes, exponent);
 }
 
-// threads: 64 or 256 of a block that takes a row, or 0: rows in slabs. As adam_step.cu, in its shortest form.
+// threads: 32 to 256 of a block that takes a row, or 0: rows in slabs. As adam_step.cu, in its shortest form.
 void adam_step(const std::vector<py::object>& matrix, const py::array& gradient, int dtype,
                const std::vector<double>& rates, const std::vector<int64_t>& rule, int threads) {
   const AdamView a = adam_view_of(matrix, rates, rule);
   require(gradient.ndim() == 2 && gradient.shape(0) == a.rows && gradient.shape(1) == a.cols &&
-              gradient.itemsize() == (dtype == kQuadFloat32 ? 4 : 2) &&
+              gradient.itemsize() == (dtype == kFloat32 ? 4 : 2) &&
               (a.cols < 2 || gradient.strides(1) == gradient.itemsize()),
           "gradient must have the weight's shape, and contiguous rows");
   if (a.rows == 0 || a.cols == 0) return;
   const AdamGradient g = {gradient.data(), gradient.strides(0) / gradient.itemsize(), dtype};
   const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(a.rows, 5));  // so that they loop
   if (threads != 0) {
-    require(a.cols <= kAdamLargestRow && (threads == 64 || threads == 256), "64 or 256 threads");
-    const size_t bytes = static_cast<size_t>(adam_row_bytes(a.cols));
-    if (threads == 64) return cuda_on_cpu::launch<adam_step_kernel<64>>(blocks, 64, bytes, a, g);
-    return cuda_on_cpu::launch<adam_step_kernel<256>>(blocks, 256, bytes, a, g);
+    require(a.cols <= kAdamLargestRow && threads % 32 == 0 && threads <= 256, "32 to 256 threads");
+    return cuda_on_cpu::launch<adam_step_kernel<256>>(
+        blocks, threads, static_cast<size_t>(adam_row_bytes(a.cols)), a, g);
   }
   std::vector<int32_t> found(static_cast<size_t>(a.rows), 0);
   std::vector<int64_t> before(static_cast<size_t>(a.rows), -1);

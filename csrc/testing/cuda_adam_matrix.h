@@ -32,11 +32,11 @@ inline AdamView adam_view_of(const std::vector<pybind11::object>& matrix,
   }
   py::array weight = matrix[0], moments = matrix[2], touched = matrix[4];
   AdamView a = {};
-  a.weight_dtype = weight.itemsize() == 4 ? kQuadFloat32 : kQuadBFloat16;
+  a.weight_dtype = weight.itemsize() == 4 ? kFloat32 : kBFloat16;
   if (weight.ndim() != 2) throw py::value_error("weight must be 2-D");
   a.rows = weight.shape(0);
   a.cols = weight.shape(1);
-  require_rows(weight, a.weight_dtype == kQuadFloat32 ? "float32" : "uint16", a.rows, a.cols);
+  require_rows(weight, a.weight_dtype == kFloat32 ? "float32" : "uint16", a.rows, a.cols);
   a.weight = weight.mutable_data();
   a.weight_stride = weight.strides(0) / weight.itemsize();
   if (!matrix[1].is_none()) {
