@@ -5,7 +5,9 @@
 namespace gemmascope_fast {
 namespace {
 
-void check_devices(const char* op, const Tensor& weight, const std::vector<Tensor>& state) {
+void check_devices(const char* op, const char* name, const Tensor& weight,
+                   const std::vector<Tensor>& state) {
+  if (!weight.is_cuda()) fail(op, name, " must be on a CUDA device");
   static const char* const names[] = {"exp_avg", "exp_avg_sq", "exponents", "touched_at"};
   for (size_t i = 0; i < state.size(); ++i) {
     const bool same =
@@ -22,7 +24,7 @@ void adam_view(const char* op, const char* name, const Tensor& weight,
                const std::vector<Tensor>& state, const std::vector<double>& rates,
                const std::vector<int64_t>& rule, AdamView* view) {
   const AdamMatrix m = adam_matrix(op, name, matrix_of(weight), state, rates, rule);
-  check_devices(op, weight, state);
+  check_devices(op, name, weight, state);
   static_assert(kFloat32 == static_cast<int>(Dtype::kFloat32), "dtypes differ");
   static_assert(kBFloat16 == static_cast<int>(Dtype::kBFloat16), "dtypes differ");
   static_assert(kFloat16 == static_cast<int>(Dtype::kFloat16), "dtypes differ");
