@@ -209,7 +209,7 @@ def test_nothing_to_encode(n, d_sae):
 # ---- the portable kernel: its copies, its swizzle, its product
 
 
-DTYPES = ["float32", "bfloat16", "float16"]
+DTYPES = [t + size for t in ("float32", "bfloat16", "float16") for size in ("", ":small")]
 
 
 def encoder(n, d, d_sae, seed=0):

@@ -42,40 +42,44 @@ Tensor aligned_rows(const Tensor& t, ScalarType dtype) {
   return copy;
 }
 
-template <typename T>
+template <typename T, class Shape>
 const void* tile_kernel(Limit limit) {
   return limit == Limit::kPerLatent
-             ? reinterpret_cast<const void*>(&encode_tile_kernel<T, Limit::kPerLatent>)
-             : reinterpret_cast<const void*>(&encode_tile_kernel<T, Limit::kPerToken>);
+             ? reinterpret_cast<const void*>(&encode_tile_kernel<T, Limit::kPerLatent, Shape>)
+             : reinterpret_cast<const void*>(&encode_tile_kernel<T, Limit::kPerToken, Shape>);
 }
 
+template <class Shape>
 const void* tile_kernel(Dtype dtype, Limit limit) {
   switch (dtype) {
     case Dtype::kBFloat16:
-      return tile_kernel<__nv_bfloat16>(limit);
+      return tile_kernel<__nv_bfloat16, Shape>(limit);
     case Dtype::kFloat16:
-      return tile_kernel<__half>(limit);
+      return tile_kernel<__half, Shape>(limit);
     default:
-      return tile_kernel<float>(limit);
+      return tile_kernel<float, Shape>(limit);
   }
 }
 
+template <class Shape>
 void encode_portable(const char* op, const EncodeTiles& p, Dtype dtype, Limit limit,
                      cudaStream_t stream) {
-  const int64_t tiles = tile_rows(p) * tile_columns(p);
+  const int64_t tiles = tile_rows<Shape>(p) * tile_columns<Shape>(p);
   if (tiles > std::numeric_limits<int32_t>::max()) {
     fail(op, "n * d_sae is too large: ", tiles, " tiles exceed the largest grid, 2^31 - 1");
   }
-  const void* kernel = tile_kernel(dtype, limit);
+  const void* kernel = tile_kernel<Shape>(dtype, limit);
   check_cuda(
       op, "shared memory of the encoder's tile",
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kTileShared));
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kShared));
   EncodeTiles copy = p;
   void* arguments[] = {&copy};
   check_cuda(op, "launch of the encoder's tiles",
-             cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(tiles)), dim3(kTileThreads),
-                              arguments, kTileShared, stream));
+             cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(tiles)), dim3(Shape::kThreads),
+                              arguments, Shape::kShared, stream));
 }
+
+bool is_small(const EncodeTiles& p) { return p.n <= SmallTile::kTokens; }
 
 // GEMMASCOPE_FAST_CUDA_ENCODE=portable: for comparisons.
 bool prefers_portable() {
@@ -84,7 +88,7 @@ bool prefers_portable() {
 }
 
 bool uses_sm90(const EncodeTiles& p, Dtype dtype) {
-  return !prefers_portable() && encode_sm90_serves(p, dtype);
+  return !is_small(p) && !prefers_portable() && encode_sm90_serves(p, dtype);
 }
 
 PlaceHits place_arguments(const EncodeHits& hits) {
@@ -127,7 +131,7 @@ void scan_counts(const char* op, const EncodeHits& hits, cudaStream_t stream) {
     scan_counts_kernel<<<place_blocks(items), kPlaceThreads, 0, stream>>>(p);
     check_launch(op);
   }
-  scan_groups_kernel<<<place_blocks(size), kPlaceThreads, 0, stream>>>(p);
+  scan_groups_kernel<<<place_blocks(size * 32), kPlaceThreads, 0, stream>>>(p);
   check_launch(op);
   size_t bytes = 0;
   check_cuda(op, "sizing the scan of the rows",
@@ -192,7 +196,8 @@ EncodeInputs encode_inputs(const Tensor& x, const Tensor& W_enc, const Tensor& b
 }
 
 int encode_width(const EncodeTiles& p, Dtype dtype) {
-  return uses_sm90(p, dtype) ? 256 : kWarpLatents;
+  if (uses_sm90(p, dtype)) return 256;
+  return is_small(p) ? SmallTile::kWidth : LargeTile::kWidth;
 }
 
 void encode_tiles(const char* op, const EncodeTiles& p, Dtype dtype, Limit limit,
@@ -200,8 +205,10 @@ void encode_tiles(const char* op, const EncodeTiles& p, Dtype dtype, Limit limit
   if (p.n == 0 || p.last == p.first) return;
   if (uses_sm90(p, dtype)) {
     check_cuda(op, "launch of the encoder's tiles (sm_90a)", encode_sm90(p, dtype, limit, stream));
+  } else if (is_small(p)) {
+    encode_portable<SmallTile>(op, p, dtype, limit, stream);
   } else {
-    encode_portable(op, p, dtype, limit, stream);
+    encode_portable<LargeTile>(op, p, dtype, limit, stream);
   }
 }
 

@@ -68,29 +68,27 @@ __global__ void __launch_bounds__(kPlaceThreads) scan_counts_kernel(PlaceHits p)
   }
 }
 
+// One warp per token: with few tokens there are many groups.
 __global__ void __launch_bounds__(kPlaceThreads) scan_groups_kernel(PlaceHits p) {
-  constexpr int kAhead = 8;  // loads in flight
-  const int64_t tokens = p.tokens(), groups = p.groups();
-  for (int64_t token = grid_thread(); token <= p.tiles.n; token += grid_threads()) {
-    if (token == p.tiles.n) {
-      p.offsets[token] = 0;
-      continue;
-    }
+  const int64_t tokens = p.tokens(), groups = p.groups(), lane = threadIdx.x % 32;
+  for (int64_t token = grid_thread() / 32; token <= p.tiles.n; token += grid_threads() / 32) {
     uint32_t sum = 0;
-    for (int64_t group = 0; group < groups; group += kAhead) {
-      uint32_t count[kAhead];
+    for (int64_t first = 0; first < groups && token < p.tiles.n; first += 32) {
+      const int64_t group = first + lane;
+      uint32_t* base = p.bases + group * tokens + token;
+      const uint32_t count = group < groups ? *base : 0;
+      uint32_t up_to = count;
 #pragma unroll
-      for (int g = 0; g < kAhead; ++g) {
-        count[g] = group + g < groups ? p.bases[(group + g) * tokens + token] : 0;
+      for (int step = 1; step < 32; step *= 2) {
+        const uint32_t before = __shfl_up_sync(0xffffffffu, up_to, step);
+        if (lane >= step) up_to += before;
       }
-#pragma unroll
-      for (int g = 0; g < kAhead; ++g) {
-        if (group + g < groups) p.bases[(group + g) * tokens + token] = sum;
-        sum += count[g];
-      }
+      if (group < groups) *base = sum + up_to - count;
+      sum += __shfl_sync(0xffffffffu, up_to, 31);
     }
-    const bool invalid = p.tiles.invalid != nullptr && p.tiles.invalid[token] < p.tiles.d_sae;
-    p.offsets[token] = static_cast<int64_t>(sum) + invalid;
+    const bool invalid =
+        token < p.tiles.n && p.tiles.invalid != nullptr && p.tiles.invalid[token] < p.tiles.d_sae;
+    if (lane == 0) p.offsets[token] = static_cast<int64_t>(sum) + invalid;
   }
 }
 

@@ -58,15 +58,15 @@ struct Rows {
   }
 };
 
-template <class T>
+template <class T, class Shape>
 void run_tiles(const EncodeTiles& p, Limit limit) {
-  const unsigned tiles = static_cast<unsigned>(tile_rows(p) * tile_columns(p));
+  const unsigned tiles = static_cast<unsigned>(tile_rows<Shape>(p) * tile_columns<Shape>(p));
   if (limit == Limit::kPerLatent) {
-    cuda_on_cpu::launch<encode_tile_kernel<T, Limit::kPerLatent>>(tiles, kTileThreads, kTileShared,
-                                                                  p);
+    cuda_on_cpu::launch<encode_tile_kernel<T, Limit::kPerLatent, Shape>>(tiles, Shape::kThreads,
+                                                                         Shape::kShared, p);
   } else {
-    cuda_on_cpu::launch<encode_tile_kernel<T, Limit::kPerToken>>(tiles, kTileThreads, kTileShared,
-                                                                 p);
+    cuda_on_cpu::launch<encode_tile_kernel<T, Limit::kPerToken, Shape>>(tiles, Shape::kThreads,
+                                                                        Shape::kShared, p);
   }
 }
 
@@ -223,7 +223,8 @@ py::tuple encode(const Selection& s, EncodeTiles t, int width, const Tiles& tile
 }
 
 template <class T>
-py::tuple encode_product(const Array<float>& x, const Array<float>& W, const Selection& s) {
+py::tuple encode_product(const Array<float>& x, const Array<float>& W, const Selection& s,
+                         bool small) {
   const Rows<T> rows(x), latents(W);
   EncodeTiles t = {};
   t.x = rows.memory.data();
@@ -233,17 +234,22 @@ py::tuple encode_product(const Array<float>& x, const Array<float>& W, const Sel
   t.d_sae = W.shape(0);
   t.x_stride = rows.stride;
   t.W_stride = latents.stride;
-  return encode(s, t, kWarpLatents, [&](const EncodeTiles& p) { run_tiles<T>(p, s.kind); });
+  return encode(s, t, small ? SmallTile::kWidth : LargeTile::kWidth, [&](const EncodeTiles& p) {
+    small ? run_tiles<T, SmallTile>(p, s.kind) : run_tiles<T, LargeTile>(p, s.kind);
+  });
 }
 
+// dtype: that of x and W, with ":small" behind it for the small tile.
 py::tuple encode_tiles(const Array<float>& x, const Array<float>& W, const std::string& dtype,
                        const Array<float>& bias, const Array<float>& values, bool per_token,
                        float window, std::pair<int64_t, int64_t> range, int64_t arena,
                        int64_t capacity) {
   const Selection s = selection(bias, values, per_token, window, range, arena, capacity);
-  if (dtype == "bfloat16") return encode_product<__nv_bfloat16>(x, W, s);
-  if (dtype == "float16") return encode_product<__half>(x, W, s);
-  return encode_product<float>(x, W, s);
+  const std::string type = dtype.substr(0, dtype.find(':'));
+  const bool small = type != dtype;
+  if (type == "bfloat16") return encode_product<__nv_bfloat16>(x, W, s, small);
+  if (type == "float16") return encode_product<__half>(x, W, s, small);
+  return encode_product<float>(x, W, s, small);
 }
 
 py::tuple encode_sums(const Array<float>& sums, int width, const Array<float>& bias,
