@@ -101,17 +101,6 @@ __device__ __forceinline__ bool blocks_hit(const StripHits<kColumns>& hits,
   return any != 0;
 }
 
-// One candidate that is NaN or whose latent has no limit: whether it is a hit after all. pre is NaN, or the infinite bias.
-__device__ __forceinline__ bool settle(const EncodeTiles& p, int64_t token, int64_t latent,
-                                       float bias, bool pre_is_nan) {
-  const float threshold = p.threshold[latent];
-  if (pre_is_nan || threshold != threshold) {
-    atomicMin(p.invalid + token, static_cast<int32_t>(latent));
-    return false;
-  }
-  return bias > threshold - p.window;
-}
-
 // JumpReLU: takes invalid entries out of the masks and reports them.
 template <int kColumns>
 __device__ __forceinline__ void settle_strip(const EncodeTiles& p,
@@ -144,16 +133,24 @@ __device__ __forceinline__ void settle_strip(const EncodeTiles& p,
   }
   if (!odd) return;
 #pragma unroll
-  for (int part = 0; part < 2 * StripHits<kColumns>::kWords; ++part) {
-    const int half = part % 2, word = part / 2;
-    for (uint32_t left = hits.mask[half][word]; left != 0; left &= left - 1) {
-      const uint32_t bit = left & (~left + 1);
-      const int column = strip_column(word, __ffs(static_cast<int>(left)) - 1, lane);
-      const bool pre_is_nan = (nan.mask[half][word] & bit) != 0;
-      if (!pre_is_nan && limit[column] == limit[column]) continue;
-      if (!settle(p, token + 8 * half, latent0 + column, bias[column], pre_is_nan)) {
-        hits.mask[half][word] &= ~bit;
+  for (int half = 0; half < 2; ++half) {
+    int first = kColumns;  // invalid column of this lane
+#pragma unroll
+    for (int word = 0; word < StripHits<kColumns>::kWords; ++word) {
+      for (uint32_t left = hits.mask[half][word]; left != 0; left &= left - 1) {
+        const uint32_t bit = left & (~left + 1);
+        const int column = strip_column(word, __ffs(static_cast<int>(left)) - 1, lane);
+        const bool pre_is_nan = (nan.mask[half][word] & bit) != 0;
+        if (!pre_is_nan && limit[column] == limit[column]) continue;
+        const float threshold = p.threshold[latent0 + column];
+        const bool invalid = pre_is_nan || threshold != threshold;
+        if (invalid && first == kColumns) first = column;
+        // Else pre is the infinite bias.
+        if (invalid || !(bias[column] > threshold - p.window)) hits.mask[half][word] &= ~bit;
       }
+    }
+    if (first < kColumns) {
+      atomicMin(p.invalid + token + 8 * half, static_cast<int32_t>(latent0 + first));
     }
   }
 }
