@@ -26,10 +26,12 @@ namespace {
 
 constexpr const char* kOp = "jumprelu_encode";
 
-// Records of the first arena: 1.5 KiB per token, 1.2 % of pre in bfloat16 at 65,536 latents. More than fit cost a second
-// pass over the strips that missed.
-constexpr int64_t kRecordsPerToken = 192;
-constexpr int64_t kSmallestArena = 65536;
+// Records that the first arena has room for: 1 to 8 KiB per token, 0.8 % of pre in bfloat16 from 65,536 latents on. The
+// strips whose records did not fit are the last ones that ran, and are computed again.
+int64_t first_arena(int64_t n, int64_t d_sae) {
+  const int64_t per_token = std::min<int64_t>(std::max<int64_t>(d_sae / 512, 128), 1024);
+  return std::max<int64_t>(per_token * n, 65536);
+}
 
 void check_arguments(const Tensor& x, const Tensor& W_enc, const Tensor& b_enc,
                      const Tensor& threshold, double bandwidth, std::optional<int64_t> max_nnz) {
@@ -81,8 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> jumprelu_enco
   limit.window = bandwidth > 0 ? static_cast<float>(bandwidth / 2) : 0.0f;
   limit.first = 0;
   limit.last = d_sae;
-  const int64_t guess = std::max(kRecordsPerToken * n, kSmallestArena);
-  const int64_t arena = std::min(max_nnz.value_or(guess), n * d_sae);
+  const int64_t arena = std::min(max_nnz.value_or(first_arena(n, d_sae)), n * d_sae);
   EncodeHits hits = encode_hits(kOp, in, limit, arena, stream);
   const int64_t capacity = max_nnz ? *max_nnz : complete(hits, stream);
   EncodeCsr out = place_hits(kOp, hits, capacity, stream);
