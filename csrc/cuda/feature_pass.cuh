@@ -15,7 +15,7 @@ __host__ __device__ constexpr int feature_threads(int K) {
   return K == 3 ? 224 : 256;
 }  // 3 x 224 chunks are 5376 columns
 __host__ __device__ constexpr int feature_batch(int K) { return K == 1 ? 4 : K == 2 ? 2 : 1; }
-__host__ __device__ constexpr int feature_blocks(int K) { return K == 1 ? 4 : K == 4 ? 2 : 3; }
+__host__ __device__ constexpr int feature_blocks(int K) { return K == 1 ? 4 : K == 2 ? 3 : 2; }
 
 // What the pass reads of an entry besides rows; entries are sorted by latent. No entry: token -1.
 struct __align__(16) Record {

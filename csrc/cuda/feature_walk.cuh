@@ -46,8 +46,9 @@ __device__ inline Piece window_piece(const FeaturePass& p, int64_t window) {
 struct Slots {
   uint4* base;  // of this thread
   int threads;
-  int w_words, g_words, x_words;  // per chunk, 0 for what is not read
-  int w_dtype, g_dtype, x_dtype;  // of the chunks there
+  int w_words, g_words, x_words;    // per chunk, 0 for what is not read
+  int w_dtype, g_dtype, x_dtype;    // of the chunks there
+  bool fast_decoder, fast_encoder;  // all of it bfloat16, with dot products
 };
 
 __device__ inline Slots feature_slots(const FeaturePass& p, uint4* shared) {
@@ -60,6 +61,8 @@ __device__ inline Slots feature_slots(const FeaturePass& p, uint4* shared) {
   s.w_dtype = chunk_dtype(p.W_dec);
   s.g_dtype = chunk_dtype(p.g);
   s.x_dtype = chunk_dtype(p.x);
+  s.fast_decoder = p.dots && s.w_dtype == kBFloat16 && s.g_dtype == kBFloat16;
+  s.fast_encoder = p.encoder && s.x_dtype == kBFloat16;
   return s;
 }
 
@@ -68,27 +71,68 @@ __device__ inline uint4* entry_slot(const Slots& s, int slot) {
   return s.base + K * (s.w_words + slot * (s.g_words + s.x_words)) * s.threads;
 }
 
+// Whether chunk k of this thread lies in rows of `cols` columns.
+template <int K>
+__device__ inline bool holds(int64_t cols, int k, int threads) {
+  return (k * threads + static_cast<int>(threadIdx.x)) * kChunk < cols;
+}
+
+// Rows that are not wide, element by element and as little code as possible; 0 beyond the last column.
+template <int K>
+__device__ inline void copy_narrow_row(const Rows& m, int64_t row, uint4* to, const Slots& s) {
+#pragma unroll 1
+  for (int i = 0; i < K * kChunk; ++i) {
+    const int word = i / 4;
+    const int64_t col =
+        (static_cast<int64_t>(i / kChunk) * s.threads + threadIdx.x) * kChunk + i % kChunk;
+    const int64_t at = row * m.row_stride + col * m.col_stride;
+    reinterpret_cast<float*>(to + word * s.threads)[i % 4] =
+        col < m.cols ? load_element(m.data, m.dtype, at) : 0.0f;
+  }
+}
+
 template <int K>
 __device__ inline void copy_row(const Rows& m, int64_t row, uint4* to, const Slots& s, int words) {
   if (!m.wide) {
-    for (int k = 0; k < K; ++k) {
-      const int64_t col = (static_cast<int64_t>(k) * s.threads + threadIdx.x) * kChunk;
-      if (col >= m.cols) return;
-      float v[kChunk];
-      load_narrow(m, row, col, v);
-      to[2 * k * s.threads] = pack_fp32(v);
-      to[(2 * k + 1) * s.threads] = pack_fp32(v + 4);
-    }
+    copy_narrow_row<K>(m, row, to, s);
     return;
   }
-  const char* from = chunk_address(m, row, static_cast<int64_t>(threadIdx.x) * kChunk);
+  const char* from = first_chunk(m, static_cast<int64_t>(threadIdx.x) * kChunk) +
+                     static_cast<uint64_t>(static_cast<uint32_t>(row)) * row_bytes(m);
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    if ((k * s.threads + static_cast<int>(threadIdx.x)) * kChunk >= m.cols) return;
+    if (!holds<K>(m.cols, k, s.threads)) return;
     async_copy_16(to, from, words == 2);
     if (words == 2) async_copy_16(to + s.threads, from + 16, true);
     to += words * s.threads;
     from += s.threads * words * 16;
+  }
+}
+
+// Zeros where the chunks of a thread lie beyond the row, so that nobody asks about them later.
+template <int K>
+__device__ inline void clear_row(const Rows& m, uint4* to, const Slots& s, int words) {
+#pragma unroll 1
+  for (int k = 0; k < K; ++k) {
+    if (words == 0 || holds<K>(m.cols, k, s.threads)) continue;
+    for (int word = 0; word < words; ++word) {
+      to[(k * words + word) * s.threads] = make_uint4(0, 0, 0, 0);
+    }
+  }
+}
+
+template <int K>
+__device__ inline void clear_slots(const FeaturePass& p, const Slots& s) {
+  if ((!p.decoder || holds<K>(p.g.cols, K - 1, s.threads)) &&
+      (!p.encoder || holds<K>(p.x.cols, K - 1, s.threads))) {
+    return;
+  }
+  clear_row<K>(p.W_dec, s.base, s, s.w_words);
+#pragma unroll 1
+  for (int slot = 0; slot < p.stages * feature_batch(K); ++slot) {
+    uint4* to = entry_slot<K>(s, slot);
+    clear_row<K>(p.g, to, s, s.g_words);
+    clear_row<K>(p.x, to + K * s.g_words * s.threads, s, s.x_words);
   }
 }
 
@@ -109,11 +153,6 @@ struct FeatureSums {
   float bias, window;
 };
 
-template <int K>
-__device__ inline bool holds(int64_t cols, int k, int threads) {
-  return (k * threads + static_cast<int>(threadIdx.x)) * kChunk < cols;
-}
-
 // Starts the copies of a batch of entries; `slot` is that of its first.
 template <int K>
 __device__ inline void start_batch(const FeaturePass& p, const Slots& s,
@@ -133,39 +172,55 @@ __device__ inline void start_batch(const FeaturePass& p, const Slots& s,
   }
 }
 
-// Adds value g[r] to the decoder's sums; returns this thread's part of <W_dec[j], g[r]>.
+// Adds value g[r] to the decoder's sums; returns this thread's part of <W_dec[j], g[r]>. bfloat16 has code of its own, in
+// which nothing is asked between the reads.
 template <int K>
 __device__ inline float decoder_entry(const FeaturePass& p, const Slots& s, const uint4* slot,
                                       float value, FeatureSums<K>* sums) {
   float dot = 0.0f;
+  if (s.fast_decoder) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      float g[kChunk], w[kChunk];
+      widen_bf16(slot[k * s.threads], g);
+      widen_bf16(s.base[k * s.threads], w);
+      add_chunk(value, g, sums->dec[k]);
+      dot = dot_chunk(w, g, dot);
+    }
+    return dot;
+  }
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    if (!holds<K>(p.g.cols, k, s.threads)) break;
     float g[kChunk];
     read_chunk(slot + k * s.g_words * s.threads, s.threads, s.g_words, s.g_dtype, g);
+    add_chunk(value, g, sums->dec[k]);
     if (p.dots) {
       float w[kChunk];
       read_chunk(s.base + k * s.w_words * s.threads, s.threads, s.w_words, s.w_dtype, w);
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) dot = fmaf(w[i], g[i], dot);
+      dot = dot_chunk(w, g, dot);
     }
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) sums->dec[k][i] = fmaf(value, g[i], sums->dec[k][i]);
   }
   return dot;
 }
 
 template <int K>
-__device__ inline void encoder_entry(const FeaturePass& p, const Slots& s, const uint4* slot,
-                                     float d_pre, FeatureSums<K>* sums) {
+__device__ inline void encoder_entry(const Slots& s, const uint4* slot, float d_pre,
+                                     FeatureSums<K>* sums) {
   slot += K * s.g_words * s.threads;
+  if (s.fast_encoder) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      float x[kChunk];
+      widen_bf16(slot[k * s.threads], x);
+      add_chunk(d_pre, x, sums->enc[k]);
+    }
+    return;
+  }
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    if (!holds<K>(p.x.cols, k, s.threads)) break;
     float x[kChunk];
     read_chunk(slot + k * s.x_words * s.threads, s.threads, s.x_words, s.x_dtype, x);
-#pragma unroll
-    for (int i = 0; i < kChunk; ++i) sums->enc[k][i] = fmaf(d_pre, x[i], sums->enc[k][i]);
+    add_chunk(d_pre, x, sums->enc[k]);
   }
 }
 
@@ -202,7 +257,7 @@ __device__ inline void walk_batch(const FeaturePass& p, const Slots& s, FeatureS
     }
     if (p.encoder) {
       const float d_pre = gradient * shared.records[i].gate;
-      encoder_entry<K>(p, s, entry_slot<K>(s, slot + b), d_pre, sums);
+      encoder_entry<K>(s, entry_slot<K>(s, slot + b), d_pre, sums);
     }
   }
 }
@@ -257,6 +312,7 @@ __device__ inline void walk_piece(const FeaturePass& p, const Piece& piece, uint
   for (int i = threadIdx.x; i < 2 * 4 * kFeatureWarps; i += blockDim.x) {
     reinterpret_cast<float*>(shared.partial)[i] = 0.0f;
   }
+  clear_slots<K>(p, s);
   if (p.dots) copy_row<K>(p.W_dec, piece.latent, s.base, s, s.w_words);
   __syncthreads();
   const int batches = (piece.count + B - 1) / B;

@@ -19,7 +19,7 @@ struct Rows {
   int64_t rows, cols;
   int64_t row_stride, col_stride;
   int dtype;
-  int wide;  // col_stride 1, cols a multiple of 8, every row starts on 16 bytes
+  int wide;  // col_stride 1, cols a multiple of 8, every row starts on 16 bytes and is less than 2^31 bytes apart
 };
 
 // The same, written.
@@ -35,7 +35,8 @@ inline bool rows_are_wide(const void* data, int dtype, int64_t cols, int64_t row
                           int64_t col_stride) {
   const int64_t size = dtype == kFloat32 ? 4 : 2;
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && cols % kChunk == 0 &&
-         (col_stride == 1 || cols == 0) && row_stride * size % 16 == 0;
+         (col_stride == 1 || cols == 0) && row_stride * size % 16 == 0 && row_stride >= 0 &&
+         row_stride < int64_t{1} << 29;
 }
 
 // Columns [begin, begin + cols) of rows or of a target.
@@ -150,19 +151,49 @@ __device__ inline void load_narrow(const Rows& m, int64_t row, int64_t col, floa
   }
 }
 
-// A chunk that lies in the row at least in part, as `chunk_dtype`.
-__device__ inline void load_chunk(const Rows& m, int64_t row, int64_t col, uint4* first,
-                                  uint4* second) {
-  if (m.wide) {
-    const uint4* from = reinterpret_cast<const uint4*>(chunk_address(m, row, col));
-    *first = __ldg(from);
-    if (m.dtype == kFloat32) *second = __ldg(from + 1);
-    return;
-  }
-  float v[8];
-  load_narrow(m, row, col, v);
-  *first = pack_fp32(v);
-  *second = pack_fp32(v + 4);
+// The address of a chunk of row 0, and bytes from row to row, of wide rows.
+__device__ inline const char* first_chunk(const Rows& m, int64_t col) {
+  return static_cast<const char*>(m.data) + col * (m.dtype == kFloat32 ? 4 : 2);
+}
+
+__device__ inline uint32_t row_bytes(const Rows& m) {
+  return static_cast<uint32_t>(m.row_stride) * (m.dtype == kFloat32 ? 4 : 2);
+}
+
+// 16 bytes of memory that nobody writes meanwhile, or zeros and no access. A branch around a load would make the compiler
+// wait for it before the next one; written this way, loads are issued one after the other.
+__device__ inline uint4 load_if(bool wanted, const char* from) {
+  uint4 v = make_uint4(0, 0, 0, 0);
+#ifdef __CUDA_ARCH__
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.s32 wanted, %5, 0;\n"
+      "@wanted ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "}\n"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(from), "r"(static_cast<int>(wanted)));
+#else
+  if (wanted) v = *reinterpret_cast<const uint4*>(from);
+#endif
+  return v;
+}
+
+// The same for 4 bytes; `otherwise` where nothing is wanted.
+__device__ inline uint32_t load_if(bool wanted, const void* from, uint32_t otherwise) {
+#ifdef __CUDA_ARCH__
+  asm volatile(
+      "{\n"
+      ".reg .pred wanted;\n"
+      "setp.ne.s32 wanted, %2, 0;\n"
+      "@wanted ld.global.nc.u32 %0, [%1];\n"
+      "}\n"
+      : "+r"(otherwise)
+      : "l"(from), "r"(static_cast<int>(wanted)));
+  return otherwise;
+#else
+  return wanted ? *static_cast<const uint32_t*>(from) : otherwise;
+#endif
 }
 
 // Adds what `out` holds at columns [col, col + kColumns).
@@ -209,6 +240,18 @@ __device__ inline void store_target(const Target& out, int64_t row, int64_t col,
   } else {
     *reinterpret_cast<uint2*>(to) = make_uint2(word[0], word[1]);
   }
+}
+
+// acc += factor * v, and acc + <v, w>: one rounding per element, whatever the compiler.
+__device__ inline void add_chunk(float factor, const float (&v)[kChunk], float (&acc)[kChunk]) {
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) acc[i] = fmaf(factor, v[i], acc[i]);
+}
+
+__device__ inline float dot_chunk(const float (&v)[kChunk], const float (&w)[kChunk], float acc) {
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) acc = fmaf(v[i], w[i], acc);
+  return acc;
 }
 
 // Sum over the lanes of a warp by a fixed tree; every lane has the result.

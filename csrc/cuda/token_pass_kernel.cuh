@@ -13,9 +13,10 @@
 
 namespace gemmascope_fast {
 
-constexpr int kTokenWarps = 4;
-constexpr int kTokenThreads = kTokenWarps * kWarp;
-constexpr int kTokenRows = 8;  // rows in flight per warp
+// One warp, so that the compiler sees that its lanes go the same way: it would guard every shuffle otherwise.
+constexpr int kTokenThreads = kWarp;
+constexpr int kTokenBlocks = 24;  // per multiprocessor
+constexpr int kTokenRows = 8;     // rows in flight
 
 struct TokenPass {
   const int64_t* offsets;     // [sets * n + 1]
@@ -40,16 +41,28 @@ __host__ __device__ constexpr int token_columns(Access access) {
   return access == Access::k16 ? 8 : 4;
 }
 
+__host__ __device__ inline int64_t token_slabs(const TokenPass& p, Access access) {
+  const int64_t width = token_columns(access) * kWarp;
+  return (p.matrix.cols + width - 1) / width;
+}
+
+// Blocks that find work.
+inline int64_t token_pass_items(const TokenPass& p, Access access) {
+  return p.n * token_slabs(p, access);
+}
+
+// A lane's columns of row j, or zeros. `slab`: of row 0, where rows are wide.
 template <Access access>
-__device__ inline uint4 load_columns(const Rows& m, int64_t row, int64_t col) {
+__device__ inline uint4 load_columns(const Rows& m, bool wanted, const char* slab, uint32_t bytes,
+                                     int32_t j, int64_t col) {
   if constexpr (access != Access::kAny) {
-    return __ldg(reinterpret_cast<const uint4*>(chunk_address(m, row, col)));
+    return load_if(wanted, slab + static_cast<uint64_t>(static_cast<uint32_t>(j)) * bytes);
   } else {
     float v[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int64_t at = row * m.row_stride + (col + i) * m.col_stride;
-      v[i] = col + i < m.cols ? load_element(m.data, m.dtype, at) : 0.0f;
+      const int64_t at = j * m.row_stride + (col + i) * m.col_stride;
+      v[i] = wanted && col + i < m.cols ? load_element(m.data, m.dtype, at) : 0.0f;
     }
     return pack_fp32(v);
   }
@@ -75,17 +88,20 @@ __device__ inline void add_rows(const uint4 (&raw)[kTokenRows], float weight, in
   }
 }
 
-// Index and weight of one entry; -1 and 0 where there is none and where the index is out of range.
-__device__ inline void load_entry(const TokenPass& p, int64_t e, int64_t end, int32_t* index,
-                                  float* weight) {
-  *index = -1;
-  *weight = 0.0f;
-  if (e >= end) return;
-  const int32_t j = __ldg(p.indices + e);
-  if (j < 0 || j >= p.matrix.rows) return;
-  *index = j;
-  *weight = p.coefficients != nullptr ? __ldg(p.coefficients + e) : 0.0f;
-  if (p.gate != nullptr) *weight *= __ldg(p.gate + e);
+// A lane's entry of 32, as it lies in memory; index -1 where there is none.
+struct TokenEntry {
+  int32_t index;
+  float coefficient, gate;
+};
+
+// Nothing here looks at what has been loaded: the next 32 entries are on their way while rows of these are read.
+__device__ inline TokenEntry load_entry(const TokenPass& p, int64_t e, int64_t end) {
+  const bool inside = e < end, weighted = p.coefficients != nullptr, gated = p.gate != nullptr;
+  TokenEntry entry;
+  entry.index = static_cast<int32_t>(load_if(inside, p.indices + e, 0xffffffffu));
+  entry.coefficient = __uint_as_float(load_if(inside && weighted, p.coefficients + e, 0));
+  entry.gate = __uint_as_float(load_if(inside && gated, p.gate + e, __float_as_uint(1.0f)));
+  return entry;
 }
 
 template <Access access, int kColumns>
@@ -96,20 +112,25 @@ __device__ inline void sum_entries(const TokenPass& p, int64_t row, int64_t col,
   if (at < 0) at = 0;
   if (end > p.capacity) end = p.capacity;
   const bool inside = col < p.matrix.cols;
+  const char* slab = first_chunk(p.matrix, col);
+  const uint32_t bytes = row_bytes(p.matrix);
   const bool bf16 = p.matrix.dtype == kBFloat16;
-  int32_t index, next_index;
-  float weight, next_weight;
-  load_entry(p, at + lane, end, &index, &weight);
+  TokenEntry next = load_entry(p, at + lane, end);
   for (; at < end; at += kWarp) {
-    load_entry(p, at + kWarp + lane, end, &next_index, &next_weight);
+    // An index out of range contributes nothing, whatever its coefficient is.
+    const bool valid = next.index >= 0 && next.index < p.matrix.rows;
+    const int32_t index = valid ? next.index : -1;
+    const float weight = valid ? next.coefficient * next.gate : 0.0f;
+    next = load_entry(p, at + kWarp + lane, end);
     const int count = end - at < kWarp ? static_cast<int>(end - at) : kWarp;
     for (int first = 0; first < count; first += kTokenRows) {
       uint4 raw[kTokenRows];
+      int32_t j[kTokenRows];
+#pragma unroll
+      for (int u = 0; u < kTokenRows; ++u) j[u] = __shfl_sync(kAllLanes, index, first + u);
 #pragma unroll
       for (int u = 0; u < kTokenRows; ++u) {
-        const int32_t j = __shfl_sync(kAllLanes, index, first + u);
-        raw[u] = make_uint4(0, 0, 0, 0);
-        if (j >= 0 && inside) raw[u] = load_columns<access>(p.matrix, j, col);
+        raw[u] = load_columns<access>(p.matrix, j[u] >= 0 && inside, slab, bytes, j[u], col);
       }
       // Once per group of rows: inside the sum, the choice of the dtype would be made for each row.
       if (bf16) {
@@ -118,21 +139,17 @@ __device__ inline void sum_entries(const TokenPass& p, int64_t row, int64_t col,
         add_rows<access, false>(raw, weight, first, acc);
       }
     }
-    index = next_index;
-    weight = next_weight;
   }
 }
 
 template <Access access>
-__global__ void __launch_bounds__(kTokenThreads, 6) token_pass_kernel(TokenPass p) {
+__global__ void __launch_bounds__(kTokenThreads, kTokenBlocks) token_pass_kernel(TokenPass p) {
   constexpr int kColumns = token_columns(access);
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t groups = (p.n + kTokenWarps - 1) / kTokenWarps;
-  const int64_t slabs = (p.matrix.cols + kColumns * kWarp - 1) / (kColumns * kWarp);
-  for (int64_t item = blockIdx.x; item < groups * slabs; item += gridDim.x) {
-    const int64_t slab = item / groups;
-    const int64_t token = (item - slab * groups) * kTokenWarps + warp;
-    if (token >= p.n) continue;
+  const int lane = threadIdx.x;
+  const int64_t slabs = token_slabs(p, access);
+  for (int64_t item = blockIdx.x; item < p.n * slabs; item += gridDim.x) {
+    const int64_t slab = item / p.n;
+    const int64_t token = item - slab * p.n;
     const int64_t col = (slab * kWarp + lane) * kColumns;
     float acc[kColumns] = {};
     for (int64_t set = 0; set < p.sets; ++set) {
@@ -147,11 +164,6 @@ __global__ void __launch_bounds__(kTokenThreads, 6) token_pass_kernel(TokenPass 
     if (p.add) add_target(p.out, token, col, acc);
     store_target(p.out, token, col, acc);
   }
-}
-
-inline int64_t token_pass_items(const TokenPass& p, Access access) {
-  const int64_t width = token_columns(access) * kWarp;
-  return (p.n + kTokenWarps - 1) / kTokenWarps * ((p.matrix.cols + width - 1) / width);
 }
 
 }  // namespace gemmascope_fast

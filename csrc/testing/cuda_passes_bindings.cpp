@@ -44,9 +44,9 @@ template <class T>
 T* vector_of(const py::object& o) {
   if (o.is_none()) return nullptr;
   const auto a = py::cast<py::array>(o);
-  require(py::isinstance<py::array_t<T>>(a) && a.ndim() >= 1 &&
-              (a.flags() & py::array::c_style) != 0,
-          "a contiguous vector of another dtype was expected");
+  require(
+      py::isinstance<py::array_t<T>>(a) && a.ndim() >= 1 && (a.flags() & py::array::c_style) != 0,
+      "a contiguous vector of another dtype was expected");
   return static_cast<T*>(const_cast<void*>(a.data()));
 }
 
