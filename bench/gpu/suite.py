@@ -79,7 +79,7 @@ def _module(ctx: Context, module: Path) -> dict[str, Any]:
         raise Skip(f"not collected: {', '.join(absent)} not installed")
     if _chooses(module) and ctx.settings.device == "cpu":
         raise Skip("kernels of a GPU")
-    env = {**os.environ, OWN_DEVICE: ctx.settings.device}
+    env = {**os.environ, OWN_DEVICE: ctx.settings.device, "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH", "")]))
     command = [sys.executable, "-m", "pytest", str(module), "-q"]
     command += ["-p", "no:cacheprovider", "--tb=short"]
