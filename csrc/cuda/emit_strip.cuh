@@ -1,5 +1,5 @@
-// The end of a tile of the encoder: one warp turns a strip of 16 tokens x kColumns latents, still in registers, into the
-// counts, the run and the records that encode_tiles.cuh describes.
+// The end of a tile of the encoder: one warp turns a strip of 16 tokens x kColumns latents, still in registers, into
+// the counts, the run and the records that encode_tiles.cuh describes.
 //
 // The accumulators are those of m16n8 matrix instructions: acc[m][0..1] belong to token lane / 4 and columns 8 m +
 // 2 (lane % 4) + {0, 1}, acc[m][2..3] to token lane / 4 + 8. A *block* is the 16 x 8 elements of one m. All loops over
@@ -248,9 +248,9 @@ __device__ __forceinline__ uint64_t* reserve_strip(const EncodeTiles& p, int64_t
   return begin + place.total > p.arena ? nullptr : p.records + begin;
 }
 
-// One warp, converged. The strip is tokens token0 .. + 15 (a multiple of 16), latents latent0 = p.first + column_block *
-// kColumns .. + kColumns - 1. bias and limit hold kColumns floats of these latents (whatever beyond the last latent), are
-// 8-byte aligned and may be in shared or global memory; limit is not read for kPerToken.
+// One warp, converged. The strip is tokens token0 .. + 15 (a multiple of 16), latents latent0 = p.first + column_block
+// * kColumns .. + kColumns - 1. bias and limit hold kColumns floats of these latents (whatever beyond the last latent),
+// are 8-byte aligned and may be in shared or global memory; limit is not read for kPerToken.
 template <int kColumns, Limit kLimit>
 __device__ __forceinline__ void emit_strip(const EncodeTiles& p,
                                            const float (&acc)[kColumns / 8][4], int64_t token0,

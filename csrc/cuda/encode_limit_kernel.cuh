@@ -3,8 +3,8 @@
 //   limit[j] = the largest float a with fl(a + bias[j]) <= threshold[j] - window
 //   pre > threshold[j] - window   if and only if   acc > limit[j]
 //
-// fl(a + bias) does not fall as a rises, so a bisection over the floats in their order finds it in 32 steps. NaN where the
-// threshold is NaN or the bias is not finite: such entries are decided one by one.
+// fl(a + bias) does not fall as a rises, so a bisection over the floats in their order finds it in 32 steps. NaN where
+// the threshold is NaN or the bias is not finite: such entries are decided one by one.
 #pragma once
 
 #include "cuda/device.cuh"

@@ -1,12 +1,13 @@
-// The portable encoder (compute capability 8.0 and up): one tile of pre = x W^T + bias per block, selected in its epilogue.
+// The portable encoder (compute capability 8.0 and up): one tile of pre = x W^T + bias per block, selected in its
+// epilogue.
 //
 //   x [n, d], W [d_sae, d]; rows begin at multiples of 16 bytes and have a multiple of 16 bytes
 //
-// Algorithm: a block computes 128 tokens x 256 latents, or 32 x 64 where there are no more tokens (SmallTile: W is read once,
-// and many blocks are in flight). Stages of 64 bytes of each row come by cp.async; the 16-byte chunks of a row are permuted
-// by (row / 2) % 4, so that neither the copies nor the loads conflict. A warp holds two strips for emit_strip.cuh. 16-bit
-// elements go through mma.m16n8k16, float32 through FMA in the same layout, which keeps IEEE float32 and the order of k.
-// Bound by the matrix units; float32 by FMA; few tokens by the read of W.
+// Algorithm: a block computes 128 tokens x 256 latents, or 32 x 64 where there are no more tokens (SmallTile: W is read
+// once, and many blocks are in flight). Stages of 64 bytes of each row come by cp.async; the 16-byte chunks of a row
+// are permuted by (row / 2) % 4, so that neither the copies nor the loads conflict. A warp holds two strips for
+// emit_strip.cuh. 16-bit elements go through mma.m16n8k16, float32 through FMA in the same layout, which keeps IEEE
+// float32 and the order of k. Bound by the matrix units; float32 by FMA; few tokens by the read of W.
 #pragma once
 
 #include "cuda/emit_strip.cuh"

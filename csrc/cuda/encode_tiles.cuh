@@ -1,9 +1,9 @@
 // What a kernel that multiplies x by W_enc leaves behind instead of the product: the entries that pass a limit.
 //
 // A *strip* is 16 tokens x kWidth latents, held by one warp in the accumulator layout of m16n8 matrix instructions. For
-// each strip with hits the warp reserves one contiguous run of records in an arena, by one atomic, and writes the hits in
-// the order (token, latent). Where a run lies depends on timing; what it holds does not: place_kernel.cuh moves every
-// record to its place in canonical CSR, found from the counts alone. A run that does not fit is counted and not
+// each strip with hits the warp reserves one contiguous run of records in an arena, by one atomic, and writes the hits
+// in the order (token, latent). Where a run lies depends on timing; what it holds does not: place_kernel.cuh moves
+// every record to its place in canonical CSR, found from the counts alone. A run that does not fit is counted and not
 // written; a second pass over the strips that miss theirs writes them into an arena of the exact size.
 #pragma once
 
@@ -15,8 +15,8 @@ inline namespace on_cuda {  // csrc/cpu has an EncodeTiles of its own
 constexpr int kStripTokens = 16;
 constexpr int64_t kMaxRun = 16 * 256;  // most records of one strip
 
-// A record: pre-activation (float32) in the low half; column in the strip (8 bits), token in the strip (4 bits) and rank
-// among the token's hits in the strip (8 bits) from bit 32 on. That an entry lies only in the window is found by
+// A record: pre-activation (float32) in the low half; column in the strip (8 bits), token in the strip (4 bits) and
+// rank among the token's hits in the strip (8 bits) from bit 32 on. That an entry lies only in the window is found by
 // place_kernel.cuh, which compares with the threshold again.
 constexpr int kRecordToken = 32 + 8;
 constexpr int kRecordRank = kRecordToken + 4;
@@ -40,8 +40,8 @@ struct EncodeTiles {
       last;  // latents [first, last) are computed, last <= d_sae; `first` is a multiple of 256
   const float* bias;  // [d_sae]
 
-  // kPerLatent. limit[j] is the largest float whose sum with bias[j], rounded once, is <= threshold[j] - window: exactly
-  // `acc > limit[j]` is stored. It is NaN where the threshold is NaN or the bias is not finite.
+  // kPerLatent. limit[j] is the largest float whose sum with bias[j], rounded once, is <= threshold[j] - window:
+  // exactly `acc > limit[j]` is stored. It is NaN where the threshold is NaN or the bias is not finite.
   const float* limit;      // [d_sae]
   const float* threshold;  // [d_sae]
   float window;            // bandwidth / 2, or 0: no window entries
@@ -49,8 +49,8 @@ struct EncodeTiles {
   // kPerToken. A token's bound is never negative.
   const float* bound;  // [n]
 
-  // Outputs. Column block c of the run covers latents first + c * width .. of `width` latents each, strip s covers tokens
-  // 16 s .. 16 s + 15, strips = ceil(n / 16).
+  // Outputs. Column block c of the run covers latents first + c * width .. of `width` latents each, strip s covers
+  // tokens 16 s .. 16 s + 15, strips = ceil(n / 16).
   uint16_t* counts;   // [column blocks][strips * 16] hits of each token, 0 beyond n
   uint64_t* runs;     // [column blocks][strips] run of the strip, 0 where it has no hits
   uint64_t* records;  // [arena]
@@ -60,8 +60,8 @@ struct EncodeTiles {
   int32_t*
       invalid;  // [n] smallest latent whose pre or threshold is NaN (kPerLatent); starts at d_sae
 
-  // Second pass: only strips with run + count > arena are computed, nothing is reserved or counted, and the records go to
-  // rest[run - rest_begin ...], rest_begin = max(arena - kMaxRun, 0). Null in the first pass.
+  // Second pass: only strips with run + count > arena are computed, nothing is reserved or counted, and the records go
+  // to rest[run - rest_begin ...], rest_begin = max(arena - kMaxRun, 0). Null in the first pass.
   uint64_t* rest;
   uint64_t rest_begin;
 };

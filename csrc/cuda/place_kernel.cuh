@@ -2,10 +2,10 @@
 //
 //   position = offsets[token] + bases[group][token] + counts[column block][token] + rank
 //
-// scan_counts_kernel turns the counts of each group of kScanBlocks column blocks into exclusive sums, in place, and adds
-// the group up; scan_groups_kernel does the same with the groups, and leaves each token's total. CUB sums the totals to
-// offsets (encode_tiles.cu). place_kernel moves every record; an entry behind its token's first invalid latent moves up by
-// one, and insert_invalid_kernel fills the gap. pad_kernel writes what lies behind the entries.
+// scan_counts_kernel turns the counts of each group of kScanBlocks column blocks into exclusive sums, in place, and
+// adds the group up; scan_groups_kernel does the same with the groups, and leaves each token's total. CUB sums the
+// totals to offsets (encode_tiles.cu). place_kernel moves every record; an entry behind its token's first invalid
+// latent moves up by one, and insert_invalid_kernel fills the gap. pad_kernel writes what lies behind the entries.
 // Bound by memory and latency: 4 bytes per count, and about 60 bytes of scattered traffic per entry.
 #pragma once
 

@@ -57,7 +57,7 @@ struct MmaOperands {
   uint32_t a[4], b[2];
 };
 
-// Element k of a row of `a` (of a column of `b`), k < 16, held by the four lanes from `lane` on in registers of step `step`.
+// Element k < 16 of a row of `a` (column of `b`): of the pair that its lane holds in registers[k / 8].
 template <typename T>
 float mma_element(const uint32_t* registers, int k) {
   T pair[2];
