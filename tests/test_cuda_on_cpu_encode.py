@@ -264,3 +264,68 @@ def test_row_blocks_that_sweep_the_latents_together():
     x, W, bias, theta, pre = encoder(17 * 128 + 3, 3, 258)
     found = run(testing.cuda_encode_tiles, x, W, "bfloat16", bias, theta, arena=x.shape[0] * 258)
     found.check(jumprelu_support(pre, theta, 0.0))
+
+
+# ---- the kernel of Hopper GPUs: its rings, its swizzle, its descriptors, its way for few hits
+
+
+HALVES = ["bfloat16", "float16"]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    "n, d, d_sae", [(1, 1, 1), (33, 8, 130), (129, 40, 257), (5, 0, 300), (140, 100, 300)]
+)
+def test_hopper_tiles_multiply_exactly(dtype, n, d, d_sae):
+    x, W, bias, theta, pre = encoder(n, d, d_sae)
+    found = run(
+        *(testing.cuda_encode_sm90, x, W, dtype, bias, theta), arena=n * d_sae, window=1.0, seed=1
+    )
+    found.check(jumprelu_support(pre, theta, 2.0))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("seed", [0, 1, 3])
+def test_hopper_has_more_stages_and_tiles_than_its_rings(dtype, seed):
+    x, W, bias, theta, pre = encoder(260, 330, 520)
+    arena = 260 * 520
+    found = run(testing.cuda_encode_sm90, x, W, dtype, bias, theta, arena=arena, seed=seed)
+    found.check(jumprelu_support(pre, theta, 0.0))
+
+
+@pytest.mark.parametrize("density", [0.0, 0.0005, 0.004, 0.02])
+@pytest.mark.parametrize("odd", [False, True])
+def test_hopper_strips_of_few_hits(density, odd):
+    x, W, bias, theta, pre = encoder(64, 16, 600, seed=3)
+    theta[:] = pre.flatten().sort().values[int((1 - density) * (pre.numel() - 1))]
+    if odd:
+        x[50, 3] = NAN
+        pre[50] = NAN
+        theta[300], theta[301], bias[302] = NAN, -INF, INF
+        pre[:50, 302] = pre[51:, 302] = INF
+    found = run(testing.cuda_encode_sm90, x, W, "bfloat16", bias, theta, arena=64 * 600, seed=5)
+    found.check(jumprelu_support(pre, theta, 0.0))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_hopper_tiles_again_where_records_are_missing(dtype):
+    x, W, bias, theta, pre = encoder(300, 17, 520)
+    x[140, 3] = NAN
+    pre[140] = NAN
+    expected = jumprelu_support(pre, theta, 0.0)
+    records = int(expected[0].sum()) - 1  # the token with NaN has an entry, but no record
+    for arena in (0, 3001, records - 1):  # none, some, all but one of the tiles are skipped
+        found = run(testing.cuda_encode_sm90, x, W, dtype, bias, theta, arena=arena, seed=arena)
+        assert found.reserved > arena
+        found.check(expected)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_hopper_tiles_of_a_range_of_latents(dtype):
+    x, W, bias, _, pre = encoder(30, 20, 700)
+    bound = torch.arange(30.0) / 3
+    found = run(
+        *(testing.cuda_encode_sm90, x, W, dtype, bias, bound),
+        **{"per_token": True, "latents": (256, 650), "arena": 30 * 700},
+    )
+    found.check(candidates(pre, bound, 256, 650))

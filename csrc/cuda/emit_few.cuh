@@ -108,13 +108,13 @@ __device__ __forceinline__ void write_hit(uint64_t* run, const StripPlace& place
 
 // The most hits of a thread.
 template <int kColumns>
-__device__ __forceinline__ unsigned most_hits(const StripHits<kColumns>& hits) {
+__device__ __forceinline__ int most_hits(const StripHits<kColumns>& hits) {
   unsigned own = 0;
 #pragma unroll
   for (int word = 0; word < StripHits<kColumns>::kWords; ++word) {
     own += static_cast<unsigned>(__popc(hits.mask[0][word]) + __popc(hits.mask[1][word]));
   }
-  return __reduce_max_sync(kWholeWarp, own);
+  return static_cast<int>(__reduce_max_sync(kWholeWarp, own));
 }
 
 // Arguments and result are emit_strip's.
@@ -129,7 +129,7 @@ __device__ __forceinline__ void emit_strip_of_few(const EncodeTiles& p,
   compare_strip<kColumns, kLimit>(p, acc, token0 + lane / 4, lane, bias, limit, hits);
   clip_strip<kColumns>(p, token0 + lane / 4, p.last - latent0, lane, hits);
   __syncwarp();  // else the compiler keeps the sums with the biases, 128 registers, until the hits need them
-  const unsigned most = most_hits<kColumns>(hits);
+  const int most = most_hits<kColumns>(hits);
   bool odd = most > kFewHits || p.rest != nullptr;
   FewHit few[kFewHits];
   if (!odd) {

@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
     encode_sm90_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap W,
                        const __grid_constant__ EncodeTiles p,
                        const __grid_constant__ Sm90Raster raster) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDACC__)
   unsigned char* given = sm90::dynamic_shared();
   given += (1024 - sm90::shared_address(given) % 1024) % 1024;
   Sm90Place at;

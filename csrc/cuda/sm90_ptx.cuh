@@ -4,15 +4,31 @@
 // shared::cluster address, so the copies need no other form of it.
 #pragma once
 
-#include <cuda.h>
-
 #include <type_traits>
 
 #include "cuda/device.cuh"
 
+#ifdef __CUDACC__
+#include <cuda.h>
+#else
+#include "testing/sm90_on_cpu.h"
+#endif
+
 namespace gemmascope_fast {
 inline namespace on_cuda {
 namespace sm90 {
+
+// A K-major operand under the 128-byte swizzle: rows of 128 bytes, 8 rows to an atom of 1024 bytes on a 1024-byte boundary.
+// Bits 0-13: address / 16; 16-29: leading offset / 16, not used with a swizzle; 32-45: bytes from atom to atom / 16;
+// 49-51: base offset, 0 as atoms are aligned; 62-63: 1 = 128-byte swizzle. Columns 16 further on, within the 128 bytes,
+// begin 32 bytes further on: the hardware swizzles the address bits, so the descriptor grows by 2.
+__device__ __forceinline__ uint64_t descriptor(uint32_t address) {
+  constexpr uint64_t kFixed =
+      (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 16);
+  return kFixed | ((address & 0x3FFFF) >> 4);
+}
+
+#ifdef __CUDACC__
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -135,17 +151,7 @@ __device__ __forceinline__ void copy_box_to(uint16_t mask, const CUtensorMap* ma
       : "memory");
 }
 
-// ---- wgmma
-
-// A K-major operand under the 128-byte swizzle: rows of 128 bytes, 8 rows to an atom of 1024 bytes on a 1024-byte boundary.
-// Bits 0-13: address / 16; 16-29: leading offset / 16, not used with a swizzle; 32-45: bytes from atom to atom / 16;
-// 49-51: base offset, 0 as atoms are aligned; 62-63: 1 = 128-byte swizzle. Columns 16 further on, within the 128 bytes,
-// begin 32 bytes further on: the hardware swizzles the address bits, so the descriptor grows by 2.
-__device__ __forceinline__ uint64_t descriptor(uint32_t address) {
-  constexpr uint64_t kFixed =
-      (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 16);
-  return kFixed | ((address & 0x3FFFF) >> 4);
-}
+// ---- wgmma, of operands that descriptor() describes
 
 // Before the first product, and wherever registers of the accumulator have been touched since.
 __device__ __forceinline__ void product_fence() {
@@ -212,6 +218,8 @@ __device__ __forceinline__ void pin(float (&acc)[32][4]) {
     for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(acc[j][i])::"memory");
   }
 }
+
+#endif
 
 }  // namespace sm90
 }  // namespace on_cuda

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cuda/encode_limit_kernel.cuh"
+#include "cuda/encode_sm90_kernel.cuh"
 #include "cuda/encode_tile_kernel.cuh"
 #include "cuda/place_kernel.cuh"
 #include "testing/registry.h"
@@ -67,6 +68,26 @@ void run_tiles(const EncodeTiles& p, Limit limit) {
   } else {
     cuda_on_cpu::launch<encode_tile_kernel<T, Limit::kPerToken, Shape>>(tiles, Shape::kThreads,
                                                                         Shape::kShared, p);
+  }
+}
+
+// Two CTAs, two rows of tiles to a group.
+template <class T>
+void run_sm90(const EncodeTiles& p, Limit limit) {
+  const Sm90Raster raster = {static_cast<uint32_t>((p.n + kSm90Tokens - 1) / kSm90Tokens),
+                             static_cast<uint32_t>((p.last - p.first + 255) / kSm90Latents),
+                             p.n > kSm90Tokens ? 2u : 1u};
+  const CUtensorMap x = {
+      static_cast<const uint16_t*>(p.x), p.d, p.n, p.x_stride, kSm90Depth, kSm90Tokens};
+  const CUtensorMap W = {
+      static_cast<const uint16_t*>(p.W), p.d, p.last, p.W_stride, kSm90Depth, kSm90Latents};
+  const unsigned ctas = std::min(2u, raster.rows * raster.columns);
+  if (limit == Limit::kPerLatent) {
+    cuda_on_cpu::launch<encode_sm90_kernel<T, Limit::kPerLatent, 1, 2, true>>(
+        ctas, kSm90Threads, kSm90SharedBytes, x, W, p, raster);
+  } else {
+    cuda_on_cpu::launch<encode_sm90_kernel<T, Limit::kPerToken, 1, 2, true>>(
+        ctas, kSm90Threads, kSm90SharedBytes, x, W, p, raster);
   }
 }
 
@@ -224,7 +245,7 @@ py::tuple encode(const Selection& s, EncodeTiles t, int width, const Tiles& tile
 
 template <class T>
 py::tuple encode_product(const Array<float>& x, const Array<float>& W, const Selection& s,
-                         bool small) {
+                         void (*run)(const EncodeTiles&, Limit), int width) {
   const Rows<T> rows(x), latents(W);
   EncodeTiles t = {};
   t.x = rows.memory.data();
@@ -234,9 +255,14 @@ py::tuple encode_product(const Array<float>& x, const Array<float>& W, const Sel
   t.d_sae = W.shape(0);
   t.x_stride = rows.stride;
   t.W_stride = latents.stride;
-  return encode(s, t, small ? SmallTile::kWidth : LargeTile::kWidth, [&](const EncodeTiles& p) {
-    small ? run_tiles<T, SmallTile>(p, s.kind) : run_tiles<T, LargeTile>(p, s.kind);
-  });
+  return encode(s, t, width, [&](const EncodeTiles& p) { run(p, s.kind); });
+}
+
+template <class T>
+py::tuple encode_tiled(const Array<float>& x, const Array<float>& W, const Selection& s,
+                       bool small) {
+  if (small) return encode_product<T>(x, W, s, &run_tiles<T, SmallTile>, SmallTile::kWidth);
+  return encode_product<T>(x, W, s, &run_tiles<T, LargeTile>, LargeTile::kWidth);
 }
 
 // dtype: that of x and W, with ":small" behind it for the small tile.
@@ -247,9 +273,18 @@ py::tuple encode_tiles(const Array<float>& x, const Array<float>& W, const std::
   const Selection s = selection(bias, values, per_token, window, range, arena, capacity);
   const std::string type = dtype.substr(0, dtype.find(':'));
   const bool small = type != dtype;
-  if (type == "bfloat16") return encode_product<__nv_bfloat16>(x, W, s, small);
-  if (type == "float16") return encode_product<__half>(x, W, s, small);
-  return encode_product<float>(x, W, s, small);
+  if (type == "bfloat16") return encode_tiled<__nv_bfloat16>(x, W, s, small);
+  if (type == "float16") return encode_tiled<__half>(x, W, s, small);
+  return encode_tiled<float>(x, W, s, small);
+}
+
+py::tuple encode_sm90(const Array<float>& x, const Array<float>& W, const std::string& dtype,
+                      const Array<float>& bias, const Array<float>& values, bool per_token,
+                      float window, std::pair<int64_t, int64_t> range, int64_t arena,
+                      int64_t capacity) {
+  const Selection s = selection(bias, values, per_token, window, range, arena, capacity);
+  if (dtype == "float16") return encode_product<__half>(x, W, s, &run_sm90<__half>, kSm90Latents);
+  return encode_product<__nv_bfloat16>(x, W, s, &run_sm90<__nv_bfloat16>, kSm90Latents);
 }
 
 py::tuple encode_sums(const Array<float>& sums, int width, const Array<float>& bias,
@@ -270,6 +305,9 @@ const BindLater later([](py::module_& m) {
   m.def("cuda_encode_limits", &encode_limits, py::arg("bias"), py::arg("threshold"),
         py::arg("window"));
   m.def("cuda_encode_tiles", &encode_tiles, py::arg("x"), py::arg("W"), py::arg("dtype"),
+        py::arg("bias"), py::arg("values"), py::arg("per_token"), py::arg("window"),
+        py::arg("range"), py::arg("arena"), py::arg("capacity"));
+  m.def("cuda_encode_sm90", &encode_sm90, py::arg("x"), py::arg("W"), py::arg("dtype"),
         py::arg("bias"), py::arg("values"), py::arg("per_token"), py::arg("window"),
         py::arg("range"), py::arg("arena"), py::arg("capacity"));
   m.def("cuda_encode_sums", &encode_sums, py::arg("sums"), py::arg("width"), py::arg("bias"),

@@ -56,12 +56,17 @@ struct Machine {
 };
 Machine machine;
 
-void make_ready(int t) {
+// Behind all others and those that were made ready so before, if `last`.
+void make_ready(int t, bool last = false) {
   Thread& thread = machine.threads[static_cast<size_t>(t)];
   thread.waits_for = nullptr;
   thread.named = -1;
   uint64_t key = machine.made_ready++;
-  if (machine.seed != 0) key = machine.seed % 2 == 1 ? machine.random() : thread.priority;
+  if (last) {
+    key |= uint64_t{1} << 63;
+  } else if (machine.seed != 0) {
+    key = (machine.seed % 2 == 1 ? machine.random() : thread.priority) >> 1;
+  }
   machine.ready.emplace(key, t);
 }
 
@@ -321,6 +326,11 @@ void leave(const Meeting* meeting) {
 
 void yield() {
   make_ready(machine.running);
+  leave_to_scheduler();
+}
+
+void give_way() {
+  make_ready(machine.running, true);
   leave_to_scheduler();
 }
 

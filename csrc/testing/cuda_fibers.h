@@ -66,6 +66,8 @@ void leave(const Meeting* meeting);
 
 // Lets other threads run.
 void yield();
+// Lets all others run that can, whatever the order of the threads: for a loop that waits for one of them.
+void give_way();
 // Ends the launch, which throws.
 [[noreturn]] void fail(const char* what, Site site);
 
