@@ -335,7 +335,7 @@ def test_rows_of_several_chunks_per_thread(d):
     check_sae_backward(sae_backward_args(p))
 
 
-@pytest.mark.parametrize("shared, stages", [(15000, 1), (23000, 2), (31000, 3), (LARGE, 4)])
+@pytest.mark.parametrize("shared, stages", [(17000, 1), (25000, 2), (33500, 3), (LARGE, 4)])
 def test_any_number_of_stages(shared, stages):
     p = problem(30, 40, 11, 24)
     args = sae_backward_args(p)

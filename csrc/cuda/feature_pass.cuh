@@ -8,12 +8,12 @@ namespace gemmascope_fast {
 constexpr int kSegment = 256;         // entries of a piece
 constexpr int kFeatureWarps = 8;      // at most
 constexpr int kFeatureStages = 4;     // at most
+constexpr int kFinishShared = 2048;   // static shared memory that may finish a row, bytes
 constexpr int kFeatureChunks = 1024;  // of a row that fits: 8192 columns
 
 // Chunks of columns per thread, K, and what follows from it.
-__host__ __device__ constexpr int feature_threads(int K) {
-  return K == 3 ? 224 : 256;
-}  // 3 x 224 chunks are 5376 columns
+// 3 x 224 chunks are 5376 columns.
+__host__ __device__ constexpr int feature_threads(int K) { return K == 3 ? 224 : 256; }
 __host__ __device__ constexpr int feature_batch(int K) { return K == 1 ? 4 : K == 2 ? 2 : 1; }
 __host__ __device__ constexpr int feature_blocks(int K) { return K == 1 ? 4 : K == 2 ? 3 : 2; }
 
@@ -104,7 +104,7 @@ inline FeatureShape feature_shape(const FeaturePass& p, int64_t shared_per_block
   const int64_t chunk = static_cast<int64_t>(K) * shape.threads * 16;
   const int64_t fixed = p.dots ? chunk * chunk_words(p.W_dec) : 0;
   const int64_t batch = chunk * words * feature_batch(K);
-  const int64_t own = static_cast<int64_t>(sizeof(FeatureShared)), reserved = 1024;
+  const int64_t own = static_cast<int64_t>(sizeof(FeatureShared)) + kFinishShared, reserved = 1024;
   const int64_t wanted =
       static_cast<int64_t>(feature_blocks(K)) * feature_threads(K) / shape.threads;
   for (int stages = kFeatureStages; stages > 0; --stages) {

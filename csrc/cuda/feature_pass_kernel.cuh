@@ -11,7 +11,7 @@
 // places: the later pieces go through a float32 workspace and are added in order (arXiv 2407.14435 for the threshold).
 // What becomes of the finished sums is a template parameter: stored as gradients, or used up by an update of the row.
 //
-// In flight per multiprocessor at d = 5376 in 16 bits: 3 CTAs x 1 to 2 entries x 21.5 KB, where 3.3 TB/s need 17 KB.
+// In flight per multiprocessor at d = 5376 in 16 bits: 2 CTAs x 3 to 4 entries x 21.5 KB, where 3.3 TB/s need 17 KB.
 // Bound by reading nnz rows of g and of x, and by writing both gradients.
 #pragma once
 

@@ -18,10 +18,17 @@ namespace {
 
 constexpr const char* kOp = "fused_sparse_step";
 
-void in_registers(const SaeInputs& in, const FeaturePass& pass, const FeatureShape& shape,
-                  const AdamFinish& finish, const Tensor& like) {
+FeatureShape shape_of(const FeaturePass& p) {
+  FeatureShape shape;
+  check_cuda(kOp, "device attributes", feature_shape_here(p, &shape));
+  return shape;
+}
+
+void in_registers(const SaeInputs& in, const FeaturePass& pass, const AdamFinish& finish,
+                  const Tensor& like) {
   const cudaStream_t stream = current_stream(kOp, like);
   for_groups(kOp, in, pass, [&](FeaturePass p) {
+    const FeatureShape shape = shape_of(p);  // S has the dtype of d_recon or float32
     const Tensor pieces = feature_pieces(like, &p);
     check_cuda(kOp, "later pieces", launch_feature_pieces(p, shape, stream));
     check_cuda(kOp, "feature pass", launch_feature_pass(p, shape, finish, stream));
@@ -66,11 +73,10 @@ std::tuple<Tensor, Tensor, Tensor> fused_sparse_step_cuda(
   const Tensor d_b_dec = sum_rows(d_recon);
 
   FeaturePass pass = sae_pass(in, d_b_enc, d_threshold);
-  pass.g = rows_of(torch::stable::select(d_recon, 0, 0));  // its width decides the shape
-  FeatureShape shape;
-  check_cuda(kOp, "device attributes", feature_shape_here(pass, &shape));
-  if (shape.K != 0) {
-    in_registers(in, pass, shape, finish, x);
+  pass.g = rows_of(torch::stable::select(d_recon, 0, 0));
+  if (group_ends.size() > 1) pass.g.dtype = kFloat32;  // the widest S
+  if (shape_of(pass).K != 0) {
+    in_registers(in, pass, finish, x);
   } else {
     through_gradients(in, pass, finish, x);
   }
