@@ -390,6 +390,14 @@ def test_without_a_window_and_without_other_gradients():
     check_sae_backward(args)
 
 
+def test_entries_that_are_off_lie_in_the_window_whatever_the_threshold_is():
+    p = problem()
+    args = encode_backward_args(p.with_(threshold=p.threshold - 1.0))
+    off = args[9] == 0
+    assert (off & (args[8] >= args[4][args[7].long()] + 0.2)).any()  # 0 is beyond their window
+    check_encode_backward(args)
+
+
 def test_padding_is_never_read():
     p = problem()
     args = sae_backward_args(p)
