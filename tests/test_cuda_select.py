@@ -207,7 +207,7 @@ DRAWS = {
     "ties": lambda rng, size: rng.integers(-1, 4, size),
     "special": lambda rng, size: rng.choice([NAN, INF, 1.0, 2.0, 1e-45, 0.0, -0.0, -INF], size),
     "bits": lambda rng, size: rng.integers(0, 2**32, size, np.uint32).view(np.float32),
-    "near": lambda rng, size: 1 + rng.integers(0, 40, size) * 2.0**-23,
+    "near": lambda rng, size: 1 + rng.integers(0, 300, size) * 2.0**-23,
 }
 
 
@@ -239,6 +239,40 @@ def test_merges_of_any_lengths(team, draw, k):
             np.testing.assert_array_equal(best.values[i, :count], held[i])
             assert best.bound[i] == bound
             assert (best.latents[i, count:].view(np.uint8) == POISON).all()
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("rank", [1, 40, 500, 10**6])
+def test_merges_of_a_batch(draw, rank):
+    rng = np.random.default_rng(rank)
+    lengths = [[0, 1, 31, 90, 33, 64, 65], [70, 1, 0, 40, 300, 0, 2]]
+    best, lost = BatchBest(7, rank, min(rank, 1000)), np.full(1, 10**6, np.int64)
+    held = [np.empty(0, np.float32)] * 7
+    where = [np.empty(0, np.int64)] * 7
+    for chunk, counts in enumerate(lengths):
+        testing.cuda_seed(chunk + rank)
+        offsets, values = rows_of(counts, lambda size: DRAWS[draw](rng, size))
+        first = 1000 * chunk
+        spots = [np.sort(rng.choice(1000, c, replace=False)) + first for c in counts]
+        latents = np.concatenate(spots).astype(np.int32)
+        best.merge((offsets, latents, values, len(values), len(values), first), lost)
+        held = [
+            np.concatenate([a, b])
+            for a, b in zip(held, np.split(values, offsets[1:-1]), strict=True)
+        ]
+        where = [np.concatenate([a, b]) for a, b in zip(where, spots, strict=True)]
+        chosen, _ = best_of(np.concatenate(held), rank)
+        ends = np.cumsum([len(a) for a in held])
+        taken = np.split(np.isin(np.arange(ends[-1]), chosen), ends[:-1])
+        held = [a[t] for a, t in zip(held, taken, strict=True)]
+        where = [a[t] for a, t in zip(where, taken, strict=True)]
+        count = best.offsets[-1]
+        assert best.offsets.tolist() == [0, *np.cumsum([len(a) for a in held]).tolist()]
+        assert best.latents[:count].tolist() == np.concatenate(where).tolist()
+        np.testing.assert_array_equal(best.values[:count], np.concatenate(held))
+        assert (best.latents[count:].view(np.uint8) == POISON).all()
+        ranked = np.sort(np.concatenate(held))  # NaN last
+        np.testing.assert_array_equal(best.threshold, ranked[0] if count == rank else 0.0)
 
 
 @pytest.mark.parametrize("k", [2000, 2500, 5000])
@@ -358,6 +392,49 @@ def test_the_same_bits_in_every_order_of_threads(encode):
         for a, b in zip(results[0], other, strict=True):
             as_bits = [t.view(torch.int32) if t.is_floating_point() else t for t in (a, b)]
             assert torch.equal(*as_bits)
+
+
+class Encoder(Scan):
+    """The candidates of the encoder's own kernels, at multiples of 256 latents."""
+
+    def __init__(self, x, W, bias) -> None:
+        super().__init__(x @ W.T + bias, 256)
+        self.encoder = x.numpy(), W.numpy(), "bfloat16", bias.numpy()
+
+    def candidates(self, bound, first, last):
+        window, room = 0.0, self.capacity
+        selection = np.asarray(bound), True, window, (first, last), room, room
+        offsets, latents, values, _, needed, _ = testing.cuda_encode_tiles(
+            *self.encoder, *selection
+        )
+        self.chunks.append(Chunk(first, last, needed))
+        return offsets, latents, values, needed, room, first
+
+
+def test_from_x_and_weights_to_entries():
+    # Small integers: every sum is exact in bfloat16 products, and ties abound.
+    n, d, d_sae = 37, 24, 900
+    x = torch.randint(-2, 3, (n, d)).float()
+    W = torch.randint(-2, 3, (d_sae, d)).float()
+    bias = torch.randint(-3, 2, (d_sae,)).float()
+    bias[700], x[5, 0] = NAN, INF  # one latent and one token are NaN or infinite
+    for k in (3, 64):
+        for team in ("warp", "block"):
+            scan = Encoder(x, W, bias)
+            assert_topk(torch.from_numpy(scan.pre), k, team, scan)
+            assert [chunk[:2] for chunk in scan.chunks] == [(0, 256), (256, 512), (512, 900)]
+        scan = Encoder(x, W, bias)
+        assert_batchtopk(torch.from_numpy(scan.pre), k, scan)
+
+
+def test_an_encoder_whose_candidates_do_not_fit():
+    # Later latents beat earlier ones: 388 of a chunk for 256, so the scan starts again at 512.
+    x = torch.ones(20, 8)
+    W = torch.arange(900.0)[:, None].expand(-1, 8).contiguous().bfloat16().float()
+    for assert_exact in (assert_topk, assert_batchtopk):
+        scan = Encoder(x, W, torch.zeros(900))
+        assert_exact(torch.from_numpy(scan.pre), 4, scan=scan)
+        assert [chunk.first for chunk in scan.chunks] == [0, 256, 512, 512, 768]
 
 
 def test_prefixes_double_and_cover_every_latent_once():
