@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -117,6 +118,12 @@ def test_powers_are_the_hosts(beta):
     ours = np.array([testing.adam_power(beta, k) for k in gaps], dtype=np.float32)
     theirs = np.array([beta**k for k in gaps]).astype(np.float32)
     assert (ours == theirs).all()
+
+
+@pytest.mark.parametrize("beta", [0.9, 0.999, 0.9999, 1 - 2.0**-20, 0.1])
+def test_powers_are_rounded_once(beta):
+    for k in [*range(1, 300), 1023, 4095, 30_001]:
+        assert testing.exact_power(beta, k) == float(Fraction(beta) ** k)
 
 
 # ---- whole kernels

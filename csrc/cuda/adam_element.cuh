@@ -50,15 +50,19 @@ GSF_BOTH DoubleDouble product(DoubleDouble a, DoubleDouble b) {
   return {high, rounded_add(rest, rounded_add(p, -high))};
 }
 
-// beta^k for k >= 1, rounded to double, then to float: the host's own power, which a float64 power on a GPU is not always.
-GSF_BOTH float adam_power(double beta, int64_t k) {
+// beta^k for k >= 1, rounded once: the host's own power, which a float64 power on a GPU is not always.
+GSF_BOTH double exact_power(double beta, int64_t k) {
   DoubleDouble result = {1.0, 0.0}, square = {beta, 0.0};
   while (true) {
     if ((k & 1) != 0) result = product(result, square);
     k >>= 1;
-    if (k == 0) return static_cast<float>(result.high);
+    if (k == 0) return result.high;
     square = product(square, square);
   }
+}
+
+GSF_BOTH float adam_power(double beta, int64_t k) {
+  return static_cast<float>(exact_power(beta, k));
 }
 
 // Steps since the moments of a row that had a gradient in step `at` (0: never) were brought up to date; tail <= step.

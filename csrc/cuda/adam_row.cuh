@@ -111,7 +111,8 @@ __device__ inline void normalise_row(const AdamView& a, int64_t row, const float
 }
 
 // One step of one row from its gradient g in shared memory, 0 beyond the row up to a multiple of four columns; g is
-// overwritten. All threads of the block, whole warps, call it; `nonzero`: of what the calling thread put into g.
+// overwritten. All threads of the block, whole warps, call it; `nonzero`: of what the calling thread put into g. Afterwards
+// a thread may put the next gradient where it reads its quads at once, elsewhere after a barrier.
 __device__ inline void adam_row(const AdamView& a, int64_t row, float* g, bool nonzero,
                                 AdamShared* shared) {
   const int64_t at = a.touched_at[row];
@@ -130,7 +131,6 @@ __device__ inline void adam_row(const AdamView& a, int64_t row, float* g, bool n
   }
   update_row(a, row, decays, g);
   if (a.unit_norm) normalise_row(a, row, g, shared);
-  __syncthreads();  // g and sums may be written again
 }
 
 }  // namespace gemmascope_fast

@@ -46,6 +46,7 @@ struct AdamFinish {
     __shared__ AdamShared shared;
     float* row = reinterpret_cast<float*>(memory);
     update<K>(decoder, latent, entries, sums.dec, row, &shared);
+    __syncthreads();  // the row has been read
     update<K>(encoder, latent, entries, sums.enc, row, &shared);
   }
 };

@@ -96,6 +96,7 @@ const BindLater later([](py::module_& m) {
   m.def("adam_rounded", &rounded, py::arg("w"), py::arg("random"));
   m.def("adam_decoded", &decoded, py::arg("codes"), py::arg("exponents"));
   m.def("adam_encoded", &encoded, py::arg("v"), py::arg("random"));
+  m.def("exact_power", &exact_power, py::arg("beta"), py::arg("k"));
   m.def("adam_power", &adam_power, py::arg("beta"), py::arg("k"));
   m.def("cuda_adam_step", &adam_step, py::arg("matrix"), py::arg("gradient"), py::arg("dtype"),
         py::arg("rates"), py::arg("rule"), py::arg("threads"));
