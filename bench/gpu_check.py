@@ -30,7 +30,7 @@ from gpu.targets import UNMEASURED  # noqa: E402
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments().parse_args(argv)
-    settings = Settings(args.device, args.quick, args.latents, args.l0s)
+    settings = Settings(args.device, args.quick, args.latents, args.l0s, args.brief)
     if args.commit:
         os.environ[COMMIT] = args.commit
     if args.worker:
@@ -95,6 +95,8 @@ def arguments() -> argparse.ArgumentParser:
     sizes = {"type": lambda text: tuple(int(t) for t in text.split(",")), "default": ()}
     parser.add_argument("--latents", **sizes, help="only dictionaries of these sizes")
     parser.add_argument("--l0s", **sizes, help="only these mean counts of active latents")
+    told = "fewer repetitions, without torch.compile: a minute of compilation less"
+    parser.add_argument("--brief", action="store_true", help=told)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--redo", action="store_true", help="measure the chosen parts anew")
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds of each part")

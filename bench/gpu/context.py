@@ -52,6 +52,7 @@ class Settings:
     quick: bool = False
     only_latents: tuple[int, ...] = ()
     only_l0s: tuple[int, ...] = ()
+    brief: bool = False
 
     @property
     def n(self) -> int:
@@ -78,7 +79,7 @@ class Settings:
     @property
     def row_seconds(self) -> float:
         """Time for the repetitions of one row."""
-        return 0.05 if self.quick else 2.5
+        return 0.05 if self.quick else 0.8 if self.brief else 2.5
 
     def shapes(self, firings: tuple[str, ...] = FIRINGS) -> Iterator[Shape]:
         for l0 in self.l0s:

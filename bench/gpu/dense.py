@@ -102,6 +102,11 @@ def compiled(settings: Settings, function: Callable[..., object]) -> Callable[..
     return torch.compile(function, dynamic=False, backend=backend)
 
 
+def compiles(settings: Settings, reason: str) -> str:
+    """Why `torch.compile` is left out: `reason`, or the settings."""
+    return reason or ("left out by --brief" if settings.brief else "")
+
+
 def fits(shape: Shape, device: torch.device, matrices: int, weights: int) -> str:
     """Why so many `[n, d_sae]` and `[d_sae, d]` 16-bit matrices cannot fit; empty when they may."""
     need = 2 * shape.d_sae * (matrices * shape.n + weights * shape.d)

@@ -13,6 +13,7 @@ from .context import Context, Shape, Skip
 from .problem import Problem, problem
 from .rows import OURS, compose, encode_flops
 from .timing import compare, copy_rate, free
+from .triton import TRITON, call_of
 
 
 def device_of(ctx: Context) -> torch.device:
@@ -90,7 +91,7 @@ def encode(ctx: Context) -> None:
     """`jumprelu_encode` against the plain product, dense JumpReLU, eager and compiled."""
     compiled = dense.compiled(ctx.settings, dense.encode)
     for shape in ctx.settings.shapes():
-        seconds = estimate(ctx, shape, 4) + (0 if ctx.settings.quick else 20)
+        seconds = estimate(ctx, shape, 4) + (0 if ctx.settings.quick or ctx.settings.brief else 20)
         ctx.row(
             shape.name, lambda shape=shape: _encode(ctx, shape, compiled), seconds,
             shape=shape.json(),
@@ -115,7 +116,8 @@ def _encode(ctx: Context, shape: Shape, compiled: Any) -> dict[str, Any]:
             "ours, fixed capacity": lambda: op(*args, 0.0, capacity, False),
             "matmul": lambda: p.x @ p.W_enc,
             "dense eager": too_large or (lambda: dense.encode(p)),
-            "torch.compile": too_large or (lambda: compiled(p)),
+            "torch.compile": dense.compiles(ctx.settings, too_large) or (lambda: compiled(p)),
+            TRITON: call_of("jumprelu_encode", device, *args, 0.0, None, False),
         },
         device,
         ctx.settings.row_seconds,
@@ -167,6 +169,7 @@ def _topk(ctx: Context, shape: Shape) -> dict[str, Any]:
             OURS: lambda: op(*args, k, False),
             "matmul": lambda: p.x @ p.W_enc,
             "torch.topk": too_large or (lambda: dense.topk(p, k)),
+            TRITON: call_of("topk_encode", device, *args, k, False),
         },
         device,
         ctx.settings.row_seconds,
@@ -188,6 +191,7 @@ def _batchtopk(ctx: Context, shape: Shape) -> dict[str, Any]:
             OURS: lambda: op(*args, k, None, None, False),
             "ours, last threshold as guess": lambda: op(*args, k, guess, None, False),
             "matmul": lambda: p.x @ p.W_enc,
+            TRITON: call_of("batchtopk_encode", device, *args, k, None, None, False),
         },
         device,
         ctx.settings.row_seconds,

@@ -25,6 +25,7 @@ from .problem import (
 )
 from .rows import DENSE_ADAM, OURS, OURS_ADAM, backward_bytes, compose, decode_bytes, encode_flops
 from .timing import Call, compare, copy_rate, free, unavailable
+from .triton import TRITON, call_of
 
 
 def _random_gradient(p: Problem) -> Tensor:
@@ -50,7 +51,8 @@ def _decode(ctx: Context, shape: Shape, rate: float) -> dict[str, Any]:
     p = problem(shape, device, encoder=False)
     e = entries(shape, p.threshold)
     op = ops.overload("decode", p.W_dec)
-    call = lambda *view: op(*e.csr, p.W_dec, p.b_dec, *view, p.W_dec.dtype)  # noqa: E731
+    args = (*e.csr, p.W_dec, p.b_dec)
+    call = lambda *view: op(*args, *view, p.W_dec.dtype)  # noqa: E731
     error = checks.decoded(p, e, call(None, None))
     acts = _or_reason(dense.fits(shape, device, 1, 1), lambda: dense_acts(e, shape, p.W_dec.dtype))
     times = compare(
@@ -60,6 +62,7 @@ def _decode(ctx: Context, shape: Shape, rate: float) -> dict[str, Any]:
             "dense eager": acts if isinstance(acts, str) else (lambda: dense.decode(p, acts)),
             "embedding_bag": _or_reason("", lambda: dense.bag(p, e)),
             "torch.sparse": _or_reason("", lambda: dense.csr(p, e, shape)),
+            TRITON: call_of("decode", device, *args, None, None, p.W_dec.dtype),
         },
         device,
         ctx.settings.row_seconds,
@@ -83,7 +86,7 @@ def backward(ctx: Context) -> None:
     rate = copy_rate(device_of(ctx), copy_bytes(ctx))
     compiled = dense.compiled(ctx.settings, dense.backward)
     for shape in ctx.settings.shapes():
-        seconds = estimate(ctx, shape, 8) + (0 if ctx.settings.quick else 20)
+        seconds = estimate(ctx, shape, 8) + (0 if ctx.settings.quick or ctx.settings.brief else 20)
         ctx.row(
             shape.name, lambda shape=shape: _backward(ctx, shape, rate, compiled), seconds,
             shape=shape.json(),
@@ -106,7 +109,9 @@ def _backward(ctx: Context, shape: Shape, rate: float, compiled: Any) -> dict[st
             OURS: ours,
             "ours, composed ops": composed_backward(p, e, d_recon),
             "dense eager": missing or (lambda: dense.backward(p, pre, d_recon, ENTRY_BANDWIDTH)),
-            "torch.compile": missing or (lambda: compiled(p, pre, d_recon, ENTRY_BANDWIDTH)),
+            "torch.compile": dense.compiles(ctx.settings, missing or "")
+            or (lambda: compiled(p, pre, d_recon, ENTRY_BANDWIDTH)),
+            TRITON: triton_backward(p, e, d_recon),
         },
         device,
         ctx.settings.row_seconds,
@@ -124,10 +129,18 @@ def _backward(ctx: Context, shape: Shape, rate: float, compiled: Any) -> dict[st
 
 def sparse_backward(p: Problem, e: Entries, d_recon: Tensor) -> Call:
     """`sae_backward` without d_x; returns the five gradients of the parameters."""
-    op = ops.overload("sae_backward", p.x, p.W_enc)
-    args = (p.x, p.W_enc, p.threshold, ENTRY_BANDWIDTH, p.W_dec, d_recon[None])
-    args += ([p.W_dec.shape[0]],)
-    return lambda: op(*args, *e.csr, e.gate, None, None, *e.view, False)[1:]
+    op, args = ops.overload("sae_backward", p.x, p.W_enc), _backward_args(p, e, d_recon)
+    return lambda: op(*args)[1:]
+
+
+def triton_backward(p: Problem, e: Entries, d_recon: Tensor) -> Call | str:
+    """The same by the Triton kernel."""
+    return call_of("sae_backward", p.x.device, *_backward_args(p, e, d_recon))
+
+
+def _backward_args(p: Problem, e: Entries, d_recon: Tensor) -> tuple[Any, ...]:
+    fixed = (p.x, p.W_enc, p.threshold, ENTRY_BANDWIDTH, p.W_dec, d_recon[None])
+    return (*fixed, [p.W_dec.shape[0]], *e.csr, e.gate, None, None, *e.view, False)
 
 
 def composed_backward(p: Problem, e: Entries, d_recon: Tensor) -> Call:
@@ -156,7 +169,7 @@ def step(ctx: Context) -> None:
     for shape in ctx.settings.shapes():
         if shape.l0 != ctx.settings.l0s[0]:
             continue
-        seconds = estimate(ctx, shape, 12) + (0 if ctx.settings.quick else 30)
+        seconds = estimate(ctx, shape, 12) + (0 if ctx.settings.quick or ctx.settings.brief else 30)
         ctx.row(
             shape.name, lambda shape=shape: _step(ctx, shape, rate, compiled), seconds,
             shape=shape.json(),
@@ -181,7 +194,7 @@ def _step(ctx: Context, shape: Shape, rate: float, compiled: Any) -> dict[str, A
         OURS: lambda: sparse_step(p),
         "matmul": lambda: p.x @ p.W_enc,
         "dense eager": too_large or (lambda: dense.step(p)),
-        "torch.compile": too_large or (lambda: compiled(p)),
+        "torch.compile": dense.compiles(ctx.settings, too_large) or (lambda: compiled(p)),
     }
     if shape.d_sae <= LOSS_LATENTS:
         contenders["ours, SAE.loss"] = module_step(p)

@@ -111,6 +111,7 @@ def command_of(program: Path, settings: Settings, path: Path) -> Start:
     """Starts parts by calling `program` again."""
     options = ["--device", settings.device, "--state", str(path)]
     options += ["--quick"] if settings.quick else []
+    options += ["--brief"] if settings.brief else []
     for name, chosen in (("--latents", settings.only_latents), ("--l0s", settings.only_l0s)):
         options += [name, ",".join(map(str, chosen))] if chosen else []
 
