@@ -1,7 +1,7 @@
 // Copies from global to shared memory that a thread starts and later waits for (cp.async, sm_80).
 //
-// A thread sees what it copied itself after `async_wait`; other threads see it after a barrier. Compiled for a CPU, a copy
-// is done where it is started.
+// A thread sees what it copied itself after `async_wait`; other threads see it after a barrier. Compiled for a CPU, a
+// copy is done where it is started.
 #pragma once
 
 #include "cuda/device.cuh"

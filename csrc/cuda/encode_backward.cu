@@ -3,8 +3,8 @@
 //   d_x[i] = sum_e d_pre[e] W_enc[:, j],  d_W_enc[:, j] = sum_e d_pre[e] x[i],  d_b_enc[j] = sum_e d_pre[e],
 //   d_threshold[j] = -(1 / bandwidth) sum_e in_window[e] (threshold[j] d_values[e] + d_gate[e])
 //
-// d_x is a sum in token order, the gradients of parameters are one feature-major pass (arXiv 2407.14435, section 3). Never
-// waits. Bound by reading nnz rows of W_enc and of x, and by writing d_W_enc.
+// d_x is a sum in token order, the gradients of parameters are one feature-major pass (arXiv 2407.14435, section 3).
+// Never waits. Bound by reading nnz rows of W_enc and of x, and by writing d_W_enc.
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/feature_pass.h"

@@ -50,8 +50,8 @@ struct FeaturePass {
   int stages;     // batches of entries in shared memory
 };
 
-// Window w of the sorted entries covers positions [w kSegment, (w + 1) kSegment). At most one later piece starts in it, and
-// its latent owns position w kSegment: pieces are found by window, without a list.
+// Window w of the sorted entries covers positions [w kSegment, (w + 1) kSegment). At most one later piece starts in it,
+// and its latent owns position w kSegment: pieces are found by window, without a list.
 struct Piece {
   int64_t latent, begin, end;  // entries of the latent
   int64_t start;               // first entry of the piece
@@ -87,8 +87,8 @@ struct FeatureShape {
   int64_t bytes;  // of dynamic shared memory
 };
 
-// Chunks per thread: as few as reach the columns of a row. Stages: as many as leave room for the CTAs that the registers
-// allow, else two, so that a batch is always on its way, else one.
+// Chunks per thread: as few as reach the columns of a row. Stages: as many as leave room for the CTAs that the
+// registers allow, else two, so that a batch is always on its way, else one.
 inline FeatureShape feature_shape(const FeaturePass& p, int64_t shared_per_block,
                                   int64_t shared_per_processor) {
   const int64_t in = p.encoder ? p.x.cols : 0, out = p.decoder ? p.g.cols : 0;

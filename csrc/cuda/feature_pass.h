@@ -32,12 +32,13 @@ void want_threshold(FeaturePass* p, const Tensor& threshold, double bandwidth,
 // Room for the sums of later pieces; p->pieces points into it.
 Tensor feature_pieces(const Tensor& like, FeaturePass* p);
 
-// Gradients of one latent after the other, rows that do not fit in slabs of columns. Without a part its target is unused.
+// Gradients of one latent after the other, rows that do not fit in slabs of columns. Without a part its target is
+// unused.
 void store_gradients(const char* op, FeaturePass p, const StoreGradients& gradients,
                      const Tensor& like);
 
-// A gradient in the dtype and strides of its parameter, written one contiguous row per latent: in itself, or in a buffer
-// that `finish` transposes at streaming speed (a row would be d isolated elements).
+// A gradient in the dtype and strides of its parameter, written one contiguous row per latent: in itself, or in a
+// buffer that `finish` transposes at streaming speed (a row would be d isolated elements).
 class RowGradient {
  public:
   // `transpose`: rows are the parameter's columns (W_enc).

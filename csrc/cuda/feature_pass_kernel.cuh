@@ -5,11 +5,12 @@
 //   d_threshold[j] = -(1 / bandwidth) sum in_window[e] (threshold[j] gradient[e] + d_gate[e])
 //   over the entries e of latent j, rows r = row of e ascending; W_dec, g [m, d_out], x [n, d_in]
 //
-// One CTA per latent. A thread owns K chunks of 8 columns of every row and keeps both sums of them in registers; the rows
-// of the next entries are on their way into shared memory, where each thread reads only what it copied itself, so that
-// the one barrier per batch of entries is that of the dot products. Segments beyond kSegment entries are cut at fixed
-// places: the later pieces go through a float32 workspace and are added in order (arXiv 2407.14435 for the threshold).
-// What becomes of the finished sums is a template parameter: stored as gradients, or used up by an update of the row.
+// One CTA per latent. A thread owns K chunks of 8 columns of every row and keeps both sums of them in registers; the
+// rows of the next entries are on their way into shared memory, where each thread reads only what it copied itself, so
+// that the one barrier per batch of entries is that of the dot products. Segments beyond kSegment entries are cut at
+// fixed places: the later pieces go through a float32 workspace and are added in order (arXiv 2407.14435 for the
+// threshold). What becomes of the finished sums is a template parameter: stored as gradients, or used up by an update
+// of the row.
 //
 // In flight per multiprocessor at d = 5376 in 16 bits: 2 CTAs x 3 to 4 entries x 21.5 KB, where 3.3 TB/s need 17 KB.
 // Bound by reading nnz rows of g and of x, and by writing both gradients.
@@ -96,11 +97,12 @@ __global__ void __launch_bounds__(feature_threads(K), feature_blocks(K))
 // Finish: what becomes of the sums of a latent, called by all threads of its CTA, after `feature_pieces_kernel`.
 //
 //   static constexpr int blocks(int K)      CTAs per multiprocessor that its registers must leave room for
-//   template <int K> __device__ void operator()(int64_t latent, int64_t entries, FeatureSums<K>& sums, uint4* memory) const
+//   template <int K> __device__ void operator()(int64_t latent, int64_t entries, FeatureSums<K>& sums,
+//                                               uint4* memory) const
 //
-// Thread t holds columns (k threads + t) kChunk .. + 7 of both rows, zeros beyond the last. `memory`, the dynamic shared
-// memory, is free: with both parts it has room for a row of float32 (thread t's chunks and those of others). A latent
-// without entries has sums of zero.
+// Thread t holds columns (k threads + t) kChunk .. + 7 of both rows, zeros beyond the last. `memory`, the dynamic
+// shared memory, is free: with both parts it has room for a row of float32 (thread t's chunks and those of others). A
+// latent without entries has sums of zero.
 template <int K, class Finish>
 __global__ void __launch_bounds__(feature_threads(K), Finish::blocks(K))
     feature_pass_kernel(FeaturePass p, Finish finish) {

@@ -42,7 +42,8 @@ __device__ inline Piece window_piece(const FeaturePass& p, int64_t window) {
 
 // ---- a thread's chunks in shared memory
 
-// The 16-byte words of one entry: K chunks of g, then K of x, of 1 or 2 words; word w of thread t lies at w threads + t.
+// The 16-byte words of one entry: K chunks of g, then K of x, of 1 or 2 words; word w of thread t lies at w threads +
+// t.
 struct Slots {
   uint4* base;  // of this thread
   int threads;
@@ -172,8 +173,8 @@ __device__ inline void start_batch(const FeaturePass& p, const Slots& s,
   }
 }
 
-// Adds value g[r] to the decoder's sums; returns this thread's part of <W_dec[j], g[r]>. bfloat16 has code of its own, in
-// which nothing is asked between the reads.
+// Adds value g[r] to the decoder's sums; returns this thread's part of <W_dec[j], g[r]>. bfloat16 has code of its own,
+// in which nothing is asked between the reads.
 template <int K>
 __device__ inline float decoder_entry(const FeaturePass& p, const Slots& s, const uint4* slot,
                                       float value, FeatureSums<K>* sums) {

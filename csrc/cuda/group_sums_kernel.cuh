@@ -1,5 +1,5 @@
-// Device code of the gradients that nested prefixes see: out [m, d] = later + own, in float32. Bound by 4 + 4 + 4 bytes an
-// element.
+// Device code of the gradients that nested prefixes see: out [m, d] = later + own, in float32. Bound by 4 + 4 + 4 bytes
+// an element.
 #pragma once
 
 #include "cuda/rows.cuh"

@@ -2,8 +2,8 @@
 //
 //   records[p] = row, value, gate and d_values of entry permutation[p]
 //
-// Gathered once here, the records of a latent are contiguous there, one dependent load less before each row. Bound by 40
-// bytes per entry and the latency of log2(m) cached loads.
+// Gathered once here, the records of a latent are contiguous there, one dependent load less before each row. Bound by
+// 40 bytes per entry and the latency of log2(m) cached loads.
 #pragma once
 
 #include "cuda/entry_row.cuh"

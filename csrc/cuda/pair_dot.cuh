@@ -1,7 +1,7 @@
 // The dot product of two rows by one warp, for pre_at and d_values.
 //
-// 3 chunks of both rows are in flight per lane: 3 KB per warp in 16 bits, 72 KB per multiprocessor at 24 warps. Lanes are
-// summed by a fixed tree.
+// 3 chunks of both rows are in flight per lane: 3 KB per warp in 16 bits, 72 KB per multiprocessor at 24 warps. Lanes
+// are summed by a fixed tree.
 #pragma once
 
 #include "cuda/rows.cuh"

@@ -1,7 +1,7 @@
 // Rows of matrices in three dtypes: 16-byte loads, widening to float32, rounding once on the way out.
 //
-// A *chunk* is 8 neighbouring columns: 16 bytes of a 16-bit dtype, 32 bytes of float32. Rows are `wide` when every chunk
-// can be read in whole 16-byte words; the others are read element by element, as float32 from then on.
+// A *chunk* is 8 neighbouring columns: 16 bytes of a 16-bit dtype, 32 bytes of float32. Rows are `wide` when every
+// chunk can be read in whole 16-byte words; the others are read element by element, as float32 from then on.
 #pragma once
 
 #include "cuda/device.cuh"
@@ -160,8 +160,8 @@ __device__ inline uint32_t row_bytes(const Rows& m) {
   return static_cast<uint32_t>(m.row_stride) * (m.dtype == kFloat32 ? 4 : 2);
 }
 
-// 16 bytes of memory that nobody writes meanwhile, or zeros and no access. A branch around a load would make the compiler
-// wait for it before the next one; written this way, loads are issued one after the other.
+// 16 bytes of memory that nobody writes meanwhile, or zeros and no access. A branch around a load would make the
+// compiler wait for it before the next one; written this way, loads are issued one after the other.
 __device__ inline uint4 load_if(bool wanted, const char* from) {
   uint4 v = make_uint4(0, 0, 0, 0);
 #ifdef __CUDA_ARCH__

@@ -1,11 +1,11 @@
 // sae_backward on CUDA: encoder's and decoder's gradients from one pass over the entries.
 //
-//   q[e] = <W_dec[j], S_g[r]> + d_values[e],  S_g = sum of d_recon[g'] over g' >= g,  g: first group with group_ends > j
+//   q[e] = <W_dec[j], S_g[r]> + d_values[e],  S_g = sum of d_recon[g'] over g' >= g,  g: first with group_ends[g] > j
 //   d_W_dec[j] = sum_e values[e] S_g[r],  d_W_enc[:, j] = sum_e q gate x[r % n],  d_b_enc, d_threshold, d_x as
 //   encode_backward does with d_values = q;  d_b_dec = sum over g and r of d_recon[g][r]
 //
-// A launch per group, then the sum in token order for d_x. Never waits. Bound by reading nnz rows of S and of x, as many
-// of W_enc for d_x, and by writing d_W_enc and d_W_dec.
+// A launch per group, then the sum in token order for d_x. Never waits. Bound by reading nnz rows of S and of x, as
+// many of W_enc for d_x, and by writing d_W_enc and d_W_dec.
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/sae_inputs.h"

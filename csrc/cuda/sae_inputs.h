@@ -1,4 +1,5 @@
-// The arguments that sae_backward and fused_sparse_step share, checked, and the gradients that each group of latents sees.
+// The arguments that sae_backward and fused_sparse_step share, checked, and the gradients that each group of latents
+// sees.
 #pragma once
 
 #include <functional>
@@ -30,8 +31,8 @@ SaeInputs sae_inputs_cuda(const char* op, const Tensor& x, const Tensor& W_enc,
 // The pass with both parts; d_b_enc [d_sae], d_threshold [d_sae] with a bandwidth.
 FeaturePass sae_pass(const SaeInputs& in, const Tensor& d_b_enc, const Tensor& d_threshold);
 
-// run(p) for the latents between two ends, the last ones first, with p.first, p.last and p.g set: S, the sum of d_recon[g]
-// over the groups that hold them. S is d_recon itself for the last group, then one float32 buffer.
+// run(p) for the latents between two ends, the last ones first, with p.first, p.last and p.g set: S, the sum of
+// d_recon[g] over the groups that hold them. S is d_recon itself for the last group, then one float32 buffer.
 void for_groups(const char* op, const SaeInputs& in, FeaturePass p,
                 const std::function<void(const FeaturePass&)>& run);
 

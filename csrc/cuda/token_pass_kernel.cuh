@@ -1,12 +1,13 @@
-// Device code of decode, decode_ and d_x: for every token, a weighted sum of the rows of a matrix that its entries name.
+// Device code of decode, decode_ and d_x: for every token, a weighted sum of the rows of a matrix that its entries
+// name.
 //
 //   out[i] = (out[i] +) bias + sum_s sum_e coefficients[e] gate[e] M[indices[e]]      e: entries of row s n + i
 //   M [F, d], out [n, d], entry sets s = 0 .. sets - 1
 //
 // One warp per (token, slab of 512 bytes of columns), 16 bytes per lane, slab after slab: a slab of 65k rows is 33 MB,
-// which the L2 holds, so that reuse is found there. 8 rows are in flight per warp: at 80 registers, 24 warps and 96 KB per
-// multiprocessor, where 3.3 TB/s need 17 KB on the way at any time. Entries are added in stored order, one accumulator
-// per column. Bound by reading nnz rows of d elements.
+// which the L2 holds, so that reuse is found there. 8 rows are in flight per warp: at 80 registers, 24 warps and 96 KB
+// per multiprocessor, where 3.3 TB/s need 17 KB on the way at any time. Entries are added in stored order, one
+// accumulator per column. Bound by reading nnz rows of d elements.
 #pragma once
 
 #include "cuda/rows.cuh"

@@ -1,5 +1,6 @@
-// The device code of decode, pre_at and the backward ops on the CPU (cuda_on_cpu.h), over numpy arrays. Matrices are float32
-// or the bits of a 16-bit dtype (`dtype` 1: bfloat16, 2: float16), with any strides; outputs are written in place.
+// The device code of decode, pre_at and the backward ops on the CPU (cuda_on_cpu.h), over numpy arrays. Matrices are
+// float32 or the bits of a 16-bit dtype (`dtype` 1: bfloat16, 2: float16), with any strides; outputs are written in
+// place.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -159,8 +160,8 @@ int run_fitting(FeaturePass p, const StoreGradients& gradients, int64_t shared) 
   return shape.K * 10 + shape.stages;
 }
 
-// The names are those of FeaturePass; matrices and targets that are absent leave their part out. Returns 10 K + stages of
-// the (last) launch.
+// The names are those of FeaturePass; matrices and targets that are absent leave their part out. Returns 10 K + stages
+// of the (last) launch.
 int feature_pass(const py::dict& a, int64_t shared, int64_t slab) {
   FeaturePass p = {};
   p.feature_offsets = vector_of<int64_t>(a["feature_offsets"]);
