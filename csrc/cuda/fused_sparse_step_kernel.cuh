@@ -38,6 +38,7 @@ struct AdamFinish {
     if (entries <= 0 && !adam_live(a.touched_at[latent], a.step, a.tail)) return;
     const bool nonzero = lay_out(sums, a.cols, row);
     adam_row(a, latent, row, nonzero, shared);
+    __syncthreads();  // the row has been read
   }
 
   template <int K>
@@ -46,7 +47,6 @@ struct AdamFinish {
     __shared__ AdamShared shared;
     float* row = reinterpret_cast<float*>(memory);
     update<K>(decoder, latent, entries, sums.dec, row, &shared);
-    __syncthreads();  // the row has been read
     update<K>(encoder, latent, entries, sums.enc, row, &shared);
   }
 };
