@@ -6,9 +6,10 @@
 // Source: BatchTopK sparse autoencoders, arXiv 2412.06410.
 // Algorithm: as topk_encode.cu, with one selection over the batch for all rows (select_batch_kernel.cuh). A guess of the
 // threshold replaces the scan by one chunk, when what exceeds it is at least `count` entries and fits.
-// The host waits once: for the number of candidates that a guess found; or for that of entries, without max_nnz, and for
-// whether a chunk overflowed, where d_sae is more than twice the first prefix. While a CUDA graph is captured (with max_nnz)
-// it does not wait, ignores the guess, and lost candidates make all values NaN, as do more entries than max_nnz.
+// The host waits for the number of candidates that a guess found. Without a guess, or after one that failed, it waits once
+// for the number of entries (without max_nnz) and for whether a chunk overflowed (d_sae more than twice the first prefix).
+// While a CUDA graph is captured (with max_nnz) it does not wait and ignores the guess; lost candidates make all values NaN
+// there. More entries than max_nnz always do.
 // Bound: the product, 2 n d_in d_sae operations.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
