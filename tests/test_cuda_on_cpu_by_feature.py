@@ -39,7 +39,7 @@ def test_is_the_stable_sort_by_latent(n, d_sae, density, capacity, seed):
 
 def test_latents_out_of_range_are_in_no_segment():
     offsets = torch.tensor([0, 3, 6])
-    indices = torch.tensor([4, -1, 2, 7, 2**31 - 1, 2, 1, 1], dtype=torch.int32)
+    indices = torch.tensor([4, -8, 2, 7, -(2**31), 2, 1, 1], dtype=torch.int32)
     feature_offsets, permutation = run(offsets, indices, 7)
     assert feature_offsets.tolist() == [0, 0, 0, 2, 2, 3, 3, 3]
     assert permutation.tolist() == [2, 5, 0, 0, 0, 0, 0, 0]

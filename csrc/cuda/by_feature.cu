@@ -38,10 +38,9 @@ void check_arguments(const Tensor& offsets, const Tensor& indices, int64_t d_sae
 // With workspace null only *bytes, the sort's need, is set.
 cudaError_t by_feature_sort(const ByFeature& p, void* workspace, size_t* bytes,
                             cudaStream_t stream) {
-  int bits = 1;
-  while (bits < 32 && (p.d_sae >> bits) != 0) ++bits;
   return cub::DeviceRadixSort::SortPairs(workspace, *bytes, p.keys, p.keys + p.capacity,
-                                         p.positions, p.permutation, p.capacity, 0, bits, stream);
+                                         p.positions, p.permutation, p.capacity, 0,
+                                         by_feature_key_bits(p.d_sae), stream);
 }
 
 void launch(const ByFeature& p, const Tensor& like, cudaStream_t stream) {

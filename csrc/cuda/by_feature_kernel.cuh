@@ -70,4 +70,11 @@ inline unsigned by_feature_blocks(int64_t size) {
   return static_cast<unsigned>(blocks<1 ? 1 : blocks>(1 << 20) ? 1 << 20 : blocks);
 }
 
+// What the sort has to look at: keys are at most d_sae.
+inline int by_feature_key_bits(int64_t d_sae) {
+  int bits = 1;
+  while (bits < 32 && (d_sae >> bits) != 0) ++bits;
+  return bits;
+}
+
 }  // namespace gemmascope_fast

@@ -44,9 +44,11 @@ py::tuple by_feature(const Array<int64_t>& offsets, const Array<int32_t>& indice
 
   const unsigned blocks = std::min(by_feature_blocks(capacity), 3u);  // so that threads loop
   cuda_on_cpu::launch<by_feature_keys_kernel>(blocks, kByFeatureThreads, 0, p);
-  std::iota(p.permutation, p.permutation + capacity, int64_t{0});  // in place of CUB's sort
+  // In place of CUB's sort, and as blind as it to the bits above the key's.
+  const uint32_t key = static_cast<uint32_t>((uint64_t{1} << by_feature_key_bits(d_sae)) - 1);
+  std::iota(p.permutation, p.permutation + capacity, int64_t{0});
   std::stable_sort(p.permutation, p.permutation + capacity,
-                   [&](int64_t a, int64_t b) { return p.keys[a] < p.keys[b]; });
+                   [&](int64_t a, int64_t b) { return (p.keys[a] & key) < (p.keys[b] & key); });
   for (int64_t e = 0; e < capacity; ++e) {
     p.keys[capacity + e] = p.keys[p.permutation[e]];
     p.permutation[e] = p.positions[p.permutation[e]];
