@@ -15,20 +15,39 @@ ARCHITECTURES = compiled.architectures()
 SLACK = 1.05
 """Instructions may grow by this factor: compiler releases schedule differently."""
 
-MEANT: dict[str, tuple[str, ...]] = {}
-"""Expressions for a kernel's name (from its beginning) and for opcodes that it must contain."""
+WIDE_LOAD = r"LDG\.E\.(\w+\.)*128"
+WIDE_COPY = r"LDGSTS\.E\.(\w+\.)*128"
 
-ONLY: dict[str, str] = {}
+MEANT: dict[str, dict[str, int]] = {
+    "encode_sm90_kernel": {r"HGMMA\.64x256x16\.F32": 4, "UTMALDG": 2},
+    "encode_tile_kernel<(__half|__nv_bfloat16)": {r"HMMA\.16816\.F32": 24, WIDE_COPY: 1},
+    "encode_tile_kernel<float": {"FFMA": 256, r"LDS\.128": 8, WIDE_COPY: 1},
+    "token_pass_kernel<[01]>": {WIDE_LOAD: 8, r"STG\.E\.128": 1},
+    "token_pass_kernel<2>": {r"STG\.E\.128": 1},
+    "(pre_at|entry_dots)_kernel": {WIDE_LOAD: 12},
+    "feature_(pass|pieces)_kernel": {WIDE_COPY: 30, r"LDS\.128": 16, r"STG\.E\.128": 4},
+    "adam_(step|slab)_kernel": {WIDE_LOAD: 1},
+}
+"""Expressions for a kernel's name; for the opcodes it is built on, from their beginning; how many
+there are at least. Loads of 16 bytes are as many as are in flight at once."""
+
+ONLY = {"encode_sm90_kernel": "sm_90a"}
 """Kernels of one architecture: elsewhere nothing is left of them."""
 
-ROUNDED: set[str] = set()
-"""Kernels whose bits other kernels and other backends share: each operation rounds."""
+ROUNDED = {"adam_step_kernel", "adam_slab_kernel"}
+"""Kernels whose bits other backends share: each operation rounds."""
+
+SHARED = {"feature_pass_kernel", "feature_pieces_kernel"}
+"""Templates whose bits must not depend on their arguments: what is fused is written so."""
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiles_within_its_budget(architecture: str) -> None:
     found = compiled.reports(architecture)
-    budget = json.loads(compiled.BUDGET.read_text()).get(architecture, {})
+    budgets = json.loads(compiled.BUDGET.read_text())
+    if architecture not in budgets:
+        pytest.skip(f"no budget for {architecture}: `python tests/compiling_cuda.py` writes one")
+    budget = budgets[architecture]
     assert sorted(found) == sorted(budget), "kernels without a budget, or the other way round"
     over = {
         f"{name}, {key}": f"{now}, budget {budget[name][key]}"
@@ -78,20 +97,32 @@ def test_contains_the_instructions_it_is_built_on(kernel: str, architecture: str
         assert all(report.instructions < 10 for report in found.values())
         return
     for name, report in found.items():
-        for opcode in MEANT[kernel]:
-            assert report.count(opcode), f"{name} has no {opcode}"
+        counts = {opcode: report.count(opcode) for opcode in MEANT[kernel]}
+        assert all(counts[opcode] >= least for opcode, least in MEANT[kernel].items()), (
+            f"{name} has {counts}, of {MEANT[kernel]}"
+        )
 
 
-def test_the_optimizer_rounds_every_operation() -> None:
-    loose = re.compile(
-        r"\b(?:fma|(?:mul|add|sub|div)\.(?!rn)|sqrt\.(?!rn))[.\w]*f32\b|\bfma[.\w]*f32x2\b"
-    )
+def loose(ptx: str) -> list[str]:
+    """Operations on float32 that the assembler may fuse, or that are not rounded to nearest."""
+    return re.findall(r"\b(?:(?:mul|add|sub|div|sqrt)\.(?!rn)|\w+\.rn\.ftz)[.\w]*f32\b", ptx)
+
+
+def test_results_that_others_share_do_not_depend_on_the_compiler() -> None:
     found = compiled.intermediate()
-    assert found, "no architecture carries PTX"
+    if not found:
+        pytest.skip("no architecture carries PTX")
+    assert {compiled.stem(name) for name in found} >= ROUNDED | SHARED
     for name, text in found.items():
+        if compiled.stem(name) in ROUNDED | SHARED:
+            assert loose(text) == [], name
         if compiled.stem(name) in ROUNDED:
-            assert loose.findall(text) == [], name
-    assert {compiled.stem(name) for name in found} >= ROUNDED
+            assert re.findall(r"\bfma[.\w]*f32\b", text) == [], name
+
+
+def test_what_may_be_fused() -> None:
+    ptx = "mul.f32 a; add.rn.f32 b; fma.rn.f32 c; add.f64 d; add.rn.ftz.f32 e; sqrt.approx.f32 f"
+    assert loose(ptx) == ["mul.f32", "add.rn.ftz.f32", "sqrt.approx.f32"]
 
 
 def test_names_of_kernels() -> None:
