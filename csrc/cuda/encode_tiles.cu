@@ -265,7 +265,7 @@ EncodeCsr place_hits(const char* op, EncodeHits& hits, int64_t capacity, cudaStr
   if (capacity == 0) return out;
   const int64_t runs = p.column_blocks * p.strips();
   if (runs > 0) {
-    place_kernel<<<blocks(runs * 32), kPlaceThreads, 0, stream>>>(p);
+    place_kernel<<<blocks(runs * kRunLanes), kPlaceThreads, 0, stream>>>(p);
     check_launch(op);
   }
   if (runs > 0 && gated) {

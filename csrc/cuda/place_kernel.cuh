@@ -16,6 +16,7 @@ namespace gemmascope_fast {
 inline namespace on_cuda {
 
 constexpr int kPlaceThreads = 256;
+constexpr int kRunLanes = 8;     // that move the records of a run
 constexpr int kScanBlocks = 32;  // 32 x 256 hits of a token in a group: two sums fit in one word
 
 struct PlaceHits {
@@ -132,18 +133,18 @@ __device__ __forceinline__ void place_record(const PlaceHits& p, uint64_t record
   p.gate[at] = active ? 1.0f : 0.0f;
 }
 
-// One warp per run.
+// A few lanes per run: most runs have a few records, and all that is read of one waits for the last.
 __global__ void __launch_bounds__(kPlaceThreads) place_kernel(PlaceHits p) {
   if (*p.needed > p.capacity) return;
-  const int64_t strips = p.strips(), lane = threadIdx.x % 32;
-  for (int64_t index = grid_thread() / 32; index < p.column_blocks * strips;
-       index += grid_threads() / 32) {
+  const int64_t strips = p.strips(), lane = threadIdx.x % kRunLanes;
+  for (int64_t index = grid_thread() / kRunLanes; index < p.column_blocks * strips;
+       index += grid_threads() / kRunLanes) {
     const uint64_t run = p.tiles.runs[index];
     const int64_t count = static_cast<int64_t>(run >> kRunCount);
     const uint64_t* records = run_records(p.tiles, run);
     if (count == 0 || records == nullptr) continue;
     const int64_t column_block = index / strips, token0 = index % strips * kStripTokens;
-    for (int64_t e = lane; e < count; e += 32) place_record(p, records[e], column_block, token0);
+    for (int64_t e = lane; e < count; e += kRunLanes) place_record(p, records[e], column_block, token0);
   }
 }
 
