@@ -260,6 +260,13 @@ def test_tiles_of_a_range_of_latents(dtype):
     found.check(candidates(pre, bound, 256, 650))
 
 
+def test_more_groups_of_column_blocks_than_a_warp_has_lanes():
+    x, W, bias, _, pre = encoder(3, 2, 16 * 32 * 32 + 700)
+    theta = pre.flatten().sort().values[-2000].expand(len(bias)).clone()
+    found = run(testing.cuda_encode_tiles, x, W, "float32:small", bias, theta, arena=3 * len(bias))
+    found.check(jumprelu_support(pre, theta, 0.0))
+
+
 def test_row_blocks_that_sweep_the_latents_together():
     x, W, bias, theta, pre = encoder(17 * 128 + 3, 3, 258)
     found = run(testing.cuda_encode_tiles, x, W, "bfloat16", bias, theta, arena=x.shape[0] * 258)
