@@ -1,4 +1,4 @@
-"""The CUDA kernels of decode, pre_at and the backward ops, run on the CPU, against the reference."""
+"""The CUDA kernels of decode, pre_at and the backward ops, on the CPU, against the reference."""
 
 from __future__ import annotations
 

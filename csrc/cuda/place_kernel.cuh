@@ -144,7 +144,8 @@ __global__ void __launch_bounds__(kPlaceThreads) place_kernel(PlaceHits p) {
     const uint64_t* records = run_records(p.tiles, run);
     if (count == 0 || records == nullptr) continue;
     const int64_t column_block = index / strips, token0 = index % strips * kStripTokens;
-    for (int64_t e = lane; e < count; e += kRunLanes) place_record(p, records[e], column_block, token0);
+    for (int64_t e = lane; e < count; e += kRunLanes)
+      place_record(p, records[e], column_block, token0);
   }
 }
 
@@ -173,6 +174,7 @@ __global__ void __launch_bounds__(kPlaceThreads) insert_invalid_kernel(PlaceHits
 
 __global__ void __launch_bounds__(kPlaceThreads) pad_kernel(PlaceHits p) {
   const bool lost = *p.needed > p.capacity;
+  if (p.gate == nullptr && !lost) return;  // candidates: nobody reads behind the last
   const int64_t begin = lost ? 0 : *p.needed;
   for (int64_t e = begin + grid_thread(); e < p.capacity; e += grid_threads()) {
     p.indices[e] = 0;
