@@ -206,6 +206,9 @@ def test_a_row_of_zeros_keeps_its_direction(way):
     adam_step(way)(weight, adam_state(weight), gradient, RATES, [1, 0, 1, 1, 0])
     assert_same(weight[0], torch.zeros(16))
     torch.testing.assert_close(weight[1], torch.full((16,), -0.25))
+    weight, rates = torch.zeros(2, 16), [0.0, *RATES[1:]]
+    adam_step(way)(weight, adam_state(weight), gradient, rates, [1, 0, 1, 1, 0])
+    assert_same(weight, torch.zeros(2, 16))
 
 
 @pytest.mark.parametrize("way", WAYS)
