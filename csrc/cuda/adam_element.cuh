@@ -1,4 +1,4 @@
-// Adam on one element, and what its row decides: plain arithmetic, the same on host and device.
+// Adam on four elements, and what their row decides: plain arithmetic, the same on host and device.
 //
 //   g' = g - share w;  m = m decay1 + one_minus1 g';  v = v decay2 + (one_minus2 g') g'
 //   w = w - (step_size m) / (sqrt(v) scale + eps)
@@ -6,7 +6,7 @@
 // Every operation is rounded on its own, in this order, root and quotient correctly: the bits of every other backend.
 #pragma once
 
-#include "cuda/rounded.cuh"
+#include "cuda/quotients.cuh"
 
 namespace gemmascope_fast {
 
@@ -20,20 +20,44 @@ struct AdamDecays {
   float first, second, share;
 };
 
-// m is read and written only with a first moment.
-GSF_BOTH void adam_element(const AdamRates& rates, const AdamDecays& row, bool momentum, float g,
-                           float* m, float* v, float* w) {
-  if (row.share != 0.0f) g = rounded_sub(g, rounded_mul(row.share, *w));  // NaN included
-  const float second =
-      rounded_add(rounded_mul(*v, row.second), rounded_mul(rounded_mul(rates.one_minus2, g), g));
-  float first = g;
-  if (momentum) {
-    first = rounded_add(rounded_mul(*m, row.first), rounded_mul(rates.one_minus1, g));
-    *m = first;
+// Whether sqrt(v) scale + eps lies between 2^-60 and 2^36 for all of middle_squares.
+GSF_BOTH bool middle_rates(const AdamRates& rates) {
+  return rates.scale >= 0x1p-9f && rates.scale <= 0x1p10f && rates.eps >= 0.0f &&
+         rates.eps <= 0x1p34f;
+}
+
+// Four elements; m is read and written only with a first moment. True: all second moments are positive and finite.
+GSF_BOTH bool adam_elements(const AdamRates& rates, const AdamDecays& row, bool momentum,
+                            float (&g)[4], float (&m)[4], float (&v)[4], float (&w)[4]) {
+  if (row.share != 0.0f) {  // NaN included
+    for (int e = 0; e < 4; ++e) g[e] = rounded_sub(g[e], rounded_mul(row.share, w[e]));
   }
-  const float root = rounded_add(rounded_mul(rounded_sqrt(second), rates.scale), rates.eps);
-  *v = second;
-  *w = rounded_sub(*w, rounded_div(rounded_mul(rates.step_size, first), root));
+  for (int e = 0; e < 4; ++e) {
+    v[e] = rounded_add(rounded_mul(v[e], row.second),
+                       rounded_mul(rounded_mul(rates.one_minus2, g[e]), g[e]));
+  }
+  if (momentum) {
+    for (int e = 0; e < 4; ++e) {
+      m[e] = rounded_add(rounded_mul(m[e], row.first), rounded_mul(rates.one_minus1, g[e]));
+      g[e] = m[e];
+    }
+  }
+  float root[4], change[4];
+  for (int e = 0; e < 4; ++e) {
+    g[e] = rounded_mul(rates.step_size, g[e]);
+    root[e] = rounded_add(rounded_mul(middle_root(v[e]), rates.scale), rates.eps);
+    change[e] = middle_quotient(g[e], root[e]);
+  }
+  const bool middle =
+      middle_rates(rates) & middle_squares(v) & middle_numerators(g) & plain_divisors(root);
+  if (!middle) {
+    for (int e = 0; e < 4; ++e) {
+      root[e] = rounded_add(rounded_mul(rounded_sqrt(v[e]), rates.scale), rates.eps);
+      change[e] = rounded_div(g[e], root[e]);
+    }
+  }
+  for (int e = 0; e < 4; ++e) w[e] = rounded_sub(w[e], change[e]);
+  return middle;
 }
 
 // A float64 number as an unevaluated sum: 106 bits.

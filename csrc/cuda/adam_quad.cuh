@@ -141,11 +141,9 @@ template <bool kStore>
 __device__ inline void adam_quad(const AdamView& a, int64_t row, int64_t column,
                                  const AdamDecays& decays, AdamQuad* quad, float (&g)[4]) {
   const bool momentum = a.exp_avg != nullptr;
+  adam_elements(a.rates, decays, momentum, g, quad->m, quad->v, quad->w);
 #pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    adam_element(a.rates, decays, momentum, g[e], &quad->m[e], &quad->v[e], &quad->w[e]);
-    g[e] = column + e < a.cols ? quad->w[e] : 0.0f;  // eps may be 0
-  }
+  for (int e = 0; e < 4; ++e) g[e] = column + e < a.cols ? quad->w[e] : 0.0f;  // eps may be 0
   if (!kStore) return;
   if (momentum) store_floats(a.exp_avg + row * a.exp_avg_stride, column, a.cols, quad->m);
   if (a.codes != nullptr) {

@@ -9,7 +9,7 @@
 // Bound by memory: w and v, read and written, 16 bytes per element in float32, 8 more with a first moment.
 #pragma once
 
-#include "cuda/adam_quad.cuh"
+#include "cuda/adam_narrow.cuh"
 
 namespace gemmascope_fast {
 
@@ -71,6 +71,27 @@ __device__ inline void measure_parallel(const AdamView& a, int64_t row, const fl
   }
 }
 
+// As update_row, where is_narrow.
+__device__ inline void update_narrow_row(const AdamView& a, int64_t row, const AdamDecays& decays,
+                                         float* g) {
+  const NarrowRow r = narrow_row(a, row);
+  const RandomRow random = random_row(a, row);
+  const uint32_t stride = blockDim.x * 4;
+  uint32_t column = threadIdx.x * 4;
+  NarrowQuad next = load_narrow(r, column);
+#pragma unroll 1
+  for (; column - threadIdx.x % 32 * 4 < r.cols; column += stride) {
+    const NarrowQuad quad = next;
+    next = load_narrow(r, column + stride);
+    const bool inside = column < r.cols;
+    float4* at = reinterpret_cast<float4*>(g + column);
+    const float4 sums = inside ? *at : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    float mine[4] = {sums.x, sums.y, sums.z, sums.w};
+    narrow_quad(a, r, random, column, decays, quad, a.unit_norm, mine);
+    if (a.unit_norm && inside) *at = make_float4(mine[0], mine[1], mine[2], mine[3]);
+  }
+}
+
 // The new row: into g with unit_norm, else stored.
 __device__ inline void update_row(const AdamView& a, int64_t row, const AdamDecays& decays,
                                   float* g) {
@@ -110,6 +131,24 @@ __device__ inline void normalise_row(const AdamView& a, int64_t row, const float
   }
 }
 
+// The update of a row whose decays lie in `shared`, sums of remove_parallel too where `parallel`; all of g is there.
+__device__ inline void move_row(const AdamView& a, int64_t row, float* g, bool touched,
+                                bool parallel, AdamShared* shared) {
+  if (touched && threadIdx.x == 0) a.touched_at[row] = a.step;
+  AdamDecays decays = {shared->decays[0], shared->decays[1], 0.0f};
+  if (parallel) {
+    const int64_t blocks = column_blocks(a);
+    decays.share =
+        parallel_share(row_sum(shared->sums[0], blocks), row_sum(shared->sums[1], blocks));
+  }
+  if (is_narrow(a)) {
+    update_narrow_row(a, row, decays, g);
+  } else {
+    update_row(a, row, decays, g);
+  }
+  if (a.unit_norm) normalise_row(a, row, g, shared);
+}
+
 // One step of one row from its gradient g in shared memory, 0 beyond the row up to a multiple of four columns; g is
 // overwritten. All threads of the block, whole warps, call it; `nonzero`: of what the calling thread put into g. Afterwards
 // a thread may put the next gradient where it reads its quads at once, elsewhere after a barrier.
@@ -120,17 +159,9 @@ __device__ inline void adam_row(const AdamView& a, int64_t row, float* g, bool n
   if (!touched && !adam_live(at, a.step, a.tail)) return;
   const bool parallel = touched && a.remove_parallel;
   share_decays(a, adam_gap(at, a.step, a.tail), shared);
-  if (touched && threadIdx.x == 0) a.touched_at[row] = a.step;
   if (parallel) measure_parallel(a, row, g, shared);
   __syncthreads();
-  AdamDecays decays = {shared->decays[0], shared->decays[1], 0.0f};
-  if (parallel) {
-    const int64_t blocks = column_blocks(a);
-    decays.share =
-        parallel_share(row_sum(shared->sums[0], blocks), row_sum(shared->sums[1], blocks));
-  }
-  update_row(a, row, decays, g);
-  if (a.unit_norm) normalise_row(a, row, g, shared);
+  move_row(a, row, g, touched, parallel, shared);
 }
 
 }  // namespace gemmascope_fast

@@ -23,6 +23,29 @@ __device__ inline void async_copy_16(uint4* to, const void* from, bool through_l
 #endif
 }
 
+// Asks for a row of global memory to be brought into the L2; all threads of the block call it.
+__device__ inline void fetch_row(const void* row, int64_t bytes) {
+#ifdef __CUDA_ARCH__
+  const char* from = static_cast<const char*>(row);
+#if __CUDA_ARCH__ >= 900
+  if (threadIdx.x != blockDim.x - 32) return;
+  const int64_t skip = -reinterpret_cast<intptr_t>(row) & 15;
+  if (bytes < skip + 16) return;
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from + skip),
+               "r"(static_cast<uint32_t>(bytes - skip) & ~15u)
+               : "memory");
+#else
+  for (int64_t at = static_cast<int64_t>(threadIdx.x) * 64; at < bytes;
+       at += static_cast<int64_t>(blockDim.x) * 64) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at) : "memory");
+  }
+#endif
+#else
+  (void)row;
+  (void)bytes;
+#endif
+}
+
 // Ends the group of copies started since the last call.
 __device__ inline void async_commit() {
 #ifdef __CUDA_ARCH__

@@ -109,7 +109,7 @@ Tensor feature_pieces(const Tensor& like, FeaturePass* p) {
   return pieces;
 }
 
-cudaError_t feature_shape_here(const FeaturePass& p, FeatureShape* shape) {
+cudaError_t feature_shape_here(const FeaturePass& p, FeatureShape* shape, int (*blocks)(int K)) {
   int device = 0, per_block = 0, per_processor = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess) {
@@ -119,7 +119,7 @@ cudaError_t feature_shape_here(const FeaturePass& p, FeatureShape* shape) {
     status =
         cudaDeviceGetAttribute(&per_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
   }
-  if (status == cudaSuccess) *shape = feature_shape(p, per_block, per_processor);
+  if (status == cudaSuccess) *shape = feature_shape(p, per_block, per_processor, blocks);
   return status;
 }
 

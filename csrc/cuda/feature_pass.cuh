@@ -88,9 +88,10 @@ struct FeatureShape {
 };
 
 // Chunks per thread: as few as reach the columns of a row. Stages: as many as leave room for the CTAs that the
-// registers allow, else two, so that a batch is always on its way, else one.
+// registers allow (`blocks`, those of the pass's Finish), else two, so that a batch is always on its way, else one.
 inline FeatureShape feature_shape(const FeaturePass& p, int64_t shared_per_block,
-                                  int64_t shared_per_processor) {
+                                  int64_t shared_per_processor,
+                                  int (*blocks)(int K) = &feature_blocks) {
   const int64_t in = p.encoder ? p.x.cols : 0, out = p.decoder ? p.g.cols : 0;
   const int64_t chunks = padded_columns(in > out ? in : out) / kChunk;
   FeatureShape shape = {};
@@ -105,10 +106,10 @@ inline FeatureShape feature_shape(const FeaturePass& p, int64_t shared_per_block
   const int64_t fixed = p.dots ? chunk * chunk_words(p.W_dec) : 0;
   const int64_t batch = chunk * words * feature_batch(K);
   const int64_t own = static_cast<int64_t>(sizeof(FeatureShared)) + kFinishShared, reserved = 1024;
-  const int64_t wanted =
-      static_cast<int64_t>(feature_blocks(K)) * feature_threads(K) / shape.threads;
+  const int64_t both = p.decoder && p.encoder ? 4 * chunk : 0;  // rows of float32
+  const int64_t wanted = static_cast<int64_t>(blocks(K)) * feature_threads(K) / shape.threads;
   for (int stages = kFeatureStages; stages > 0; --stages) {
-    const int64_t bytes = fixed + stages * batch;
+    const int64_t rows = fixed + stages * batch, bytes = rows > both ? rows : both;
     if (bytes + own > shared_per_block) continue;
     if (stages > 2 && wanted * (bytes + own + reserved) > shared_per_processor) continue;
     shape.K = K;

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(feature_threads(K), feature_blocks(K))
   if (piece.count == 0) return;
   FeatureSums<K> sums;
   clear_sums(&sums);
-  walk_piece<K>(p, piece, memory, shared, &sums);
+  walk_piece<K>(p, piece, memory, shared, &sums, [] {});
   float* to = p.pieces + static_cast<int64_t>(blockIdx.x) * feature_piece_size(p);
   if (p.encoder) {
     store_columns<K>(to, p.x.cols, sums.enc);
@@ -96,38 +96,45 @@ __global__ void __launch_bounds__(feature_threads(K), feature_blocks(K))
 
 // Finish: what becomes of the sums of a latent, called by all threads of its CTA, after `feature_pieces_kernel`.
 //
-//   static constexpr int blocks(int K)      CTAs per multiprocessor that its registers must leave room for
+//   static constexpr int blocks(int K)                            CTAs per multiprocessor, as feature_shape's
+//   struct Shared                                                 what its threads share, at most kFinishShared bytes
+//   __device__ void begin(int64_t latent, Shared* shared) const   while the first rows of the walk are on their way
 //   template <int K> __device__ void operator()(int64_t latent, int64_t entries, FeatureSums<K>& sums,
-//                                               uint4* memory) const
+//                                               uint4* memory, Shared* shared) const
 //
 // Thread t holds columns (k threads + t) kChunk .. + 7 of both rows, zeros beyond the last. `memory`, the dynamic
-// shared memory, is free: with both parts it has room for a row of float32 (thread t's chunks and those of others). A
-// latent without entries has sums of zero.
+// shared memory, is free: with both parts it has room for both rows in float32. A latent without entries has sums of
+// zero, and no begin.
 template <int K, class Finish>
 __global__ void __launch_bounds__(feature_threads(K), Finish::blocks(K))
     feature_pass_kernel(FeaturePass p, Finish finish) {
   GSF_DYNAMIC_SHARED(uint4, memory);
   __shared__ FeatureShared shared;
+  __shared__ typename Finish::Shared kept;
+  static_assert(sizeof(kept) <= kFinishShared, "no room");
   const int64_t latent = p.first + blockIdx.x;
   const Piece piece = latent_piece(p, latent);
   FeatureSums<K> sums;
   clear_sums(&sums);
   if (piece.count > 0) {
-    walk_piece<K>(p, piece, memory, shared, &sums);
+    walk_piece<K>(p, piece, memory, shared, &sums, [&] { finish.begin(latent, &kept); });
     add_pieces<K>(p, piece, &sums);
   }
   if (threadIdx.x == 0) {
     if (p.d_b_enc != nullptr) p.d_b_enc[latent] = sums.bias;
     if (p.d_threshold != nullptr) p.d_threshold[latent] = sums.window / -p.bandwidth;
   }
-  finish.template operator()<K>(latent, piece.end - piece.begin, sums, memory);
+  finish.template operator()<K>(latent, piece.end - piece.begin, sums, memory, &kept);
 }
 
 // Gradients in the dtype of the parameters, one row per latent; data null: not wanted.
 struct StoreGradients {
   Target d_W_enc, d_W_dec;
 
+  struct Shared {};
+
   static constexpr int blocks(int K) { return feature_blocks(K); }
+  __device__ void begin(int64_t, Shared*) const {}
 
   template <int K>
   __device__ void store(const Target& out, int64_t latent, const float (&v)[K][kChunk]) const {
@@ -140,7 +147,8 @@ struct StoreGradients {
   }
 
   template <int K>
-  __device__ void operator()(int64_t latent, int64_t, FeatureSums<K>& sums, uint4*) const {
+  __device__ void operator()(int64_t latent, int64_t, FeatureSums<K>& sums, uint4*,
+                             Shared*) const {
     store<K>(d_W_dec, latent, sums.dec);
     store<K>(d_W_enc, latent, sums.enc);
   }

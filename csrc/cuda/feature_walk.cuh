@@ -300,10 +300,11 @@ __device__ inline void finish_entries(const FeaturePass& p, const Piece& piece,
   *window = warp_sum(*window);
 }
 
-// Sums over the entries of one piece; at least one.
-template <int K>
+// Sums over the entries of one piece; at least one. `meanwhile` is called while the first rows are on their way.
+template <int K, class Meanwhile>
 __device__ inline void walk_piece(const FeaturePass& p, const Piece& piece, uint4* memory,
-                                  FeatureShared& shared, FeatureSums<K>* sums) {
+                                  FeatureShared& shared, FeatureSums<K>* sums,
+                                  const Meanwhile& meanwhile) {
   constexpr int B = feature_batch(K);
   const Slots s = feature_slots(p, memory);
   for (int i = threadIdx.x; i < piece.count; i += blockDim.x) {
@@ -321,6 +322,7 @@ __device__ inline void walk_piece(const FeaturePass& p, const Piece& piece, uint
     start_batch<K>(p, s, shared, batch, batch * B, piece.count);
     async_commit();
   }
+  meanwhile();
   int slot = 0;
   for (int batch = 0; batch < batches; ++batch) {
     async_wait(p.stages - 1);

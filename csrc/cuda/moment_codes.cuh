@@ -19,6 +19,17 @@ GSF_BOTH float decode_moment(uint8_t code, uint8_t exponent) {
   return float_of(bits < 0 || code == 0 ? 0u : static_cast<uint32_t>(bits));
 }
 
+// Four codes of one block.
+GSF_BOTH void decode_moments(uint32_t codes, uint8_t exponent, float (&v)[4]) {
+  const int32_t base = (static_cast<int32_t>(exponent) - 31) * (1 << 23);
+  const uint32_t fields[4] = {codes << 20, codes << 12, codes << 4, codes >> 4};
+  for (int e = 0; e < 4; ++e) {
+    const int32_t field = static_cast<int32_t>(fields[e] & 0x0ff00000u);
+    const int32_t bits = base + field < 0 ? 0 : base + field;
+    v[e] = float_of(field == 0 ? 0u : static_cast<uint32_t>(bits));
+  }
+}
+
 // What is compared to find the largest moment of a block. A NaN may be negative.
 GSF_BOTH uint32_t moment_bits(float v) { return bits_of(v) & 0x7fffffffu; }
 
@@ -37,6 +48,29 @@ GSF_BOTH uint8_t encode_moment(uint32_t bits, int exponent, uint32_t random) {
                         static_cast<int32_t>(random & 0xfffffu);
   const int32_t code = above < 0 ? 0 : above >> 20;
   return static_cast<uint8_t>(code > 255 ? 255 : code);
+}
+
+// Four codes of one block.
+GSF_BOTH uint32_t encode_moments(const uint32_t (&bits)[4], int exponent,
+                                 const uint32_t (&random)[4]) {
+  uint32_t codes = 0;
+  for (int e = 0; e < 4; ++e) {
+    codes |= static_cast<uint32_t>(encode_moment(bits[e], exponent, random[e])) << (8 * e);
+  }
+  return codes;
+}
+
+// The same of numbers that are positive and finite: `above` stays below 2^28.
+GSF_BOTH uint32_t encode_positive_moments(const uint32_t (&bits)[4], int exponent,
+                                          const uint32_t (&random)[4]) {
+  const int32_t base = (exponent - 31) * (1 << 23);
+  uint32_t codes = 0;
+  for (int e = 0; e < 4; ++e) {
+    const int32_t above =
+        static_cast<int32_t>(bits[e]) - base + static_cast<int32_t>(random[e] & 0xfffffu);
+    codes |= static_cast<uint32_t>(above < 0 ? 0 : above) >> 20 << (8 * e);
+  }
+  return codes;
 }
 
 }  // namespace gemmascope_fast

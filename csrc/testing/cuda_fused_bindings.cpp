@@ -84,7 +84,7 @@ int fused_pass(const py::dict& a, const Update& encoder, const Update& decoder, 
       finish.encoder.cols != p.x.cols || finish.decoder.cols != p.g.cols) {
     throw py::value_error("matrices of other shapes than the pass");
   }
-  const FeatureShape shape = feature_shape(p, shared, 64 * shared);
+  const FeatureShape shape = feature_shape(p, shared, 64 * shared, &AdamFinish::blocks);
   std::vector<float> pieces(static_cast<size_t>(feature_windows(p) * feature_piece_size(p)), NAN);
   p.pieces = pieces.data();
   p.stages = shape.stages;
