@@ -38,31 +38,35 @@ __device__ inline void add_columns(const float* from, int64_t cols, float (&v)[K
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     if (!holds<K>(cols, k, blockDim.x)) return;
-    const uint4* at = reinterpret_cast<const uint4*>(from) + 2 * (k * blockDim.x + threadIdx.x);
-    float part[kChunk];
-    widen_fp32(at[0], part);
-    widen_fp32(at[1], part + 4);
+    const float4* at = reinterpret_cast<const float4*>(from) + 2 * (k * blockDim.x + threadIdx.x);
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) v[k][i] += part[i];
+    for (int half = 0; half < 2; ++half) {
+      const float4 part = at[half];
+      v[k][4 * half] += part.x;
+      v[k][4 * half + 1] += part.y;
+      v[k][4 * half + 2] += part.z;
+      v[k][4 * half + 3] += part.w;
+    }
   }
 }
 
 template <int K>
 __device__ inline void add_pieces(const FeaturePass& p, const Piece& piece, FeatureSums<K>* sums) {
-  const int64_t size = feature_piece_size(p);
-  const float* from = p.pieces + (piece.begin / kSegment + 1) * size;
-  for (int64_t at = piece.begin + kSegment; at < piece.end; at += kSegment, from += size) {
-    const float* columns = from;
+  int more = static_cast<int>((piece.end - piece.begin - 1) / kSegment);
+  const float* from = p.pieces + (piece.begin / kSegment + 1) * feature_piece_size(p);
+#pragma unroll 1
+  for (; more > 0; --more) {
     if (p.encoder) {
-      add_columns<K>(columns, p.x.cols, sums->enc);
-      columns += padded_columns(p.x.cols);
+      add_columns<K>(from, p.x.cols, sums->enc);
+      from += padded_columns(p.x.cols);
     }
     if (p.decoder) {
-      add_columns<K>(columns, p.g.cols, sums->dec);
-      columns += padded_columns(p.g.cols);
+      add_columns<K>(from, p.g.cols, sums->dec);
+      from += padded_columns(p.g.cols);
     }
-    sums->bias += columns[0];
-    sums->window += columns[1];
+    sums->bias += from[0];
+    sums->window += from[1];
+    from += kChunk;
   }
 }
 

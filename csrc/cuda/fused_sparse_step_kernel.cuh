@@ -17,8 +17,9 @@ __device__ inline bool lay_out(const float (&sums)[K][kChunk], int64_t cols, flo
   bool nonzero = false;
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    if (!holds<K>(cols, k, blockDim.x)) break;
-    float4* to = reinterpret_cast<float4*>(row) + 2 * (k * blockDim.x + threadIdx.x);
+    const int column = (k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * kChunk;
+    if (column >= static_cast<int>(cols)) break;
+    float4* to = reinterpret_cast<float4*>(row + column);
     to[0] = make_float4(sums[k][0], sums[k][1], sums[k][2], sums[k][3]);
     to[1] = make_float4(sums[k][4], sums[k][5], sums[k][6], sums[k][7]);
 #pragma unroll
