@@ -126,6 +126,38 @@ def test_powers_are_rounded_once(beta):
         assert testing.exact_power(beta, k) == float(Fraction(beta) ** k)
 
 
+def near(values: np.ndarray, units: int) -> np.ndarray:
+    """`values` as float32, off by so many units in the last place."""
+    return (values.astype(np.float32).view(np.int32) + units).view(np.float32)
+
+
+@pytest.mark.parametrize("units", range(-3, 4))
+def test_roots_are_rounded_once_from_any_start(units):
+    for octave in (0, 1):
+        v = (np.arange(2**23, dtype=np.int32) + (127 + octave << 23)).view(np.float32)
+        roots = testing.adam_roots(v, near(1 / np.sqrt(v.astype(np.float64)), units))
+        assert (roots == np.sqrt(v)).all()
+
+
+@pytest.mark.parametrize("units", range(-2, 3))
+def test_quotients_are_rounded_once_from_any_start(units):
+    b = (np.arange(2**23 - 8, dtype=np.int32) + (127 << 23)).view(np.float32)
+    start = near(1 / b.astype(np.float64), units)
+    y = testing.adam_reciprocals(b, start).astype(np.float64)
+    assert (abs(1 - b * y) * b).max() < 2.0**-23 * (1 - 2.0**-18)  # which Markstein's bound needs
+    a = np.random.default_rng(0).permutation(b) * np.float32(-(2.0**-40))
+    assert (testing.adam_quotients(a, b, start) == a / b).all()
+    small = np.float32(2.0**-59)
+    assert (testing.adam_quotients(a, b * small, start / small) == a / (b * small)).all()
+
+
+def test_quotients_of_zero_keep_the_sign():
+    a = np.array([0.0, -0.0], np.float32)
+    b = np.array([3.0, 3.0], np.float32)
+    quotients = testing.adam_quotients(a, b, 1 / b)
+    assert np.signbit(quotients).tolist() == [False, True] and not quotients.any()
+
+
 # ---- whole kernels
 
 
@@ -133,7 +165,7 @@ def test_powers_are_rounded_once(beta):
 @pytest.mark.parametrize("rates", [RATES, [0.01, 0.8, 0.9, 1e-8], [1.0, 0.0, 0.0, 0.0]])
 @pytest.mark.parametrize("moments", ["fp32", "8bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("columns", [1, 15, 130, 1157])
+@pytest.mark.parametrize("columns", [1, 15, 130, 132, 640, 1157])
 def test_the_bits_of_the_cpu_op(way, rates, moments, dtype, columns):
     weight = torch.randn(9, columns).to(dtype)
     tail = 3 if rates[1] else 0
@@ -145,11 +177,35 @@ def test_the_bits_of_the_cpu_op(way, rates, moments, dtype, columns):
 
 
 @pytest.mark.parametrize("columns", [640, 2304, 8192])
-def test_wide_rows(columns):
+@pytest.mark.parametrize("beta1", [0.8, 0.0])
+def test_wide_rows(columns, beta1):
     weight = torch.randn(3, columns).bfloat16()
-    rule = {"moments": "8bit", "rates": [0.01, 0.8, 0.9, 1e-8], "tail": FOREVER}
+    rule = {"moments": "8bit", "rates": [0.01, beta1, 0.9, 1e-8], "tail": FOREVER if beta1 else 0}
     ours = run(adam_step(256), weight, 3, dtype=torch.float16, **rule)
     assert_all_same(ours, run(native, weight, 3, dtype=torch.float16, **rule))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+@pytest.mark.parametrize(
+    ("dtype", "moments", "beta1"),
+    [(torch.bfloat16, "8bit", 0.0), (torch.float32, "fp32", 0.0), (torch.float32, "fp32", 0.9)],
+)
+def test_elements_of_any_size(way, eps, dtype, moments, beta1):
+    """Roots and quotients inside and outside the range that has code of its own."""
+    results = []
+    for op in (adam_step(way), native):
+        torch.manual_seed(0)
+        weight = torch.randn(8, 1000).to(dtype)
+        state = adam_state(weight, moments, beta1)
+        for step in range(1, 5):
+            scale = torch.randint(-44, 35, (8, 1000)) if step % 2 else torch.randint(-9, 0, (8, 1))
+            gradient = torch.randn(8, 1000) * 10.0**scale
+            gradient[torch.rand(8, 1000) < 0.1] = 0.0
+            gradient[torch.rand(8, 1000) < 0.1] = -0.0
+            op(weight, state, gradient, [0.1, beta1, 0.999, eps], [step, 0, 0, 0, 3])
+        results.append([weight, *state])
+    assert_all_same(*results)
 
 
 @pytest.mark.parametrize("columns", [20, 128, 300, 1157, 2500])
@@ -263,20 +319,22 @@ def test_moments_decay_over_any_gap(way, gap):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shift", [0, 1, 2, 5])
 @pytest.mark.parametrize("columns", [33, 256])
-def test_any_alignment_of_rows(way, shift, columns):
+@pytest.mark.parametrize("beta1", [0.8, 0.0])
+def test_any_alignment_of_rows(way, shift, columns, beta1):
     """Weight, moments, codes and gradient begin anywhere, and only their own elements change."""
     results = []
     for op in (adam_step(way), native):
         torch.manual_seed(shift)
         padded = torch.full((7, columns + 37), 9.0).bfloat16()
         weight = padded[:, shift : shift + columns].copy_(torch.randn(7, columns))
-        state = adam_state(weight, "8bit", 0.8)
+        state = adam_state(weight, "8bit", beta1)
         codes = torch.zeros(7, columns + 13, dtype=torch.uint8)
-        state[0] = torch.zeros(7, columns + 9)[:, shift : shift + columns]
+        if beta1:
+            state[0] = torch.zeros(7, columns + 9)[:, shift : shift + columns]
         state[1] = codes[:, shift : shift + columns]
         gradient = torch.randn(7, columns + 6).half()[:, shift : shift + columns]
         for step in (1, 2):
-            op(weight, state, gradient, [0.01, 0.8, 0.9, 1e-8], [step, 0, 0, 0, 3])
+            op(weight, state, gradient, [0.01, beta1, 0.9, 1e-8], [step, 0, 0, 0, 3])
         assert (padded[:, :shift] == 9).all() and (padded[:, shift + columns :] == 9).all()
         assert not codes[:, :shift].any() and not codes[:, shift + columns :].any()
         results.append([padded, *(s.clone() for s in state)])

@@ -120,9 +120,10 @@ def test_the_bits_of_the_cpu_op_where_sums_are_exact(moments, dtype, n, sets, en
 
 
 @pytest.mark.parametrize("d", [2056, 4104, 5376, 5384, 8192])
-def test_rows_of_several_chunks_per_thread(d):
+@pytest.mark.parametrize("beta1", [0.5, 0.0])
+def test_rows_of_several_chunks_per_thread(d, beta1):
     p = problem(4, d, 5, d, x_dtype=torch.bfloat16, w_dtype=torch.bfloat16)
-    args = fused_sparse_step_args(p, 0.5, "8bit", 3)
+    args = fused_sparse_step_args(p, beta1, "8bit", 3 if beta1 else 0)
     assert_all_same(fused(args), apart(args))
 
 

@@ -70,8 +70,8 @@ __device__ inline void store_narrow_codes(const NarrowRow& r, uint32_t column, b
   }
 }
 
-__device__ inline void store_narrow_weight(const NarrowRow& r, uint32_t column,
-                                           const float (&w)[4], const RandomQuad& random) {
+__device__ inline void store_narrow_weight(const NarrowRow& r, uint32_t column, const float (&w)[4],
+                                           const RandomQuad& random) {
   uint32_t out[2];
   round_stochastically(w, random.word, out);
   if (column < r.cols) r.weight[column / 4] = make_uint2(out[0], out[1]);

@@ -1,7 +1,7 @@
 // Launches of the feature-major pass whose sums are stored as gradients.
 #include "cuda/by_feature.h"
-#include "cuda/feature_slabs.cuh"
 #include "cuda/feature_pass.h"
+#include "cuda/feature_slabs.cuh"
 #include "cuda/latent_order_kernel.cuh"
 
 namespace gemmascope_fast {

@@ -151,8 +151,7 @@ struct StoreGradients {
   }
 
   template <int K>
-  __device__ void operator()(int64_t latent, int64_t, FeatureSums<K>& sums, uint4*,
-                             Shared*) const {
+  __device__ void operator()(int64_t latent, int64_t, FeatureSums<K>& sums, uint4*, Shared*) const {
     store<K>(d_W_dec, latent, sums.dec);
     store<K>(d_W_enc, latent, sums.enc);
   }

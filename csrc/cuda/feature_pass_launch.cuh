@@ -12,8 +12,8 @@ cudaError_t launch_feature_kernel(void (*kernel)(Parameters, More...), int64_t b
                                   const FeatureShape& shape, cudaStream_t stream,
                                   const Parameters& p, const More&... more) {
   const int bytes = static_cast<int>(shape.bytes);
-  cudaError_t status = cudaFuncSetAttribute(
-      reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                            cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
   // Left to itself the driver may keep more of the memory for the L1 than several blocks leave over.
   status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),

@@ -47,8 +47,8 @@ __device__ inline bool even_rows(const FeaturePass& p) {
 template <int K>
 __device__ inline Slots even_slots(const FeaturePass& p, uint4* shared) {
   const int threads = blockDim.x, chunk = (K - 1) * threads + static_cast<int>(threadIdx.x);
-  return {shared + threadIdx.x, threads,   1,         1,    1,    kBFloat16,
-          kBFloat16,            kBFloat16, true,      true, chunk * kChunk < p.g.cols};
+  return {shared + threadIdx.x,     threads, 1, 1, 1, kBFloat16, kBFloat16, kBFloat16, true, true,
+          chunk * kChunk < p.g.cols};
 }
 
 template <int K>
@@ -97,9 +97,9 @@ __device__ inline void copy_row(const Rows& m, int64_t row, uint4* to, const Slo
 // The same of even rows.
 template <int K>
 __device__ inline void copy_even_row(const Rows& m, int64_t row, uint4* to, const Slots& s) {
-  const char* from = static_cast<const char*>(m.data) + threadIdx.x * 16 +
-                     static_cast<uint64_t>(static_cast<uint32_t>(row)) *
-                         (static_cast<uint32_t>(m.row_stride) * 2);
+  const char* from =
+      static_cast<const char*>(m.data) + threadIdx.x * 16 +
+      static_cast<uint64_t>(static_cast<uint32_t>(row)) * (static_cast<uint32_t>(m.row_stride) * 2);
 #pragma unroll
   for (int k = 0; k < K; ++k) {
     if (k < K - 1 || s.last) async_copy_16(to + k * s.threads, from + k * s.threads * 16, false);

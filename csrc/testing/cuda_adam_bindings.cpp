@@ -36,6 +36,28 @@ Array<uint16_t> rounded(const Array<float>& w, const Array<uint32_t>& random) {
   return out;
 }
 
+// of(a, b, c) element by element.
+template <class Of>
+Array<float> each(const Array<float>& a, const Array<float>& b, const Array<float>& c, Of of) {
+  require(a.size() == b.size() && a.size() == c.size(), "sizes differ");
+  Array<float> out(a.size());
+  float* to = out.mutable_data();
+  for (py::ssize_t i = 0; i < a.size(); ++i) to[i] = of(a.data()[i], b.data()[i], c.data()[i]);
+  return out;
+}
+
+Array<float> roots(const Array<float>& v, const Array<float>& y) {
+  return each(v, y, y, [](float a, float start, float) { return root_from(a, start); });
+}
+
+Array<float> reciprocals(const Array<float>& b, const Array<float>& y) {
+  return each(b, y, y, [](float a, float start, float) { return better_reciprocal(a, start); });
+}
+
+Array<float> quotients(const Array<float>& a, const Array<float>& b, const Array<float>& y) {
+  return each(a, b, y, quotient_from);
+}
+
 Array<float> decoded(const Array<uint8_t>& codes, const Array<uint8_t>& exponents) {
   require(codes.size() == exponents.size(), "sizes differ");
   Array<float> out(codes.size());
@@ -94,6 +116,9 @@ const BindLater later([](py::module_& m) {
   m.def("adam_random_words", &random_words, py::arg("seed"), py::arg("row"), py::arg("step"),
         py::arg("stream"), py::arg("quads"));
   m.def("adam_rounded", &rounded, py::arg("w"), py::arg("random"));
+  m.def("adam_roots", &roots, py::arg("v"), py::arg("near"));
+  m.def("adam_reciprocals", &reciprocals, py::arg("b"), py::arg("near"));
+  m.def("adam_quotients", &quotients, py::arg("a"), py::arg("b"), py::arg("near"));
   m.def("adam_decoded", &decoded, py::arg("codes"), py::arg("exponents"));
   m.def("adam_encoded", &encoded, py::arg("v"), py::arg("random"));
   m.def("exact_power", &exact_power, py::arg("beta"), py::arg("k"));
