@@ -48,11 +48,15 @@ __device__ __forceinline__ void compare_strip(const EncodeTiles& p,
                                               const float (&acc)[kColumns / 8][4], int64_t token,
                                               int lane, const float* bias, const float* limit,
                                               StripHits<kColumns>& hits) {
-  const float* from = (kLimit == Limit::kPerLatent ? limit : bias) + 2 * (lane % 4);
-  float bound[2] = {0.0f, 0.0f};
-  if (kLimit == Limit::kPerToken) {
+  const float* from = (kLimit == Limit::kPerToken ? bias : limit) + 2 * (lane % 4);
+  float bound[2] = {0.0f, 0.0f}, scale[2] = {0.0f, 0.0f};
+  if (kLimit != Limit::kPerLatent) {
     if (token < p.n) bound[0] = p.bound[token];
     if (token + 8 < p.n) bound[1] = p.bound[token + 8];
+  }
+  if (kLimit == Limit::kScreened) {
+    if (token < p.n) scale[0] = p.scale[token];
+    if (token + 8 < p.n) scale[1] = p.scale[token + 8];
   }
 #pragma unroll
   for (int word = 0; word < StripHits<kColumns>::kWords; ++word) {
@@ -65,7 +69,9 @@ __device__ __forceinline__ void compare_strip(const EncodeTiles& p,
     for (int e = 0; e < 4; ++e) {
       const float column = e % 2 == 0 ? pair.x : pair.y;
       const bool hit = kLimit == Limit::kPerLatent ? !(acc[m][e] <= column)
-                                                   : !(acc[m][e] + column <= bound[e / 2]);
+                       : kLimit == Limit::kPerToken
+                           ? !(acc[m][e] + column <= bound[e / 2])
+                           : !(acc[m][e] <= fmaf(scale[e / 2], column, bound[e / 2]));
       if (hit) hits.mask[e / 2][m / 16] |= 1u << (2 * (m % 16) + e % 2);
     }
   }
@@ -250,7 +256,8 @@ __device__ __forceinline__ uint64_t* reserve_strip(const EncodeTiles& p, int64_t
 
 // One warp, converged. The strip is tokens token0 .. + 15 (a multiple of 16), latents latent0 = p.first + column_block
 // * kColumns .. + kColumns - 1. bias and limit hold kColumns floats of these latents (whatever beyond the last latent),
-// are 8-byte aligned and may be in shared or global memory; limit is not read for kPerToken.
+// are 8-byte aligned and may be in shared or global memory; limit is not read for kPerToken. For kScreened the
+// bias is added to values that nobody reads.
 template <int kColumns, Limit kLimit>
 __device__ __forceinline__ void emit_strip(const EncodeTiles& p,
                                            const float (&acc)[kColumns / 8][4], int64_t token0,

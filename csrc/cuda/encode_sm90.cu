@@ -26,6 +26,10 @@ struct Device {
 };
 
 const void* kernel_of(Dtype dtype, Limit limit) {
+  if (limit == Limit::kScreened) {
+    return reinterpret_cast<const void*>(
+        &encode_sm90_kernel<int8_t, Limit::kScreened, kCluster, kLead, kFew>);
+  }
   const bool half = dtype == Dtype::kFloat16;
   if (limit == Limit::kPerLatent) {
     return half ? reinterpret_cast<const void*>(
@@ -70,7 +74,7 @@ Device ask_device(int device) {
   found.encode_map = find_encode_map();
   if (found.encode_map == nullptr) return found;
   for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16}) {
-    for (const Limit limit : {Limit::kPerLatent, Limit::kPerToken}) {
+    for (const Limit limit : {Limit::kPerLatent, Limit::kPerToken, Limit::kScreened}) {
       if (!prepare_kernel(kernel_of(dtype, limit))) return found;
     }
   }
@@ -97,26 +101,40 @@ Device this_device() {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Elements of x and W.
+struct Element {
+  CUtensorMapDataType type;
+  int64_t bytes;
+  int64_t line() const { return 16 / bytes; }  // elements between which rows may begin
+};
+
+Element element_of(Dtype dtype, Limit limit) {
+  if (limit == Limit::kScreened) return {CU_TENSOR_MAP_DATA_TYPE_UINT8, 1};
+  return {
+      dtype == Dtype::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      2};
+}
+
 // Of a single row the stride means nothing.
-int64_t row_stride(int64_t rows, int64_t d, int64_t stride) {
-  return rows > 1 ? stride : ceil_div(d, 8) * 8;
+int64_t row_stride(const Element& element, int64_t rows, int64_t d, int64_t stride) {
+  return rows > 1 ? stride : ceil_div(d, element.line()) * element.line();
 }
 
-bool rows_fit(const void* data, int64_t rows, int64_t d, int64_t stride) {
-  const int64_t used = row_stride(rows, d, stride);
+bool rows_fit(const Element& element, const void* data, int64_t rows, int64_t d, int64_t stride) {
+  const int64_t used = row_stride(element, rows, d, stride);
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && rows >= 1 && rows <= kMostRows &&
-         used >= d && used % 8 == 0 && used < (int64_t{1} << 39);
+         used >= d && used % element.line() == 0 && used < (int64_t{1} << 39);
 }
 
-bool make_map(EncodeMap encode, CUtensorMap* map, Dtype dtype, const void* data, int64_t rows,
-              int64_t d, int64_t stride, int box_rows) {
+bool make_map(EncodeMap encode, CUtensorMap* map, const Element& element, const void* data,
+              int64_t rows, int64_t d, int64_t stride, int box_rows) {
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(d), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(row_stride(rows, d, stride) * 2)};
-  const cuuint32_t box[2] = {kSm90Depth, static_cast<cuuint32_t>(box_rows)};
+  const cuuint64_t strides[1] = {
+      static_cast<cuuint64_t>(row_stride(element, rows, d, stride) * element.bytes)};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(kSm90RowBytes / element.bytes),
+                             static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
-  const CUtensorMapDataType type =
-      dtype == Dtype::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  return encode(map, type, 2, const_cast<void*>(data), sizes, strides, box, steps,
+  return encode(map, element.type, 2, const_cast<void*>(data), sizes, strides, box, steps,
                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
@@ -127,17 +145,17 @@ int64_t tile_rows(const EncodeTiles& p, int cluster) {
 }
 int64_t tile_columns(const EncodeTiles& p) { return ceil_div(p.last - p.first, kSm90Latents); }
 
-// `kernel` is an encode_sm90_kernel of this dtype and cluster.
+// `kernel` is an encode_sm90_kernel of these elements and this cluster.
 cudaError_t launch(const Device& device, const void* kernel, int cluster, int64_t group_tokens,
-                   const EncodeTiles& p, Dtype dtype, cudaStream_t stream) {
+                   const EncodeTiles& p, const Element& element, cudaStream_t stream) {
   const int64_t rows = tile_rows(p, cluster), columns = tile_columns(p);
   // Groups of almost one size: a last group of a single row would read all of W for itself.
   const int64_t groups = ceil_div(rows * cluster * kSm90Tokens, group_tokens);
   const Sm90Raster raster = {static_cast<uint32_t>(rows), static_cast<uint32_t>(columns),
                              static_cast<uint32_t>(ceil_div(rows, groups))};
   CUtensorMap x, W;
-  if (!make_map(device.encode_map, &x, dtype, p.x, p.n, p.d, p.x_stride, kSm90Tokens) ||
-      !make_map(device.encode_map, &W, dtype, p.W, p.last, p.d, p.W_stride,
+  if (!make_map(device.encode_map, &x, element, p.x, p.n, p.d, p.x_stride, kSm90Tokens) ||
+      !make_map(device.encode_map, &W, element, p.W, p.last, p.d, p.W_stride,
                 kSm90Latents / cluster)) {
     return cudaErrorInvalidValue;
   }
@@ -159,18 +177,22 @@ cudaError_t launch(const Device& device, const void* kernel, int cluster, int64_
 
 }  // namespace
 
-bool encode_sm90_serves(const EncodeTiles& p, Dtype dtype) {
-  if (dtype == Dtype::kFloat32 || p.d < 1 || p.d > kMostRows) return false;
+bool encode_sm90_serves(const EncodeTiles& p, Dtype dtype, Limit limit) {
+  const Element element = element_of(dtype, limit);
+  if (dtype == Dtype::kFloat32 && limit != Limit::kScreened) return false;
+  if (p.d < 1 || p.d > kMostRows) return false;
   if (p.first < 0 || p.first % kSm90Latents != 0 || p.first >= p.last || p.last > p.d_sae) {
     return false;
   }
-  return rows_fit(p.x, p.n, p.d, p.x_stride) && rows_fit(p.W, p.last, p.d, p.W_stride) &&
+  return rows_fit(element, p.x, p.n, p.d, p.x_stride) &&
+         rows_fit(element, p.W, p.last, p.d, p.W_stride) &&
          tile_rows(p, 1) * tile_columns(p) < (int64_t{1} << 31) && this_device().serves;
 }
 
 cudaError_t encode_sm90(const EncodeTiles& p, Dtype dtype, Limit limit, cudaStream_t stream) {
-  if (!encode_sm90_serves(p, dtype)) return cudaErrorNotSupported;
-  return launch(this_device(), kernel_of(dtype, limit), kCluster, kGroupTokens, p, dtype, stream);
+  if (!encode_sm90_serves(p, dtype, limit)) return cudaErrorNotSupported;
+  return launch(this_device(), kernel_of(dtype, limit), kCluster, kGroupTokens, p,
+                element_of(dtype, limit), stream);
 }
 
 }  // namespace on_cuda

@@ -18,14 +18,24 @@ inline namespace on_cuda {
 
 constexpr int kSm90Tokens = 128;
 constexpr int kSm90Latents = 256;
-constexpr int kSm90Depth = 64;  // 128 bytes: a row of the swizzle
+constexpr int kSm90RowBytes = 128;  // of a stage: a row of the swizzle
 constexpr int kSm90Threads = 384;
-constexpr int kSm90TokenBytes = kSm90Tokens * kSm90Depth * 2;
-constexpr int kSm90LatentBytes = kSm90Latents * kSm90Depth * 2;
+constexpr int kSm90TokenBytes = kSm90Tokens * kSm90RowBytes;
+constexpr int kSm90LatentBytes = kSm90Latents * kSm90RowBytes;
 constexpr int kSm90StageBytes = kSm90TokenBytes + kSm90LatentBytes;
 constexpr int kSm90Slots = 2;  // tiles whose biases and limits are held
 constexpr int kSm90SlotFloats = 2 * kSm90Latents;
 constexpr int kSm90Stages = 4;
+
+// Columns of x and W in a stage.
+template <typename T>
+constexpr int kSm90Depth = kSm90RowBytes / static_cast<int>(sizeof(T));
+
+// What the products of T are summed in. Sums of bytes begin at 1.5 * 2^23 as a float's bits, and so are floats when
+// they are done: 12582912 + sum where |sum| <= 2^22, and more than that elsewhere.
+template <typename T>
+using Sm90Sum = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
+constexpr int32_t kSm90Zero = 0x4B400000;
 
 // Order of the tiles: `group` rows of tiles sweep the columns together, so that x of these rows and W of a few columns stay
 // in L2. A row is kCluster tiles high. rows * columns < 2^31 and group <= rows.
@@ -112,11 +122,11 @@ struct Sm90Place {
 };
 
 // One warp, of which one lane works: brings the stages.
-template <int kCluster>
+template <typename T, int kCluster>
 __device__ __forceinline__ void sm90_bring_stages(const Sm90Place& at, const CUtensorMap* x,
                                                   const CUtensorMap* W, const EncodeTiles& p,
                                                   const Sm90Raster& raster) {
-  const int blocks = static_cast<int>((p.d + kSm90Depth - 1) / kSm90Depth);
+  const int blocks = static_cast<int>((p.d + kSm90Depth<T> - 1) / kSm90Depth<T>);
   Sm90Ring<kSm90Stages> ring;
   for (uint32_t index = at.first; index < at.tiles; index += at.step) {
     const Sm90Tile tile = sm90_tile(raster, index);
@@ -129,14 +139,14 @@ __device__ __forceinline__ void sm90_bring_stages(const Sm90Place& at, const CUt
         const uint32_t stage = at.stage(ring.place);
         sm90::barrier_wait(at.empty(ring.place), ring.phase ^ 1);
         sm90::barrier_arrive_expecting(full, kSm90StageBytes);
-        sm90::copy_box(x, stage, full, block * kSm90Depth, token);
+        sm90::copy_box(x, stage, full, block * kSm90Depth<T>, token);
         if constexpr (kCluster == 1) {
-          sm90::copy_box(W, stage + kSm90TokenBytes, full, block * kSm90Depth, latent);
+          sm90::copy_box(W, stage + kSm90TokenBytes, full, block * kSm90Depth<T>, latent);
         } else {
           constexpr int kShare = kSm90Latents / kCluster;
           sm90::copy_box_to((1 << kCluster) - 1, W,
                             stage + kSm90TokenBytes + at.rank * (kSm90LatentBytes / kCluster), full,
-                            block * kSm90Depth, latent + static_cast<int32_t>(at.rank) * kShare);
+                            block * kSm90Depth<T>, latent + static_cast<int32_t>(at.rank) * kShare);
         }
         ring.advance();
       }
@@ -159,15 +169,15 @@ __device__ __forceinline__ void sm90_bring_slots(const Sm90Place& at, const Enco
     for (int i = 0; i < kSm90Latents / 32; ++i) {
       const int64_t latent = latent0 + 32 * i + at.lane;
       const bool inside = latent < p.last;
-      bias[i] = inside ? p.bias[latent] : 0.0f;
-      limit[i] = kLimit == Limit::kPerLatent && inside ? p.limit[latent] : 0.0f;
+      bias[i] = kLimit != Limit::kScreened && inside ? p.bias[latent] : 0.0f;
+      limit[i] = kLimit != Limit::kPerToken && inside ? p.limit[latent] : 0.0f;
     }
     sm90::barrier_wait(at.unused(ring.place), ring.phase ^ 1);
     float* slot = at.shared->slots[ring.place];
 #pragma unroll
     for (int i = 0; i < kSm90Latents / 32; ++i) {
       slot[32 * i + at.lane] = bias[i];
-      if (kLimit == Limit::kPerLatent) slot[kSm90Latents + 32 * i + at.lane] = limit[i];
+      if (kLimit != Limit::kPerToken) slot[kSm90Latents + 32 * i + at.lane] = limit[i];
     }
     sm90::barrier_arrive(at.ready(ring.place));
     ring.advance();
@@ -191,8 +201,17 @@ __device__ __forceinline__ void sm90_release(const Sm90Place& at, uint32_t place
 // lasts, since what one group loses while it emits the other gains, and so the two do not emit at the same time.
 template <typename T, int kCluster>
 __device__ __forceinline__ void sm90_multiply(const Sm90Place& at, int group, int blocks, int start,
-                                              Sm90Ring<kSm90Stages>& ring, float (&acc)[32][4]) {
+                                              Sm90Ring<kSm90Stages>& ring,
+                                              Sm90Sum<T> (&acc)[32][4]) {
+  constexpr bool kBytes = std::is_same_v<T, int8_t>;
   uint32_t before = 0;
+  if constexpr (kBytes) {
+#pragma unroll
+    for (int j = 0; j < 32; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[j][i] = kSm90Zero;
+    }
+  }
   if (start > 0 && group == 1) sm90::named_wait<1, 256>();
   sm90::pin(acc);
   for (int block = 0; block < blocks; ++block) {
@@ -202,8 +221,8 @@ __device__ __forceinline__ void sm90_multiply(const Sm90Place& at, int group, in
     sm90::barrier_wait(at.full(ring.place), ring.phase);
     sm90::product_fence();
 #pragma unroll
-    for (int k = 0; k < kSm90Depth / 16; ++k) {
-      sm90::product<T>(acc, a + 2 * k, b + 2 * k, block > 0 || k > 0);
+    for (int k = 0; k < kSm90RowBytes / 32; ++k) {
+      sm90::product<T>(acc, a + 2 * k, b + 2 * k, kBytes || block > 0 || k > 0);
     }
     sm90::product_commit();
     if (block + 1 == start && group == 0) sm90::named_arrive<1, 256>();
@@ -219,16 +238,24 @@ __device__ __forceinline__ void sm90_multiply(const Sm90Place& at, int group, in
   sm90_release<kCluster>(at, before);
 }
 
+// The sums as floats, in the same registers.
+__device__ __forceinline__ const float (&sm90_floats(const float (&acc)[32][4]))[32][4] {
+  return acc;
+}
+__device__ __forceinline__ const float (&sm90_floats(const int32_t (&acc)[32][4]))[32][4] {
+  return reinterpret_cast<const float (&)[32][4]>(acc);
+}
+
 // A warpgroup: products and strips.
 template <typename T, Limit kLimit, int kCluster, int kLead, bool kFew>
 __device__ __forceinline__ void sm90_consume(const Sm90Place& at, const EncodeTiles& p,
                                              const Sm90Raster& raster) {
   const int group = at.warp / 4 - 1;
-  const int blocks = static_cast<int>((p.d + kSm90Depth - 1) / kSm90Depth);
+  const int blocks = static_cast<int>((p.d + kSm90Depth<T> - 1) / kSm90Depth<T>);
   Sm90Ring<kSm90Stages> ring;
   Sm90Ring<kSm90Slots> slots;
   int start = kLead > 0 ? min(kLead, blocks) : 0;
-  float acc[32][4];
+  Sm90Sum<T> acc[32][4];
   for (uint32_t index = at.first; index < at.tiles; index += at.step) {
     const Sm90Tile tile = sm90_tile(raster, index);
     if (p.rest != nullptr && !sm90_is_missing<kCluster>(p, tile, at.lane)) continue;
@@ -240,11 +267,11 @@ __device__ __forceinline__ void sm90_consume(const Sm90Place& at, const EncodeTi
     const float* slot = at.shared->slots[slots.place];
     sm90::barrier_wait(at.ready(slots.place), slots.phase);
     if constexpr (kFew) {
-      emit_strip_of_few<kSm90Latents, kLimit>(p, acc, token0, latent0, tile.column, at.lane, slot,
-                                              slot + kSm90Latents);
+      emit_strip_of_few<kSm90Latents, kLimit>(p, sm90_floats(acc), token0, latent0, tile.column,
+                                              at.lane, slot, slot + kSm90Latents);
     } else {
-      emit_strip<kSm90Latents, kLimit>(p, acc, token0, latent0, tile.column, at.lane, slot,
-                                       slot + kSm90Latents);
+      emit_strip<kSm90Latents, kLimit>(p, sm90_floats(acc), token0, latent0, tile.column, at.lane,
+                                       slot, slot + kSm90Latents);
     }
     __syncwarp();
     if (at.lane == 0) sm90::barrier_arrive(at.unused(slots.place));
@@ -272,8 +299,9 @@ __device__ __forceinline__ void sm90_start(const Sm90Place& at, const CUtensorMa
   if constexpr (kCluster > 1) sm90::cluster_sync();
 }
 
-// Of the cluster's CTAs and of 384 threads; dynamic shared memory of kSm90SharedBytes. The boxes are 64 x 128 of x and
-// 64 x 256 / kCluster of W. Compiled for another architecture it is a trap of a few registers, which tells the host.
+// Of the cluster's CTAs and of 384 threads; dynamic shared memory of kSm90SharedBytes. The boxes are kSm90Depth x 128
+// of x and kSm90Depth x 256 / kCluster of W. Compiled for another architecture it is a trap of a few registers, which
+// tells the host.
 template <typename T, Limit kLimit, int kCluster, int kLead, bool kFew>
 __global__ void __launch_bounds__(kSm90Threads, 1)
     encode_sm90_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap W,
@@ -294,7 +322,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
   // 128 * 40 + 256 * 232 registers of the SM's 65536.
   if (at.warp < 4) {
     sm90::registers_shrink<40>();
-    if (at.warp == 0) sm90_bring_stages<kCluster>(at, &x, &W, p, raster);
+    if (at.warp == 0) sm90_bring_stages<T, kCluster>(at, &x, &W, p, raster);
     if (at.warp == 1) sm90_bring_slots<kLimit, kCluster>(at, p, raster);
   } else {
     sm90::registers_grow<232>();

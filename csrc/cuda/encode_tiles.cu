@@ -87,8 +87,9 @@ bool prefers_portable() {
   return choice != nullptr && std::strcmp(choice, "portable") == 0;
 }
 
-bool uses_sm90(const EncodeTiles& p, Dtype dtype) {
-  return !is_small(p) && !prefers_portable() && encode_sm90_serves(p, dtype);
+bool uses_sm90(const EncodeTiles& p, Dtype dtype, Limit limit) {
+  if (limit == Limit::kScreened) return true;
+  return !is_small(p) && !prefers_portable() && encode_sm90_serves(p, dtype, limit);
 }
 
 PlaceHits place_arguments(const EncodeHits& hits) {
@@ -101,26 +102,38 @@ PlaceHits place_arguments(const EncodeHits& hits) {
   return p;
 }
 
+PlaceHits csr_arguments(PlaceHits p, const EncodeCsr& csr) {
+  p.tiles.n = csr.offsets.size(0) - 1;
+  p.offsets = data<int64_t>(csr.offsets);
+  p.needed = data<int64_t>(csr.needed);
+  p.capacity = csr.indices.size(0);
+  p.indices = data<int32_t>(csr.indices);
+  p.values = data<float>(csr.values);
+  p.gate = csr.gate.size(0) == p.capacity ? data<float>(csr.gate) : nullptr;
+  return p;
+}
+
 void set_limit(const char* op, EncodeHits& hits, const EncodeInputs& in, const EncodeLimit& limit,
                cudaStream_t stream) {
   EncodeTiles& p = hits.tiles;
   hits.values = limit.values;
-  if (limit.kind == Limit::kPerToken) {
+  if (limit.kind != Limit::kPerLatent) {
     p.bound = data<float>(limit.values);
+    hits.scale = limit.scale;
+    hits.limit = limit.latent;
+    if (limit.kind == Limit::kScreened) {
+      p.scale = data<float>(hits.scale);
+      p.limit = data<float>(hits.limit);
+    }
     return;
   }
-  hits.limit = empty(in.bias, p.d_sae, ScalarType::Float);
+  hits.limit = latent_limits(op, in.bias, limit.values, limit.window, stream);
   hits.invalid = empty(in.bias, p.n, ScalarType::Int);
   torch::stable::fill_(hits.invalid, static_cast<double>(p.d_sae));
   p.threshold = data<float>(limit.values);
   p.window = limit.window;
   p.limit = data<float>(hits.limit);
   p.invalid = data<int32_t>(hits.invalid);
-  if (p.d_sae == 0) return;
-  const unsigned blocks = static_cast<unsigned>(ceil_div(p.d_sae, kLimitThreads));
-  encode_limit_kernel<<<blocks, kLimitThreads, 0, stream>>>(p.bias, p.threshold, p.window, p.d_sae,
-                                                            data<float>(hits.limit));
-  check_launch(op);
 }
 
 // Counts to exclusive sums, and the offsets of all tokens.
@@ -133,15 +146,7 @@ void scan_counts(const char* op, const EncodeHits& hits, cudaStream_t stream) {
   }
   scan_groups_kernel<<<place_blocks(size * 32), kPlaceThreads, 0, stream>>>(p);
   check_launch(op);
-  size_t bytes = 0;
-  check_cuda(op, "sizing the scan of the rows",
-             cub::DeviceScan::ExclusiveSum(nullptr, bytes, p.offsets, p.offsets, size, stream));
-  // CUB takes a null workspace for a question about its size.
-  const Tensor workspace =
-      empty(hits.offsets, std::max<int64_t>(static_cast<int64_t>(bytes), 1), ScalarType::Byte);
-  check_cuda(op, "scan of the rows",
-             cub::DeviceScan::ExclusiveSum(workspace.data_ptr(), bytes, p.offsets, p.offsets, size,
-                                           stream));
+  sum_counts(op, hits.offsets, stream);
 }
 
 void allocate_outputs(EncodeHits& hits, const EncodeInputs& in, int64_t arena) {
@@ -195,15 +200,61 @@ EncodeInputs encode_inputs(const Tensor& x, const Tensor& W_enc, const Tensor& b
   return in;
 }
 
-int encode_width(const EncodeTiles& p, Dtype dtype) {
-  if (uses_sm90(p, dtype)) return 256;
+int encode_width(const EncodeTiles& p, Dtype dtype, Limit limit) {
+  if (uses_sm90(p, dtype, limit)) return 256;
   return is_small(p) ? SmallTile::kWidth : LargeTile::kWidth;
+}
+
+Tensor latent_limits(const char* op, const Tensor& bias, const Tensor& threshold, float window,
+                     cudaStream_t stream) {
+  const int64_t d_sae = bias.size(0);
+  const Tensor limit = empty(bias, d_sae, ScalarType::Float);
+  if (d_sae == 0) return limit;
+  const unsigned blocks = static_cast<unsigned>(ceil_div(d_sae, kLimitThreads));
+  encode_limit_kernel<<<blocks, kLimitThreads, 0, stream>>>(
+      data<float>(bias), data<float>(threshold), window, d_sae, data<float>(limit));
+  check_launch(op);
+  return limit;
+}
+
+void sum_counts(const char* op, const Tensor& counts, cudaStream_t stream) {
+  int64_t* at = data<int64_t>(counts);
+  const int64_t size = counts.size(0);
+  size_t bytes = 0;
+  check_cuda(op, "sizing the scan of the rows",
+             cub::DeviceScan::ExclusiveSum(nullptr, bytes, at, at, size, stream));
+  // CUB takes a null workspace for a question about its size.
+  const Tensor workspace =
+      empty(counts, std::max<int64_t>(static_cast<int64_t>(bytes), 1), ScalarType::Byte);
+  check_cuda(op, "scan of the rows",
+             cub::DeviceScan::ExclusiveSum(workspace.data_ptr(), bytes, at, at, size, stream));
+}
+
+EncodeCsr new_csr(const char* op, const Tensor& offsets, int64_t capacity, bool gated,
+                  cudaStream_t stream) {
+  EncodeCsr out;
+  out.offsets = offsets;
+  out.indices = empty(offsets, capacity, ScalarType::Int);
+  out.values = empty(offsets, capacity, ScalarType::Float);
+  out.gate = empty(offsets, gated ? capacity : 0, ScalarType::Float);
+  out.needed = torch::stable::new_empty(offsets, {}, ScalarType::Long);
+  const PlaceHits p = csr_arguments({}, out);
+  limit_offsets_kernel<<<place_blocks(p.tiles.n + 1), kPlaceThreads, 0, stream>>>(p);
+  check_launch(op);
+  return out;
+}
+
+void pad_csr(const char* op, const EncodeCsr& csr, cudaStream_t stream) {
+  const PlaceHits p = csr_arguments({}, csr);
+  if (p.capacity == 0) return;
+  pad_kernel<<<place_blocks(p.capacity), kPlaceThreads, 0, stream>>>(p);
+  check_launch(op);
 }
 
 void encode_tiles(const char* op, const EncodeTiles& p, Dtype dtype, Limit limit,
                   cudaStream_t stream) {
   if (p.n == 0 || p.last == p.first) return;
-  if (uses_sm90(p, dtype)) {
+  if (uses_sm90(p, dtype, limit)) {
     check_cuda(op, "launch of the encoder's tiles (sm_90a)", encode_sm90(p, dtype, limit, stream));
   } else if (is_small(p)) {
     encode_portable<SmallTile>(op, p, dtype, limit, stream);
@@ -228,7 +279,7 @@ EncodeHits encode_hits(const char* op, const EncodeInputs& in, const EncodeLimit
   p.first = limit.first;
   p.last = limit.last;
   p.bias = data<float>(in.bias);
-  hits.width = encode_width(p, in.dtype);
+  hits.width = encode_width(p, in.dtype, limit.kind);
   set_limit(op, hits, in, limit, stream);
   allocate_outputs(hits, in, arena);
   encode_tiles(op, p, in.dtype, limit.kind, stream);
@@ -247,33 +298,18 @@ void encode_missing(const char* op, EncodeHits& hits, int64_t reserved, cudaStre
 
 EncodeCsr place_hits(const char* op, EncodeHits& hits, int64_t capacity, cudaStream_t stream) {
   const bool gated = hits.kind == Limit::kPerLatent;
-  EncodeCsr out;
-  out.offsets = hits.offsets;
-  out.indices = empty(hits.offsets, capacity, ScalarType::Int);
-  out.values = empty(hits.offsets, capacity, ScalarType::Float);
-  out.gate = empty(hits.offsets, gated ? capacity : 0, ScalarType::Float);
-  out.needed = torch::stable::new_empty(hits.offsets, {}, ScalarType::Long);
-  PlaceHits p = place_arguments(hits);
-  p.needed = data<int64_t>(out.needed);
-  p.capacity = capacity;
-  p.indices = data<int32_t>(out.indices);
-  p.values = data<float>(out.values);
-  p.gate = gated ? data<float>(out.gate) : nullptr;
-  const auto blocks = [](int64_t items) { return place_blocks(items); };
-  limit_offsets_kernel<<<blocks(p.tiles.n + 1), kPlaceThreads, 0, stream>>>(p);
-  check_launch(op);
-  if (capacity == 0) return out;
+  const EncodeCsr out = new_csr(op, hits.offsets, capacity, gated, stream);
+  const PlaceHits p = csr_arguments(place_arguments(hits), out);
   const int64_t runs = p.column_blocks * p.strips();
-  if (runs > 0) {
-    place_kernel<<<blocks(runs * kRunLanes), kPlaceThreads, 0, stream>>>(p);
+  if (runs > 0 && capacity > 0) {
+    place_kernel<<<place_blocks(runs * kRunLanes), kPlaceThreads, 0, stream>>>(p);
     check_launch(op);
   }
-  if (runs > 0 && gated) {
-    insert_invalid_kernel<<<blocks(p.tiles.n), kPlaceThreads, 0, stream>>>(p);
+  if (runs > 0 && capacity > 0 && gated) {
+    insert_invalid_kernel<<<place_blocks(p.tiles.n), kPlaceThreads, 0, stream>>>(p);
     check_launch(op);
   }
-  pad_kernel<<<blocks(capacity), kPlaceThreads, 0, stream>>>(p);
-  check_launch(op);
+  pad_csr(op, out, stream);
   return out;
 }
 

@@ -28,6 +28,7 @@ constexpr uint64_t kRunBegin = (static_cast<uint64_t>(1) << kRunCount) - 1;
 enum class Limit : int {
   kPerLatent,  // JumpReLU: pre > threshold[j] - window
   kPerToken,   // TopK, BatchTopK: pre > bound[i], or pre is NaN (a hit whose value is NaN)
+  kScreened,  // int8: !(acc <= scale[i] * limit[j] + bound[i]), a candidate; its value means nothing
 };
 
 struct EncodeTiles {
@@ -46,8 +47,10 @@ struct EncodeTiles {
   const float* threshold;  // [d_sae]
   float window;            // bandwidth / 2, or 0: no window entries
 
-  // kPerToken. A token's bound is never negative.
+  // kPerToken: never negative. kScreened: see quantise_kernel.cuh; x and W are int8, d is their width, and bias,
+  // threshold and window are not read.
   const float* bound;  // [n]
+  const float* scale;  // [n] kScreened
 
   // Outputs. Column block c of the run covers latents first + c * width .. of `width` latents each, strip s covers
   // tokens 16 s .. 16 s + 15, strips = ceil(n / 16).

@@ -33,9 +33,10 @@ EncodeInputs encode_inputs(const Tensor& x, const Tensor& W_enc, const Tensor& b
 // What to keep of latents [first, last). `first` is a multiple of 256.
 struct EncodeLimit {
   Limit kind;
-  Tensor
-      values;  // kPerLatent: threshold [d_sae]; kPerToken: bound [n], never negative. float32, contiguous
-  float window = 0.0f;  // kPerLatent: bandwidth / 2
+  // kPerLatent: threshold [d_sae]; kPerToken: bound [n], never negative; kScreened: bound [n]. float32, contiguous.
+  Tensor values;
+  Tensor scale, latent;  // kScreened: scale [n] and limit [d_sae]
+  float window = 0.0f;   // kPerLatent: bandwidth / 2
   int64_t first, last;
 };
 
@@ -46,7 +47,7 @@ struct EncodeHits {
   Limit kind;
   int width;      // latents of a column block
   Tensor values;  // of the EncodeLimit
-  Tensor limit, counts, bases, runs, records, rest, invalid;
+  Tensor limit, scale, counts, bases, runs, records, rest, invalid;
   Tensor reserved;  // [1] int64: records of all strips
   Tensor offsets;   // [n + 1] int64: of the CSR with all entries
 };
@@ -65,14 +66,26 @@ struct EncodeCsr {
   Tensor gate;     // [capacity] float32; kPerToken: of size 0
   Tensor needed;   // int64 scalar: the true number of entries
 };
+
+// The steps of it: counts [n + 1] (the last one 0) to exclusive sums, in place; arrays for what these are the offsets
+// of, offsets clamped and `needed` set; at last, what lies behind the entries.
+void sum_counts(const char* op, const Tensor& counts, cudaStream_t stream);
+EncodeCsr new_csr(const char* op, const Tensor& offsets, int64_t capacity, bool gated,
+                  cudaStream_t stream);
+void pad_csr(const char* op, const EncodeCsr& csr, cudaStream_t stream);
+
 EncodeCsr place_hits(const char* op, EncodeHits& hits, int64_t capacity, cudaStream_t stream);
 
 // (i, j), first <= j < last, with pre[i, j] > bound[i] or NaN. Nothing waits: compare `needed` with the capacity.
 EncodeCsr encode_candidates(const char* op, const EncodeInputs& in, const Tensor& bound,
                             int64_t first, int64_t last, int64_t capacity, cudaStream_t stream);
 
+// EncodeTiles::limit of JumpReLU.
+Tensor latent_limits(const char* op, const Tensor& bias, const Tensor& threshold, float window,
+                     cudaStream_t stream);
+
 // The choice of a kernel: latents per strip, and the launch.
-int encode_width(const EncodeTiles& p, Dtype dtype);
+int encode_width(const EncodeTiles& p, Dtype dtype, Limit limit);
 void encode_tiles(const char* op, const EncodeTiles& p, Dtype dtype, Limit limit,
                   cudaStream_t stream);
 

@@ -169,13 +169,14 @@ __device__ __forceinline__ void product_wait() {
 // acc [64 x 256] = A [64 x 16] B^T [256 x 16] (+ acc where `accumulate`). Warp w of the warpgroup holds rows 16 w .. 16 w +
 // 15; acc[j] is the m16n8 block of columns 8 j .. 8 j + 7: [0], [1] in row lane / 4 at columns 2 (lane % 4) and the next,
 // [2], [3] the same in row lane / 4 + 8.
-#define GSF_ACC(j) "+f"(acc[j][0]), "+f"(acc[j][1]), "+f"(acc[j][2]), "+f"(acc[j][3])
-#define GSF_PRODUCT(TYPES)                                                                         \
+#define GSF_ACC(j) \
+  GSF_REGISTER(acc[j][0]), GSF_REGISTER(acc[j][1]), GSF_REGISTER(acc[j][2]), GSF_REGISTER(acc[j][3])
+#define GSF_PRODUCT(INSTRUCTION, SIGNS)                                                            \
   asm volatile(                                                                                    \
       "{\n"                                                                                        \
       ".reg .pred accumulate;\n"                                                                   \
       "setp.ne.b32 accumulate, %130, 0;\n"                                                         \
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPES                                         \
+      "wgmma.mma_async.sync.aligned.m64n256k" INSTRUCTION                                          \
       " {"                                                                                         \
       "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                     \
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "           \
@@ -187,7 +188,8 @@ __device__ __forceinline__ void product_wait() {
       "%111, "                                                                                     \
       "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, " \
       "%127}, "                                                                                    \
-      "%128, %129, accumulate, 1, 1, 0, 0;\n"                                                      \
+      "%128, %129, accumulate" SIGNS                                                               \
+      ";\n"                                                                                        \
       "}"                                                                                          \
       : GSF_ACC(0), GSF_ACC(1), GSF_ACC(2), GSF_ACC(3), GSF_ACC(4), GSF_ACC(5), GSF_ACC(6),        \
         GSF_ACC(7), GSF_ACC(8), GSF_ACC(9), GSF_ACC(10), GSF_ACC(11), GSF_ACC(12), GSF_ACC(13),    \
@@ -199,12 +201,24 @@ __device__ __forceinline__ void product_wait() {
 template <typename T>
 __device__ __forceinline__ void product(float (&acc)[32][4], uint64_t a, uint64_t b,
                                         int32_t accumulate) {
+#define GSF_REGISTER(element) "+f"(element)
   if constexpr (std::is_same_v<T, __half>) {
-    GSF_PRODUCT("f16.f16");
+    GSF_PRODUCT("16.f32.f16.f16", ", 1, 1, 0, 0");
   } else {
     static_assert(std::is_same_v<T, __nv_bfloat16>);
-    GSF_PRODUCT("bf16.bf16");
+    GSF_PRODUCT("16.f32.bf16.bf16", ", 1, 1, 0, 0");
   }
+#undef GSF_REGISTER
+}
+
+// The same of bytes, A [64 x 32] and B [256 x 32]: exact.
+template <typename T>
+__device__ __forceinline__ void product(int32_t (&acc)[32][4], uint64_t a, uint64_t b,
+                                        int32_t accumulate) {
+  static_assert(std::is_same_v<T, int8_t>);
+#define GSF_REGISTER(element) "+r"(element)
+  GSF_PRODUCT("32.s32.s8.s8", "");
+#undef GSF_REGISTER
 }
 
 #undef GSF_PRODUCT
@@ -216,6 +230,13 @@ __device__ __forceinline__ void pin(float (&acc)[32][4]) {
   for (int j = 0; j < 32; ++j) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) asm volatile("" : "+f"(acc[j][i])::"memory");
+  }
+}
+__device__ __forceinline__ void pin(int32_t (&acc)[32][4]) {
+#pragma unroll
+  for (int j = 0; j < 32; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(acc[j][i])::"memory");
   }
 }
 

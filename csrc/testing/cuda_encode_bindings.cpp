@@ -77,10 +77,8 @@ void run_sm90(const EncodeTiles& p, Limit limit) {
   const Sm90Raster raster = {static_cast<uint32_t>((p.n + kSm90Tokens - 1) / kSm90Tokens),
                              static_cast<uint32_t>((p.last - p.first + 255) / kSm90Latents),
                              p.n > kSm90Tokens ? 2u : 1u};
-  const CUtensorMap x = {
-      static_cast<const uint16_t*>(p.x), p.d, p.n, p.x_stride, kSm90Depth, kSm90Tokens};
-  const CUtensorMap W = {
-      static_cast<const uint16_t*>(p.W), p.d, p.last, p.W_stride, kSm90Depth, kSm90Latents};
+  const CUtensorMap x = {p.x, 2, p.d, p.n, p.x_stride, kSm90Depth<T>, kSm90Tokens};
+  const CUtensorMap W = {p.W, 2, p.d, p.last, p.W_stride, kSm90Depth<T>, kSm90Latents};
   const unsigned ctas = std::min(2u, raster.rows * raster.columns);
   if (limit == Limit::kPerLatent) {
     cuda_on_cpu::launch<encode_sm90_kernel<T, Limit::kPerLatent, 1, 2, true>>(

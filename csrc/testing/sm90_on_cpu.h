@@ -10,9 +10,10 @@
 
 #include "testing/cuda_on_cpu.h"
 
-// Rows of 16-bit elements; both strides in elements.
+// Rows of elements of `bytes` bytes; the stride is in elements. A row of the box has 128 bytes.
 struct CUtensorMap {
-  const uint16_t* data;
+  const void* data;
+  int bytes;
   int64_t columns, rows, stride;
   int box_columns, box_rows;
 };
@@ -107,19 +108,23 @@ inline void arrive_copy(const TensorCopy& copy) {
     for (int c = 0; c < m.box_columns; ++c) {
       const int64_t row = copy.row + int64_t{r}, column = copy.column + int64_t{c};
       const bool inside = row < m.rows && column < m.columns;
-      const uint16_t element = inside ? m.data[row * m.stride + column] : uint16_t{0};
-      memcpy(swizzled(copy.to + static_cast<uint32_t>(2 * (r * m.box_columns + c))), &element, 2);
+      const size_t bytes = static_cast<size_t>(m.bytes);
+      const char* from = static_cast<const char*>(m.data) + (row * m.stride + column) * m.bytes;
+      unsigned char* to =
+          swizzled(copy.to + static_cast<uint32_t>(m.bytes * (r * m.box_columns + c)));
+      inside ? memcpy(to, from, bytes) : memset(to, 0, bytes);
     }
   }
   Barrier& b = barrier_at(copy.barrier);
-  b.bytes -= 2 * m.box_rows * m.box_columns;
+  b.bytes -= m.bytes * m.box_rows * m.box_columns;
   barrier_settle(b);
 }
 
 inline void prefetch_map(const CUtensorMap*) {}
 inline void copy_box(const CUtensorMap* map, uint32_t to, uint32_t barrier, int32_t column,
                      int32_t row, CUDA_ON_CPU_SITE) {
-  if (to % 1024 != 0 || map->box_columns != 64) cuda_on_cpu::fail("not a swizzled box", site);
+  if (to % 1024 != 0 || map->bytes * map->box_columns != 128)
+    cuda_on_cpu::fail("not a swizzled box", site);
   tensor_copies().push_back({*map, to, barrier, column, row});
 }
 inline void copy_box_to(uint16_t, const CUtensorMap*, uint32_t, uint32_t, int32_t, int32_t,
@@ -146,7 +151,7 @@ inline void barrier_wait(uint32_t barrier, uint32_t parity, CUDA_ON_CPU_SITE) {
 // ---- wgmma
 
 struct Product {
-  float (*acc)[4];
+  void* acc;  // [32][4]
   uint64_t a, b;
   bool accumulate;
   void (*compute)(const Product&);
@@ -160,36 +165,39 @@ inline std::deque<std::vector<Product>>& product_groups() {
   return own;
 }
 
-// 16 elements of a row of the operand.
-template <typename T>
-void operand_row(uint64_t descriptor, int row, float (&to)[16], CUDA_ON_CPU_SITE) {
+// 32 bytes of a row of the operand.
+template <typename T, typename Sum>
+void operand_row(uint64_t descriptor, int row, Sum (&to)[32 / sizeof(T)], CUDA_ON_CPU_SITE) {
   const uint32_t start = static_cast<uint32_t>(descriptor & 0x3FFF) << 4;
   const uint32_t atom = static_cast<uint32_t>(descriptor >> 32 & 0x3FFF) << 4;
   if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) {
     cuda_on_cpu::fail("not a descriptor of an aligned 128-byte swizzle", site);
   }
-  for (int k = 0; k < 16; ++k) {
+  for (size_t k = 0; k < 32 / sizeof(T); ++k) {
     const uint32_t address = start + static_cast<uint32_t>(row / 8) * atom +
-                             static_cast<uint32_t>(row % 8 * 128 + 2 * k);
+                             static_cast<uint32_t>(row % 8 * 128) +
+                             static_cast<uint32_t>(k * sizeof(T));
     T element;
-    memcpy(&element, swizzled(address), 2);
-    to[k] = static_cast<float>(element);
+    memcpy(&element, swizzled(address), sizeof(T));
+    to[k] = static_cast<Sum>(element);
   }
 }
 
-template <typename T>
+template <typename T, typename Sum>
 void compute(const Product& product) {
+  constexpr size_t kCount = 32 / sizeof(T);
   const int lane = cuda_on_cpu::current.lane;
   const int row = 16 * static_cast<int>(threadIdx.x / 32 % 4) + lane / 4;
-  float rows[2][16], column[16];
+  Sum(*const acc)[4] = static_cast<Sum(*)[4]>(product.acc);
+  Sum rows[2][kCount], column[kCount];
   operand_row<T>(product.a, row, rows[0]);
   operand_row<T>(product.a, row + 8, rows[1]);
   for (int pair = 0; pair < 64; ++pair) {
     operand_row<T>(product.b, 8 * (pair / 2) + 2 * (lane % 4) + pair % 2, column);
     for (int half = 0; half < 2; ++half) {
-      float& sum = product.acc[pair / 2][2 * half + pair % 2];
-      if (!product.accumulate) sum = 0.0f;
-      for (int k = 0; k < 16; ++k) sum += rows[half][k] * column[k];
+      Sum& sum = acc[pair / 2][2 * half + pair % 2];
+      if (!product.accumulate) sum = 0;
+      for (size_t k = 0; k < kCount; ++k) sum += rows[half][k] * column[k];
     }
   }
 }
@@ -210,12 +218,13 @@ void product_wait(CUDA_ON_CPU_SITE) {
   }
 }
 
-template <typename T>
-void product(float (&acc)[32][4], uint64_t a, uint64_t b, int32_t accumulate) {
-  product_groups().back().push_back({acc, a, b, accumulate != 0, &compute<T>});
+template <typename T, typename Sum>
+void product(Sum (&acc)[32][4], uint64_t a, uint64_t b, int32_t accumulate) {
+  product_groups().back().push_back({acc, a, b, accumulate != 0, &compute<T, Sum>});
 }
 
-inline void pin(float (&)[32][4]) {}
+template <typename Sum>
+void pin(Sum (&)[32][4]) {}
 
 }  // namespace sm90
 }  // namespace on_cuda
