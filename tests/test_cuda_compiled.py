@@ -20,7 +20,9 @@ WIDE_LOAD = r"LDG\.E\.(\w+\.)*128"
 WIDE_COPY = r"LDGSTS\.E\.(\w+\.)*128"
 
 MEANT: dict[str, dict[str, int]] = {
-    "encode_sm90_kernel": {r"HGMMA\.64x256x16\.F32": 4, "UTMALDG": 2},
+    "encode_sm90_kernel<__": {r"HGMMA\.64x256x16\.F32": 4, "UTMALDG": 2},
+    "encode_sm90_kernel<signed char": {r"IGMMA\.64x256x32\.S8\.S8": 4, "UTMALDG": 2},
+    "rescore_kernel": {WIDE_LOAD: 8, r"LDS\.128": 4},
     "encode_tile_kernel<(__half|__nv_bfloat16)": {r"HMMA\.16816\.F32": 24, WIDE_COPY: 1},
     "encode_tile_kernel<float": {"FFMA": 64, r"LDS\.128": 8, WIDE_COPY: 1},
     "token_pass_kernel<[01]>": {WIDE_LOAD: 8, r"STG\.E\.128": 1},
@@ -32,7 +34,7 @@ MEANT: dict[str, dict[str, int]] = {
 """Expressions for a kernel's name; for the opcodes it is built on, from their beginning; how many
 there are at least. Loads of 16 bytes are as many as are in flight at once."""
 
-ONLY = {"encode_sm90_kernel": "sm_90a"}
+ONLY = {"encode_sm90_kernel<__": "sm_90a", "encode_sm90_kernel<signed char": "sm_90a"}
 """Kernels of one architecture: elsewhere nothing is left of them."""
 
 ROUNDED = {"adam_step_kernel", "adam_slab_kernel"}

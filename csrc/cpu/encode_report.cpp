@@ -19,8 +19,10 @@ thread_local EncodeReport last;
 std::string json() {
   std::ostringstream text;
   if (last.op == nullptr) return "{}";
-  text << "{\"op\": \"" << last.op << "\", \"target\": \"" << simd_target_name(simd_target())
-       << "\", \"int8\": " << (screens().fast ? "true" : "false") << ", \"path\": \""
+  const bool cpu = last.target == nullptr;
+  text << "{\"op\": \"" << last.op << "\", \"target\": \""
+       << (cpu ? simd_target_name(simd_target()) : last.target)
+       << "\", \"int8\": " << (!cpu || screens().fast ? "true" : "false") << ", \"path\": \""
        << (last.why_direct == nullptr ? "screened" : "direct") << "\", \"reason\": \""
        << (last.why_direct == nullptr ? "" : last.why_direct)
        << "\", \"packed\": " << (last.packed ? "true" : "false")

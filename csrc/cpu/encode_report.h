@@ -7,6 +7,7 @@ namespace gemmascope_fast {
 
 struct EncodeReport {
   const char* op = nullptr;
+  const char* target = nullptr;      // null: that of the CPU's kernels
   const char* why_direct = nullptr;  // null: screened
   bool packed = false, centered = false;
   int64_t n = 0, d_in = 0, d_sae = 0;

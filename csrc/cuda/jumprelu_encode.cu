@@ -18,6 +18,7 @@
 #include <tuple>
 
 #include "cuda/by_feature.h"
+#include "cuda/encode_screened.h"
 #include "cuda/encode_tiles.h"
 #include "cuda/runtime.h"
 
@@ -65,31 +66,40 @@ int64_t complete(EncodeHits& hits, cudaStream_t stream) {
   return entries;
 }
 
+using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Result with_view(const EncodeCsr& out, bool by_feature, int64_t d_sae) {
+  auto [feature_offsets, permutation] =
+      feature_view_cuda(by_feature, out.offsets, out.indices, d_sae);
+  return {out.offsets, out.indices, out.values, out.gate, out.needed, feature_offsets, permutation};
+}
+
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> jumprelu_encode_cuda(
-    const Tensor& x, const Tensor& W_enc, const Tensor& b_enc, const Tensor& threshold,
-    double bandwidth, std::optional<int64_t> max_nnz, bool by_feature,
-    std::optional<Tensor> packed) {
-  static_cast<void>(packed);  // is for CPUs
+Result jumprelu_encode_cuda(const Tensor& x, const Tensor& W_enc, const Tensor& b_enc,
+                            const Tensor& threshold, double bandwidth,
+                            std::optional<int64_t> max_nnz, bool by_feature,
+                            std::optional<Tensor> packed) {
   check_arguments(x, W_enc, b_enc, threshold, bandwidth, max_nnz);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const cudaStream_t stream = current_stream(kOp, x);
-  const EncodeInputs in = encode_inputs(x, W_enc, b_enc);
-  const int64_t n = in.n(), d_sae = in.d_sae();
   EncodeLimit limit;
   limit.kind = Limit::kPerLatent;
   limit.values = torch::stable::contiguous(threshold);
   limit.window = bandwidth > 0 ? static_cast<float>(bandwidth / 2) : 0.0f;
+  if (packed) {
+    const auto out = jumprelu_screened(kOp, x, W_enc, torch::stable::contiguous(b_enc),
+                                       limit.values, limit.window, max_nnz, *packed, stream);
+    if (out) return with_view(*out, by_feature, W_enc.size(1));
+  }
+  const EncodeInputs in = encode_inputs(x, W_enc, b_enc);
+  const int64_t n = in.n(), d_sae = in.d_sae();
   limit.first = 0;
   limit.last = d_sae;
   const int64_t arena = std::min(max_nnz.value_or(first_arena(n, d_sae)), n * d_sae);
   EncodeHits hits = encode_hits(kOp, in, limit, arena, stream);
   const int64_t capacity = max_nnz ? *max_nnz : complete(hits, stream);
-  EncodeCsr out = place_hits(kOp, hits, capacity, stream);
-  auto [feature_offsets, permutation] =
-      feature_view_cuda(by_feature, out.offsets, out.indices, d_sae);
-  return {out.offsets, out.indices, out.values, out.gate, out.needed, feature_offsets, permutation};
+  return with_view(place_hits(kOp, hits, capacity, stream), by_feature, d_sae);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CUDA, m) {
