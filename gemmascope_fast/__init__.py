@@ -3,6 +3,7 @@
 from . import losses, optim, reference, sources
 from .activations import BatchTopK, JumpReLU, TopK
 from .artefacts import load
+from .auditing import Audit, audit
 from .explaining import Explanation, explain
 from .functional import (
     batchtopk_encode,
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SAE",
+    "Audit",
     "BatchTopK",
     "CapacityError",
     "Evaluation",
@@ -41,6 +43,7 @@ __all__ = [
     "SparseActs",
     "TopK",
     "Transcoder",
+    "audit",
     "batchtopk_encode",
     "clip_grad_norm_",
     "decode",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .effective import effective
-from .packing import PackedEncoder, pack
+from .packing import PackedEncoder, Precision, pack
 
 
 class Frozen(nn.Module):
@@ -18,7 +18,13 @@ class Frozen(nn.Module):
     W_enc: nn.Parameter
     packed: PackedEncoder | None = None
 
-    def freeze(self, *, center: Tensor | None = None, check: bool = False) -> Self:
+    def freeze(
+        self,
+        *,
+        center: Tensor | None = None,
+        check: bool = False,
+        precision: Precision = "exact",
+    ) -> Self:
         """Promise that the weights stay, so that `encode` can use codes made once (`pack`).
 
         Parameters stop requiring gradients and the module goes to evaluation mode. Moving,
@@ -28,11 +34,12 @@ class Frozen(nn.Module):
         Args:
             center: as for `pack`.
             check: as for `pack`.
+            precision: as for `pack`; "exact" changes nothing on a GPU.
         """
         self.unfreeze()
         with torch.no_grad():
             given = effective(cast("Any", self), self.W_enc.new_zeros(0, self.W_enc.shape[0]))
-            packed = pack(given.W_enc, center=center, check=check)
+            packed = pack(given.W_enc, center=center, check=check, precision=precision)
         self.eval().requires_grad_(False)
         self.packed = packed
         return self

@@ -2,13 +2,15 @@
 
     H w_j = r_j p_j + error_j      H block Hadamard transform, p_j int8 codes, r_j a scale
 
-The codes only propose entries, with a margin that covers their error; the weights decide. Source:
-docs/design.md, Screening.
+The codes only propose entries, with a margin for their error; the weights decide. On a CPU the
+margin covers every error. On CUDA it is statistical, so codes are made only where
+`precision="screened"` asks for them. Source: docs/design.md, Screening.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from . import ops
 from .checks import check_float, check_vector
 
 NATIVE = "pack_encoder"
+Precision = Literal["exact", "screened"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +28,8 @@ class PackedEncoder:
 
     Attributes:
         W_enc: `[d_in, d_sae]`, the tensor that was packed, which must not change.
-        codes: uint8, or None where nothing would use them (a GPU, float64, no compiled library).
+        codes: uint8, or None where nothing would use them (a GPU unless `precision="screened"`,
+            float64, no compiled library).
         checksums: `[d_sae]` int64, or None when packed without `check`.
     """
 
@@ -59,40 +63,61 @@ class PackedEncoder:
             )
 
 
-def pack(W_enc: Tensor, *, center: Tensor | None = None, check: bool = False) -> PackedEncoder:
-    """Prepare an encoder whose weights will not change for repeated use on a CPU.
+def pack(
+    W_enc: Tensor,
+    *,
+    center: Tensor | None = None,
+    check: bool = False,
+    precision: Precision = "exact",
+) -> PackedEncoder:
+    """Prepare an encoder whose weights will not change for repeated use.
 
-    `jumprelu_encode`, `topk_encode` and `batchtopk_encode` take the result in place of `W_enc` and
-    return the same bits, faster: their int8 codes need not be made in every call, and few tokens
-    read one byte per weight. Changing `W_enc` afterwards, `.data` edits included, makes results
-    wrong; `check=True` finds that out, at the price of reading the weights in every call. A
-    processor without int8 dot products does not use the codes (`explain` says so).
+    The encoders take the result in place of `W_enc`. Changing `W_enc` afterwards, `.data` edits
+    included, makes results wrong; `check=True` finds that out, at the price of reading the weights
+    in every call. `explain` says whether codes were used.
+
+    On a CPU all three encoders return the same bits, faster: their int8 codes need not be made in
+    every call, and few tokens read one byte per weight. A processor without int8 dot products does
+    not use the codes.
+
+    On CUDA nothing happens unless `precision="screened"`, which serves `jumprelu_encode` on
+    compute capability 9.0: int8 products choose candidates, and float32 sums of the weights as
+    they are decide. A margin of five standard deviations of the codes' error lets an entry be
+    missed with a chance below 1e-6 (`audit` counts misses); what is stored is exact. A call waits
+    for the device once more than usual, with `max_nnz` too, so that a CUDA graph gets the plain
+    encoder, as do calls with too many candidates and other devices.
 
     Args:
-        W_enc: `[d_in, d_sae]` float32, bfloat16, float16 or float64, any strides.
+        W_enc: `[d_in, d_sae]` float32, bfloat16, float16 or float64, any strides; on CUDA
+            `W_enc.t()` has contiguous rows of a multiple of 8 elements.
         center: `[d_in]` a typical x, the mean of some say; speeds up encoding where x has a large
-            common part, and changes no result. Its norm is 0 or in 2^-30 .. 2^30.
+            common part, and changes no result (CUDA: no more than `precision` does). Its norm is
+            0 or in 2^-30 .. 2^30.
         check: keep a checksum per latent and compare it in every call.
+        precision: "exact", or "screened" to allow results that lack 1 entry in 10^6.
 
     Returns:
-        A `PackedEncoder` of 1 byte per weight, `d_in` rounded up to a multiple of 64, and 16 bytes
-        per latent.
+        A `PackedEncoder` of 1 byte per weight, `d_in` rounded up to a multiple of 64 (CUDA: 128),
+        and 16 (8) bytes per latent.
 
     Raises:
         TypeError: a tensor is not floating point.
-        ValueError: shapes or devices disagree.
-        RuntimeError: `center` is not finite or out of range.
+        ValueError: shapes or devices disagree, or `precision` is neither.
+        RuntimeError: `center` is not finite or out of range (CPU).
     """
     check_float("pack", "W_enc", W_enc)
     if W_enc.dim() != 2:
         raise ValueError(f"pack: W_enc must have shape [d_in, d_sae], got {tuple(W_enc.shape)}")
+    if precision not in ("exact", "screened"):
+        raise ValueError(f'pack: precision must be "exact" or "screened", got {precision!r}')
     if center is not None:
         check_vector("pack", "center", center, W_enc.shape[0], W_enc)
         center = center.detach().float()
     codes = None
-    if packable(W_enc):
+    if packable(W_enc, precision):
         with torch.no_grad():
             codes = getattr(torch.ops, ops.NAMESPACE).pack_encoder(W_enc.detach(), center)
+        codes = codes if codes.numel() > 0 else None
     return PackedEncoder(W_enc, codes, _checksums(W_enc) if check else None)
 
 
@@ -110,10 +135,14 @@ def unpacked(W_enc: Tensor | PackedEncoder) -> tuple[Tensor, Tensor | None]:
     return W_enc.W_enc, W_enc.codes
 
 
-def packable(W_enc: Tensor) -> bool:
-    """Whether an encoder on these weights would use codes."""
-    native = not ops.NATIVE_MISSING and W_enc.device.type == "cpu"
-    return native and W_enc.dtype != torch.float64
+def packable(W_enc: Tensor, precision: Precision = "exact") -> bool:
+    """Whether an encoder on these weights might use codes."""
+    if ops.NATIVE_MISSING or W_enc.dtype == torch.float64:
+        return False
+    if W_enc.device.type == "cuda":
+        encoder = ops.implementation("jumprelu_encode", "cuda")
+        return precision == "screened" and encoder == "native"
+    return W_enc.device.type == "cpu"
 
 
 @torch.no_grad()

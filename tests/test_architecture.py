@@ -25,7 +25,7 @@ LAYERS = [
     ("sparse",),
     ("checks",),
     ("packing", "explaining", "operands"),
-    ("functional",),
+    ("functional", "auditing"),
     ("losses", "semantics"),
     ("effective",),
     ("freezing", "initial"),

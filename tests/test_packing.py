@@ -41,6 +41,13 @@ def test_pack_in_place_of_the_weights(screen: Callable[[str], None]) -> None:
     assert packed.shape == W.shape and gsf.explain().packed
 
 
+def test_on_a_cpu_packing_is_exact_whatever_was_asked() -> None:
+    W = torch.randn(64, 100)
+    assert torch.equal(gsf.pack(W, precision="screened").codes, gsf.pack(W).codes)
+    with pytest.raises(ValueError, match='precision must be "exact" or "screened", got 8'):
+        gsf.pack(W, precision=8)  # type: ignore[arg-type]
+
+
 def test_packed_bytes() -> None:
     W = torch.empty(1152, 65536)
     assert gsf.packing.packed_bytes(1152, 65536) <= 1.05 * W.numel()
