@@ -1,4 +1,4 @@
-"""Parts `ceilings`, `encode` and `topk`: rates of this machine, and what stands on its matmul."""
+"""Parts `ceilings`, `encode`, `screened` and `topk`: what stands on this machine's matmul."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+import gemmascope_fast as gsf
 from gemmascope_fast import ops
 
 from . import checks, dense
@@ -14,6 +15,9 @@ from .problem import Problem, problem
 from .rows import OURS, compose, encode_flops
 from .timing import compare, copy_rate, free
 from .triton import TRITON, call_of
+
+AUDITED = 2048
+"""Tokens whose entries are compared with float64 sums of all products: 131,072 entries at L0 64."""
 
 
 def device_of(ctx: Context) -> torch.device:
@@ -126,7 +130,7 @@ def _encode(ctx: Context, shape: Shape, compiled: Any) -> dict[str, Any]:
 
 
 def _on_matmul(
-    part: str, shape: Shape, times: dict[str, dict[str, Any]], nnz: int, error: float
+    part: str, shape: Shape, times: dict[str, dict[str, Any]], nnz: int, error: float, **more: Any
 ) -> dict[str, Any]:
     return compose(
         *(part, shape, times),
@@ -136,7 +140,51 @@ def _on_matmul(
         nnz=nnz,
         l0=nnz / shape.n,
         error=error,
+        **more,
     )
+
+
+# ---- screened JumpReLU encode
+
+
+def screened(ctx: Context) -> None:
+    """`jumprelu_encode` on weights of `pack(precision="screened")`, and an audit of its entries."""
+    for shape in ctx.settings.shapes(("uniform",)):
+        seconds = estimate(ctx, shape, 3) + (0 if ctx.settings.quick else 15)
+        ctx.row(
+            shape.name, lambda shape=shape: _screened(ctx, shape), seconds, shape=shape.json()
+        )  # fmt: skip
+        free(device_of(ctx))
+
+
+def _screened(ctx: Context, shape: Shape) -> dict[str, Any]:
+    device = device_of(ctx)
+    p = problem(shape, device, decoder=False)
+    packed = gsf.pack(p.W_enc, precision="screened")
+    if packed.codes is None:
+        raise Skip("nothing on this machine would use the codes")
+    args = (p.x, p.W_enc, p.b_enc, p.threshold)
+    op = ops.overload("jumprelu_encode", *args)
+    acts = gsf.jumprelu_encode(p.x, packed, p.b_enc, p.threshold)
+    told = gsf.explain()
+    audit = gsf.audit(acts, *args, tokens=AUDITED)
+    nnz = acts.nnz
+    error = checks.encoded(p, acts.offsets, acts.indices, acts.values)
+    del acts
+    times = compare(
+        {
+            OURS: lambda: op(*args, 0.0, None, False, packed.codes),
+            "ours, not screened": lambda: op(*args, 0.0, None, False),
+            "matmul": lambda: p.x @ p.W_enc,
+            "pack": lambda: gsf.pack(p.W_enc, precision="screened"),
+        },
+        device,
+        ctx.settings.row_seconds,
+    )
+    audited = {"audited": audit.entries, "missed": audit.missed, "extra": audit.extra}
+    row = _on_matmul("screened", shape, times, nnz, error, recall=audit.recall, **audited)
+    row["line"] = f"{told}; {audit}; {row['line']}"
+    return row
 
 
 # ---- TopK and BatchTopK encode

@@ -31,6 +31,7 @@ PARTS: dict[str, str] = {
     "sanitizer": "suite",
     "ceilings": "encoders",
     "encode": "encoders",
+    "screened": "encoders",
     "topk": "encoders",
     "decode": "passes",
     "backward": "passes",
