@@ -7,9 +7,6 @@
 // of a touched row, 16 bytes in float32, 6 with bfloat16 weights and 8-bit moments.
 #include <torch/csrc/stable/library.h>
 
-#include <cstdlib>
-#include <string>
-
 #include "cuda/adam_matrix.h"
 #include "cuda/adam_step.h"
 #include "cuda/fused_sparse_step_kernel.cuh"
@@ -23,10 +20,7 @@ constexpr const char* kOp = "fused_sparse_step";
 
 FeatureShape shape_of(const FeaturePass& p) {
   FeatureShape shape;
-  const char* const variant = std::getenv("GEMMASCOPE_FAST_FUSED");  // for one measurement
-  const bool two = variant != nullptr && std::string(variant) == "two";
-  check_cuda(kOp, "device attributes",
-             feature_shape_here(p, &shape, two ? &feature_blocks : &AdamFinish::blocks));
+  check_cuda(kOp, "device attributes", feature_shape_here(p, &shape, &AdamFinish::blocks));
   return shape;
 }
 
