@@ -7,21 +7,34 @@
 
 namespace gemmascope_fast {
 
+// What dynamic shared memory a kernel may ask for. Always the most that any pass takes, as the limit is the kernel's: another
+// thread may launch it between the call and the launch.
+inline cudaError_t raise_shared_limit(const void* kernel) {
+  int device = 0, per_block = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) {
+    status = cudaDeviceGetAttribute(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (status != cudaSuccess) return status;
+  const int own = static_cast<int>(sizeof(FeatureShared)) + kFinishShared;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, per_block - own);
+}
+
 template <class Parameters, class... More>
 cudaError_t launch_feature_kernel(void (*kernel)(Parameters, More...), int64_t blocks,
                                   const FeatureShape& shape, cudaStream_t stream,
                                   const Parameters& p, const More&... more) {
-  const int bytes = static_cast<int>(shape.bytes);
-  cudaError_t status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                            cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaError_t status = raise_shared_limit(function);
   if (status != cudaSuccess) return status;
   // Left to itself the driver may keep more of the memory for the L1 than several blocks leave over.
-  status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                cudaFuncAttributePreferredSharedMemoryCarveout,
+  status = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
                                 cudaSharedmemCarveoutMaxShared);
   if (status != cudaSuccess) return status;
-  kernel<<<static_cast<unsigned>(blocks), shape.threads, shape.bytes, stream>>>(p, more...);
-  return cudaGetLastError();
+  void* arguments[] = {const_cast<Parameters*>(&p), const_cast<More*>(&more)...};
+  return cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)),
+                          dim3(static_cast<unsigned>(shape.threads)), arguments,
+                          static_cast<size_t>(shape.bytes), stream);
 }
 
 // Shape of a pass on the current device; K is 0 when its rows do not fit. `blocks`: its Finish's.

@@ -35,6 +35,7 @@ cudaStream_t current_stream(const char* op, const Tensor& t) {
 
 void check_cuda(const char* op, const char* what, cudaError_t status) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();  // reported here: check_launch of the next op must not find it again
   fail(op, what, ": ", cudaGetErrorName(status), ": ", cudaGetErrorString(status));
 }
 
