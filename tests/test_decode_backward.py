@@ -80,6 +80,13 @@ def test_any_layout(backend, layout, w_dtype):
         assert results[1].stride() == torch.empty_like(args[4]).stride()
 
 
+def test_results_that_nobody_asked_for_are_tensors_of_their_own(backend):
+    args = integer_args()[:-3]
+    results = backend.op("decode_backward")(*args, *[False] * 3)
+    assert [t.shape for t in results] == [(0,)] * 3
+    assert len({id(t) for t in results}) == 3
+
+
 def test_stride_zero_arguments(backend):
     args = integer_args()
     for d_recon in (

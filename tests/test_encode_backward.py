@@ -169,6 +169,13 @@ def test_the_feature_view_changes_no_bit(backend):
     assert_all_same(without, backend.op("encode_backward")(*args), NAMES)
 
 
+def test_results_that_nobody_asked_for_are_tensors_of_their_own(backend):
+    args = encode_backward_args(problem())[:-4]
+    results = backend.op("encode_backward")(*args, *[False] * 4)
+    assert [t.shape for t in results] == [(0,)] * 4
+    assert len({id(t) for t in results}) == 4
+
+
 def test_window_edges_to_the_ulp(backend):
     # gate 1 entries at, one ulp below and one ulp above threshold + bandwidth / 2.
     for bandwidth in (0.5, 0.001, 0.03):

@@ -43,7 +43,8 @@ std::tuple<Tensor, Tensor, Tensor> decode_backward_cuda(
   const DeviceGuard guard(W_dec.get_device_index());
   const DeviceEntries entries = entries_of(kOp, offsets, indices, W_dec);
   check_shape(kOp, "d_recon", d_recon, {entries.n, W_dec.size(1)});
-  Tensor d_values = new_floats(W_dec, 0), d_W_dec = d_values, d_b_dec = d_values;
+  Tensor d_values = new_floats(W_dec, 0), d_W_dec = new_floats(W_dec, 0),
+         d_b_dec = new_floats(W_dec, 0);
   if (need_W_dec) {
     // Entries that are in no segment have no gradient.
     if (need_values)

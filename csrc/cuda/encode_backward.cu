@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> encode_backward_cuda(
   Tensor theta;
   if (need_threshold) theta = check_threshold(threshold, bandwidth, d_sae, x);
 
-  Tensor d_x = torch::stable::new_empty(x, {0}), d_W_enc = d_x;
+  Tensor d_x = torch::stable::new_empty(x, {0}), d_W_enc = torch::stable::new_empty(x, {0});
   Tensor d_b_enc = new_floats(x, need_b_enc ? d_sae : 0);
   Tensor d_threshold = new_floats(x, need_threshold ? d_sae : 0);
   if (need_x) d_x = input_gradient(entries, d_numbers, gates, x, W_enc);
