@@ -17,7 +17,9 @@ namespace gemmascope_fast {
 
 using DeviceGuard = torch::stable::accelerator::DeviceGuard;
 
+// `like` has been checked with itself before.
 inline void check_device(const char* op, const char* name, const Tensor& t, const Tensor& like) {
+  if (!like.is_cuda()) fail(op, name, " must be on a CUDA device, as other tensors are");
   if (t.is_cuda() && t.get_device_index() == like.get_device_index()) return;
   fail(op, name,
        " must be on the CUDA device of the other tensors, cuda:", like.get_device_index());
