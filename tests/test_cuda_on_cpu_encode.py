@@ -192,7 +192,7 @@ def test_a_fixed_capacity(per_token):
         assert found.indices.shape == (capacity,) and found.needed == needed
         if capacity >= needed:
             if per_token:  # nothing is written behind the last candidate
-                found = replace(found, indices=found.indices[:needed], values=found.values[:needed])
+                found.indices, found.values = found.indices[:needed], found.values[:needed]
             found.check((stored, values, gate))
             continue
         offsets = torch.cat([torch.zeros(1), stored.sum(1).cumsum(0)]).long()
