@@ -57,8 +57,8 @@ EncodeHits encode_hits(const char* op, const EncodeInputs& in, const EncodeLimit
 // `reserved` is the value of hits.reserved, larger than the arena.
 void encode_missing(const char* op, EncodeHits& hits, int64_t reserved, cudaStream_t stream);
 
-// Entries of fixed capacity, zeros behind offsets[n]. More than fit: offsets are clamped to the capacity, indices are
-// 0, values NaN, gates 1.
+// Entries of fixed capacity; behind offsets[n] zeros, for kPerToken anything. More than fit: offsets are clamped to the
+// capacity, indices are 0, values NaN, gates 1.
 struct EncodeCsr {
   Tensor offsets;  // [n + 1] int64
   Tensor indices;  // [capacity] int32
