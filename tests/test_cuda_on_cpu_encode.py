@@ -193,6 +193,7 @@ def test_a_fixed_capacity(per_token):
         if capacity >= needed:
             if per_token:  # nothing is written behind the last candidate
                 found.indices, found.values = found.indices[:needed], found.values[:needed]
+                found.gate = found.gate[:needed]
             found.check((stored, values, gate))
             continue
         offsets = torch.cat([torch.zeros(1), stored.sum(1).cumsum(0)]).long()
