@@ -11,9 +11,6 @@ namespace gemmascope_fast {
 inline namespace on_cuda {
 namespace {
 
-constexpr int kCluster = 1;             // CTAs that share the blocks of W
-constexpr int kLead = 0;                // blocks that one multiplying group is ahead of the other
-constexpr bool kFew = true;             // strips of few hits have a path of their own
 constexpr int64_t kGroupTokens = 2048;  // rows of tiles that sweep the latents together
 constexpr int64_t kMostRows = (int64_t{1} << 31) - 1024;  // coordinates of a tensor copy are int32
 
@@ -27,20 +24,16 @@ struct Device {
 
 const void* kernel_of(Dtype dtype, Limit limit) {
   if (limit == Limit::kScreened) {
-    return reinterpret_cast<const void*>(
-        &encode_sm90_kernel<int8_t, Limit::kScreened, kCluster, kLead, kFew>);
+    return reinterpret_cast<const void*>(&encode_sm90_kernel<int8_t, Limit::kScreened>);
   }
   const bool half = dtype == Dtype::kFloat16;
   if (limit == Limit::kPerLatent) {
-    return half ? reinterpret_cast<const void*>(
-                      &encode_sm90_kernel<__half, Limit::kPerLatent, kCluster, kLead, kFew>)
+    return half ? reinterpret_cast<const void*>(&encode_sm90_kernel<__half, Limit::kPerLatent>)
                 : reinterpret_cast<const void*>(
-                      &encode_sm90_kernel<__nv_bfloat16, Limit::kPerLatent, kCluster, kLead, kFew>);
+                      &encode_sm90_kernel<__nv_bfloat16, Limit::kPerLatent>);
   }
-  return half ? reinterpret_cast<const void*>(
-                    &encode_sm90_kernel<__half, Limit::kPerToken, kCluster, kLead, kFew>)
-              : reinterpret_cast<const void*>(
-                    &encode_sm90_kernel<__nv_bfloat16, Limit::kPerToken, kCluster, kLead, kFew>);
+  return half ? reinterpret_cast<const void*>(&encode_sm90_kernel<__half, Limit::kPerToken>)
+              : reinterpret_cast<const void*>(&encode_sm90_kernel<__nv_bfloat16, Limit::kPerToken>);
 }
 
 EncodeMap find_encode_map() {
@@ -68,7 +61,7 @@ Device ask_device(int device) {
       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
       cudaDeviceGetAttribute(&found.processors, cudaDevAttrMultiProcessorCount, device) !=
           cudaSuccess ||
-      major != 9 || minor != 0 || found.processors < kCluster) {
+      major != 9 || minor != 0) {
     return found;
   }
   found.encode_map = find_encode_map();
@@ -140,37 +133,28 @@ bool make_map(EncodeMap encode, CUtensorMap* map, const Element& element, const 
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-int64_t tile_rows(const EncodeTiles& p, int cluster) {
-  return ceil_div(p.n, cluster * kSm90Tokens);
-}
+int64_t tile_rows(const EncodeTiles& p) { return ceil_div(p.n, kSm90Tokens); }
 int64_t tile_columns(const EncodeTiles& p) { return ceil_div(p.last - p.first, kSm90Latents); }
 
-// `kernel` is an encode_sm90_kernel of these elements and this cluster.
-cudaError_t launch(const Device& device, const void* kernel, int cluster, int64_t group_tokens,
-                   const EncodeTiles& p, const Element& element, cudaStream_t stream) {
-  const int64_t rows = tile_rows(p, cluster), columns = tile_columns(p);
+// `kernel` is an encode_sm90_kernel of these elements.
+cudaError_t launch(const Device& device, const void* kernel, const EncodeTiles& p,
+                   const Element& element, cudaStream_t stream) {
+  const int64_t rows = tile_rows(p), columns = tile_columns(p);
   // Groups of almost one size: a last group of a single row would read all of W for itself.
-  const int64_t groups = ceil_div(rows * cluster * kSm90Tokens, group_tokens);
+  const int64_t groups = ceil_div(rows * kSm90Tokens, kGroupTokens);
   const Sm90Raster raster = {static_cast<uint32_t>(rows), static_cast<uint32_t>(columns),
                              static_cast<uint32_t>(ceil_div(rows, groups))};
   CUtensorMap x, W;
   if (!make_map(device.encode_map, &x, element, p.x, p.n, p.d, p.x_stride, kSm90Tokens) ||
-      !make_map(device.encode_map, &W, element, p.W, p.last, p.d, p.W_stride,
-                kSm90Latents / cluster)) {
+      !make_map(device.encode_map, &W, element, p.W, p.last, p.d, p.W_stride, kSm90Latents)) {
     return cudaErrorInvalidValue;
   }
-  const int64_t most = device.processors / cluster, tiles = rows * columns;
+  const int64_t most = device.processors, tiles = rows * columns;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>((tiles < most ? tiles : most) * cluster));
+  config.gridDim = dim3(static_cast<unsigned>(tiles < most ? tiles : most));
   config.blockDim = dim3(kSm90Threads);
   config.dynamicSmemBytes = kSm90SharedBytes;
   config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
   void* arguments[] = {&x, &W, const_cast<EncodeTiles*>(&p), const_cast<Sm90Raster*>(&raster)};
   return cudaLaunchKernelExC(&config, kernel, arguments);
 }
@@ -186,13 +170,12 @@ bool encode_sm90_serves(const EncodeTiles& p, Dtype dtype, Limit limit) {
   }
   return rows_fit(element, p.x, p.n, p.d, p.x_stride) &&
          rows_fit(element, p.W, p.last, p.d, p.W_stride) &&
-         tile_rows(p, 1) * tile_columns(p) < (int64_t{1} << 31) && this_device().serves;
+         tile_rows(p) * tile_columns(p) < (int64_t{1} << 31) && this_device().serves;
 }
 
 cudaError_t encode_sm90(const EncodeTiles& p, Dtype dtype, Limit limit, cudaStream_t stream) {
   if (!encode_sm90_serves(p, dtype, limit)) return cudaErrorNotSupported;
-  return launch(this_device(), kernel_of(dtype, limit), kCluster, kGroupTokens, p,
-                element_of(dtype, limit), stream);
+  return launch(this_device(), kernel_of(dtype, limit), p, element_of(dtype, limit), stream);
 }
 
 }  // namespace on_cuda

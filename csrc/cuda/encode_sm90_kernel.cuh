@@ -4,7 +4,6 @@
 // columns of x and W through a ring of stages (tensor copies, 128-byte swizzle) and one warp brings the biases and limits of
 // the tile to come; the other two multiply, 64 tokens x 256 latents each, and emit their strips. Nothing but the ring joins
 // the groups: copies for the next tile arrive while a strip is emitted, and one group may emit while the other multiplies.
-// With kCluster = 2, two CTAs take the two halves of 256 tokens; each brings half of the block of W to both.
 // Bound by the tensor cores, 2 n d F operations; at small d the emitting shows.
 #pragma once
 
@@ -38,7 +37,7 @@ using Sm90Sum = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
 constexpr int32_t kSm90Zero = 0x4B400000;
 
 // Order of the tiles: `group` rows of tiles sweep the columns together, so that x of these rows and W of a few columns stay
-// in L2. A row is kCluster tiles high. rows * columns < 2^31 and group <= rows.
+// in L2. rows * columns < 2^31 and group <= rows.
 struct Sm90Raster {
   uint32_t rows, columns, group;
 };
@@ -55,15 +54,14 @@ __device__ __forceinline__ Sm90Tile sm90_tile(const Sm90Raster& raster, uint32_t
   return {top + inside % height, inside / height};
 }
 
-// Second pass: whether a strip of this row and column missed its run. One warp; every role of every CTA of the cluster asks
-// alike, so all skip the same tiles.
-template <int kCluster>
+// Second pass: whether a strip of this row and column missed its run. One warp; every role asks alike, so all skip the
+// same tiles.
 __device__ __forceinline__ bool sm90_is_missing(const EncodeTiles& p, const Sm90Tile& tile,
                                                 int lane) {
-  constexpr int kStrips = kCluster * kSm90Tokens / kStripTokens;
+  constexpr int kStrips = kSm90Tokens / kStripTokens;
   static_assert(kStrips <= 32);
-  const int64_t token0 = static_cast<int64_t>(tile.row) * (kCluster * kSm90Tokens) +
-                         static_cast<int64_t>(lane) * kStripTokens;
+  const int64_t token0 =
+      static_cast<int64_t>(tile.row) * kSm90Tokens + static_cast<int64_t>(lane) * kStripTokens;
   const bool missing = lane < kStrips && token0 < p.n && strip_is_missing(p, token0, tile.column);
   return __any_sync(kWholeWarp, missing);
 }
@@ -84,7 +82,7 @@ struct Sm90Ring {
 // before (phase ^ 1): complete from the start the first time round.
 struct Sm90Barriers {
   uint64_t full[kSm90Stages];   // one arrival, and the bytes of a stage
-  uint64_t empty[kSm90Stages];  // each multiplying warp of the cluster
+  uint64_t empty[kSm90Stages];  // each multiplying warp
   uint64_t ready[kSm90Slots];   // each lane of the warp that brings the slot
   uint64_t unused[kSm90Slots];  // each multiplying warp of the CTA
 };
@@ -100,7 +98,6 @@ constexpr int kSm90SharedBytes = 1024 + sizeof(Sm90Shared);
 // What all roles know of their CTA.
 struct Sm90Place {
   Sm90Shared* shared;
-  uint32_t rank;                // of the CTA in its cluster
   uint32_t first, step, tiles;  // the CTA takes tiles first, first + step, ...
   int warp, lane;
 
@@ -122,7 +119,7 @@ struct Sm90Place {
 };
 
 // One warp, of which one lane works: brings the stages.
-template <typename T, int kCluster>
+template <typename T>
 __device__ __forceinline__ void sm90_bring_stages(const Sm90Place& at, const CUtensorMap* x,
                                                   const CUtensorMap* W, const EncodeTiles& p,
                                                   const Sm90Raster& raster) {
@@ -130,9 +127,9 @@ __device__ __forceinline__ void sm90_bring_stages(const Sm90Place& at, const CUt
   Sm90Ring<kSm90Stages> ring;
   for (uint32_t index = at.first; index < at.tiles; index += at.step) {
     const Sm90Tile tile = sm90_tile(raster, index);
-    if (p.rest != nullptr && !sm90_is_missing<kCluster>(p, tile, at.lane)) continue;
+    if (p.rest != nullptr && !sm90_is_missing(p, tile, at.lane)) continue;
     if (at.lane == 0) {
-      const int32_t token = static_cast<int32_t>((tile.row * kCluster + at.rank) * kSm90Tokens);
+      const int32_t token = static_cast<int32_t>(tile.row * kSm90Tokens);
       const int32_t latent = static_cast<int32_t>(p.first + tile.column * kSm90Latents);
       for (int block = 0; block < blocks; ++block) {
         const uint32_t full = at.full(ring.place);
@@ -140,14 +137,7 @@ __device__ __forceinline__ void sm90_bring_stages(const Sm90Place& at, const CUt
         sm90::barrier_wait(at.empty(ring.place), ring.phase ^ 1);
         sm90::barrier_arrive_expecting(full, kSm90StageBytes);
         sm90::copy_box(x, stage, full, block * kSm90Depth<T>, token);
-        if constexpr (kCluster == 1) {
-          sm90::copy_box(W, stage + kSm90TokenBytes, full, block * kSm90Depth<T>, latent);
-        } else {
-          constexpr int kShare = kSm90Latents / kCluster;
-          sm90::copy_box_to((1 << kCluster) - 1, W,
-                            stage + kSm90TokenBytes + at.rank * (kSm90LatentBytes / kCluster), full,
-                            block * kSm90Depth<T>, latent + static_cast<int32_t>(at.rank) * kShare);
-        }
+        sm90::copy_box(W, stage + kSm90TokenBytes, full, block * kSm90Depth<T>, latent);
         ring.advance();
       }
     }
@@ -156,13 +146,13 @@ __device__ __forceinline__ void sm90_bring_stages(const Sm90Place& at, const CUt
 }
 
 // One warp: brings the biases and limits.
-template <Limit kLimit, int kCluster>
+template <Limit kLimit>
 __device__ __forceinline__ void sm90_bring_slots(const Sm90Place& at, const EncodeTiles& p,
                                                  const Sm90Raster& raster) {
   Sm90Ring<kSm90Slots> ring;
   for (uint32_t index = at.first; index < at.tiles; index += at.step) {
     const Sm90Tile tile = sm90_tile(raster, index);
-    if (p.rest != nullptr && !sm90_is_missing<kCluster>(p, tile, at.lane)) continue;
+    if (p.rest != nullptr && !sm90_is_missing(p, tile, at.lane)) continue;
     const int64_t latent0 = p.first + static_cast<int64_t>(tile.column) * kSm90Latents;
     float bias[kSm90Latents / 32], limit[kSm90Latents / 32];
 #pragma unroll
@@ -184,23 +174,15 @@ __device__ __forceinline__ void sm90_bring_slots(const Sm90Place& at, const Enco
   }
 }
 
-// One lane per CTA of the cluster: this warp reads the stage no more.
-template <int kCluster>
+// This warp reads the stage no more.
 __device__ __forceinline__ void sm90_release(const Sm90Place& at, uint32_t place) {
-  if constexpr (kCluster == 1) {
-    if (at.lane == 0) sm90::barrier_arrive(at.empty(place));
-  } else {
-    if (at.lane < kCluster) sm90::barrier_arrive_at(at.empty(place), at.lane);
-  }
+  if (at.lane == 0) sm90::barrier_arrive(at.empty(place));
 }
 
 // A warpgroup: acc = 64 tokens x 256 latents of the next `blocks` stages. A stage is released once the products that read it
 // are done, while those of the next one run.
-//
-// `start` is not 0 in the CTA's first tile: the first group lets the second begin when it has issued `start` blocks. The lead
-// lasts, since what one group loses while it emits the other gains, and so the two do not emit at the same time.
-template <typename T, int kCluster>
-__device__ __forceinline__ void sm90_multiply(const Sm90Place& at, int group, int blocks, int start,
+template <typename T>
+__device__ __forceinline__ void sm90_multiply(const Sm90Place& at, int group, int blocks,
                                               Sm90Ring<kSm90Stages>& ring,
                                               Sm90Sum<T> (&acc)[32][4]) {
   constexpr bool kBytes = std::is_same_v<T, int8_t>;
@@ -212,7 +194,6 @@ __device__ __forceinline__ void sm90_multiply(const Sm90Place& at, int group, in
       for (int i = 0; i < 4; ++i) acc[j][i] = kSm90Zero;
     }
   }
-  if (start > 0 && group == 1) sm90::named_wait<1, 256>();
   sm90::pin(acc);
   for (int block = 0; block < blocks; ++block) {
     const uint32_t stage = at.stage(ring.place);
@@ -225,17 +206,16 @@ __device__ __forceinline__ void sm90_multiply(const Sm90Place& at, int group, in
       sm90::product<T>(acc, a + 2 * k, b + 2 * k, kBytes || block > 0 || k > 0);
     }
     sm90::product_commit();
-    if (block + 1 == start && group == 0) sm90::named_arrive<1, 256>();
     if (block > 0) {
       sm90::product_wait<1>();
-      sm90_release<kCluster>(at, before);
+      sm90_release(at, before);
     }
     before = ring.place;
     ring.advance();
   }
   sm90::product_wait<0>();
   sm90::pin(acc);
-  sm90_release<kCluster>(at, before);
+  sm90_release(at, before);
 }
 
 // The sums as floats, in the same registers.
@@ -247,39 +227,30 @@ __device__ __forceinline__ const float (&sm90_floats(const int32_t (&acc)[32][4]
 }
 
 // A warpgroup: products and strips.
-template <typename T, Limit kLimit, int kCluster, int kLead, bool kFew>
+template <typename T, Limit kLimit>
 __device__ __forceinline__ void sm90_consume(const Sm90Place& at, const EncodeTiles& p,
                                              const Sm90Raster& raster) {
   const int group = at.warp / 4 - 1;
   const int blocks = static_cast<int>((p.d + kSm90Depth<T> - 1) / kSm90Depth<T>);
   Sm90Ring<kSm90Stages> ring;
   Sm90Ring<kSm90Slots> slots;
-  int start = kLead > 0 ? min(kLead, blocks) : 0;
   Sm90Sum<T> acc[32][4];
   for (uint32_t index = at.first; index < at.tiles; index += at.step) {
     const Sm90Tile tile = sm90_tile(raster, index);
-    if (p.rest != nullptr && !sm90_is_missing<kCluster>(p, tile, at.lane)) continue;
-    sm90_multiply<T, kCluster>(at, group, blocks, start, ring, acc);
-    start = 0;
-    const int64_t token0 =
-        (static_cast<int64_t>(tile.row) * kCluster + at.rank) * kSm90Tokens + 16 * (at.warp - 4);
+    if (p.rest != nullptr && !sm90_is_missing(p, tile, at.lane)) continue;
+    sm90_multiply<T>(at, group, blocks, ring, acc);
+    const int64_t token0 = static_cast<int64_t>(tile.row) * kSm90Tokens + 16 * (at.warp - 4);
     const int64_t latent0 = p.first + static_cast<int64_t>(tile.column) * kSm90Latents;
     const float* slot = at.shared->slots[slots.place];
     sm90::barrier_wait(at.ready(slots.place), slots.phase);
-    if constexpr (kFew) {
-      emit_strip_of_few<kSm90Latents, kLimit>(p, sm90_floats(acc), token0, latent0, tile.column,
-                                              at.lane, slot, slot + kSm90Latents);
-    } else {
-      emit_strip<kSm90Latents, kLimit>(p, sm90_floats(acc), token0, latent0, tile.column, at.lane,
-                                       slot, slot + kSm90Latents);
-    }
+    emit_strip_of_few<kSm90Latents, kLimit>(p, sm90_floats(acc), token0, latent0, tile.column,
+                                            at.lane, slot, slot + kSm90Latents);
     __syncwarp();
     if (at.lane == 0) sm90::barrier_arrive(at.unused(slots.place));
     slots.advance();
   }
 }
 
-template <int kCluster>
 __device__ __forceinline__ void sm90_start(const Sm90Place& at, const CUtensorMap* x,
                                            const CUtensorMap* W) {
   if (threadIdx.x == 0) {
@@ -287,7 +258,7 @@ __device__ __forceinline__ void sm90_start(const Sm90Place& at, const CUtensorMa
     sm90::prefetch_map(W);
     for (int i = 0; i < kSm90Stages; ++i) {
       sm90::barrier_init(at.full(i), 1);
-      sm90::barrier_init(at.empty(i), 8 * kCluster);
+      sm90::barrier_init(at.empty(i), 8);
     }
     for (int i = 0; i < kSm90Slots; ++i) {
       sm90::barrier_init(at.ready(i), 32);
@@ -296,13 +267,12 @@ __device__ __forceinline__ void sm90_start(const Sm90Place& at, const CUtensorMa
     sm90::barrier_init_fence();
   }
   __syncthreads();
-  if constexpr (kCluster > 1) sm90::cluster_sync();
 }
 
-// Of the cluster's CTAs and of 384 threads; dynamic shared memory of kSm90SharedBytes. The boxes are kSm90Depth x 128
-// of x and kSm90Depth x 256 / kCluster of W. Compiled for another architecture it is a trap of a few registers, which
+// 384 threads; dynamic shared memory of kSm90SharedBytes. The boxes are kSm90Depth x 128
+// of x and kSm90Depth x 256 of W. Compiled for another architecture it is a trap of a few registers, which
 // tells the host.
-template <typename T, Limit kLimit, int kCluster, int kLead, bool kFew>
+template <typename T, Limit kLimit>
 __global__ void __launch_bounds__(kSm90Threads, 1)
     encode_sm90_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap W,
                        const __grid_constant__ EncodeTiles p,
@@ -312,26 +282,20 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
   given += (1024 - sm90::shared_address(given) % 1024) % 1024;
   Sm90Place at;
   at.shared = reinterpret_cast<Sm90Shared*>(given);
-  at.rank = kCluster > 1 ? sm90::cluster_rank() : 0;
-  at.first = blockIdx.x / kCluster;
-  at.step = gridDim.x / kCluster;
+  at.first = blockIdx.x;
+  at.step = gridDim.x;
   at.tiles = raster.rows * raster.columns;
   at.warp = __shfl_sync(kWholeWarp, static_cast<int>(threadIdx.x / 32), 0);
   at.lane = threadIdx.x % 32;
-  sm90_start<kCluster>(at, &x, &W);
+  sm90_start(at, &x, &W);
   // 128 * 40 + 256 * 232 registers of the SM's 65536.
   if (at.warp < 4) {
     sm90::registers_shrink<40>();
-    if (at.warp == 0) sm90_bring_stages<T, kCluster>(at, &x, &W, p, raster);
-    if (at.warp == 1) sm90_bring_slots<kLimit, kCluster>(at, p, raster);
+    if (at.warp == 0) sm90_bring_stages<T>(at, &x, &W, p, raster);
+    if (at.warp == 1) sm90_bring_slots<kLimit>(at, p, raster);
   } else {
     sm90::registers_grow<232>();
-    sm90_consume<T, kLimit, kCluster, kLead, kFew>(at, p, raster);
-  }
-  // A CTA's shared memory must outlive what its peer still sends there.
-  if constexpr (kCluster > 1) {
-    __syncwarp();
-    sm90::cluster_sync();
+    sm90_consume<T, kLimit>(at, p, raster);
   }
 #else
   __trap();

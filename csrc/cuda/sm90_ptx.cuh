@@ -39,7 +39,7 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
   return sm90_dynamic_shared;
 }
 
-// ---- Registers and clusters
+// ---- Registers
 
 // Both are executed by all four warps of a warpgroup.
 template <int kRegisters>
@@ -51,37 +51,13 @@ __device__ __forceinline__ void registers_shrink() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-// All threads of all CTAs of the cluster, those that have exited excepted.
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
-}
-
-// A barrier of the CTA, of kThreads threads: those that arrive do not wait.
-template <int kBarrier, int kThreads>
-__device__ __forceinline__ void named_arrive() {
-  asm volatile("barrier.cta.arrive %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
-}
-template <int kBarrier, int kThreads>
-__device__ __forceinline__ void named_wait() {
-  asm volatile("barrier.cta.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
-}
-
 // ---- mbarrier
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// After the inits and before the __syncthreads() or cluster_sync() that lets others use them.
+// After the inits and before the __syncthreads() that lets others use them.
 __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -89,18 +65,6 @@ __device__ __forceinline__ void barrier_init_fence() {
 
 __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// Arrives at the barrier that lies at the same address in CTA `rank` of the cluster.
-__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
-      "}" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
 }
 
 // Arrives once, and makes the phase wait for `bytes` that copies bring.
@@ -138,16 +102,6 @@ __device__ __forceinline__ void copy_box(const CUtensorMap* map, uint32_t to, ui
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4}], [%2];" ::"r"(to),
       "l"(map), "r"(barrier), "r"(column), "r"(row)
-      : "memory");
-}
-
-// To the same address in every CTA of the mask; completes on the barrier at the same address in each.
-__device__ __forceinline__ void copy_box_to(uint16_t mask, const CUtensorMap* map, uint32_t to,
-                                            uint32_t barrier, int32_t column, int32_t row) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%4, %5}], [%2], %3;" ::"r"(to),
-      "l"(map), "r"(barrier), "h"(mask), "r"(column), "r"(row)
       : "memory");
 }
 

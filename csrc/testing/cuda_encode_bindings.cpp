@@ -81,11 +81,11 @@ void run_sm90(const EncodeTiles& p, Limit limit) {
   const CUtensorMap W = {p.W, 2, p.d, p.last, p.W_stride, kSm90Depth<T>, kSm90Latents};
   const unsigned ctas = std::min(2u, raster.rows * raster.columns);
   if (limit == Limit::kPerLatent) {
-    cuda_on_cpu::launch<encode_sm90_kernel<T, Limit::kPerLatent, 1, 2, true>>(
+    cuda_on_cpu::launch<encode_sm90_kernel<T, Limit::kPerLatent>>(
         ctas, kSm90Threads, kSm90SharedBytes, x, W, p, raster);
   } else {
-    cuda_on_cpu::launch<encode_sm90_kernel<T, Limit::kPerToken, 1, 2, true>>(
-        ctas, kSm90Threads, kSm90SharedBytes, x, W, p, raster);
+    cuda_on_cpu::launch<encode_sm90_kernel<T, Limit::kPerToken>>(ctas, kSm90Threads,
+                                                                 kSm90SharedBytes, x, W, p, raster);
   }
 }
 

@@ -141,7 +141,7 @@ void run_hopper(const EncodeTiles& p) {
   constexpr int kDepth = kSm90Depth<int8_t>;
   const CUtensorMap x = {p.x, 1, p.d, p.n, p.x_stride, kDepth, kSm90Tokens};
   const CUtensorMap W = {p.W, 1, p.d, p.last, p.W_stride, kDepth, kSm90Latents};
-  cuda_on_cpu::launch<encode_sm90_kernel<int8_t, Limit::kScreened, 1, 0, true>>(
+  cuda_on_cpu::launch<encode_sm90_kernel<int8_t, Limit::kScreened>>(
       std::min(2u, raster.rows * raster.columns), kSm90Threads, kSm90SharedBytes, x, W, p, raster);
 }
 

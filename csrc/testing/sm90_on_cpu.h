@@ -1,4 +1,4 @@
-// cuda/sm90_ptx.cuh for cuda_on_cpu.h: one CTA, no clusters. An address is an offset in the dynamic shared memory, whose
+// cuda/sm90_ptx.cuh for cuda_on_cpu.h: one CTA. An address is an offset in the dynamic shared memory, whose
 // begin counts as a multiple of 1024.
 //
 // Nothing happens before it must: a copy arrives when a thread waits for a barrier in vain, a product is computed when its
@@ -39,18 +39,6 @@ void registers_grow() {}
 template <int kRegisters>
 void registers_shrink() {}
 
-inline uint32_t cluster_rank() { return 0; }
-inline void cluster_sync(CUDA_ON_CPU_SITE) { cuda_on_cpu::fail("there are no clusters", site); }
-
-template <int kBarrier, int kThreads>
-void named_arrive(CUDA_ON_CPU_SITE) {
-  cuda_on_cpu::arrive_named(kBarrier, kThreads, site);
-}
-template <int kBarrier, int kThreads>
-void named_wait(CUDA_ON_CPU_SITE) {
-  cuda_on_cpu::meet_named(kBarrier, kThreads, site);
-}
-
 // ---- mbarrier
 
 struct Barrier {
@@ -85,10 +73,6 @@ inline void barrier_arrive_expecting(uint32_t barrier, uint32_t bytes, CUDA_ON_C
 inline void barrier_arrive(uint32_t barrier, CUDA_ON_CPU_SITE) {
   barrier_arrive_expecting(barrier, 0, site);
 }
-inline void barrier_arrive_at(uint32_t, uint32_t, CUDA_ON_CPU_SITE) {
-  cuda_on_cpu::fail("there are no clusters", site);
-}
-
 // ---- tensor copies
 
 struct TensorCopy {
@@ -127,11 +111,6 @@ inline void copy_box(const CUtensorMap* map, uint32_t to, uint32_t barrier, int3
     cuda_on_cpu::fail("not a swizzled box", site);
   tensor_copies().push_back({*map, to, barrier, column, row});
 }
-inline void copy_box_to(uint16_t, const CUtensorMap*, uint32_t, uint32_t, int32_t, int32_t,
-                        CUDA_ON_CPU_SITE) {
-  cuda_on_cpu::fail("there are no clusters", site);
-}
-
 // The last copy arrives first.
 inline void barrier_wait(uint32_t barrier, uint32_t parity, CUDA_ON_CPU_SITE) {
   for (int tries = 0; barrier_at(barrier).parity == parity; ++tries) {
