@@ -1,0 +1,111 @@
+"""What the integrations share: changes to a host library that can be undone, and version gates."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, MutableMapping
+from importlib import metadata
+from types import ModuleType, TracebackType
+from typing import Any, Self
+
+_MISSING = object()
+
+
+class Changes:
+    """Changes to a host, undone in reverse order; a context manager that undoes them at its end.
+
+    A change that somebody else has overwritten since is left alone when ours is undone: what
+    stands there then is theirs.
+
+    Args:
+        undone: called once, after the changes are undone.
+    """
+
+    def __init__(self, undone: Callable[[], None] | None = None) -> None:
+        self._undo: list[Callable[[], None]] = []
+        self._undone = undone
+
+    def attribute(self, owner: Any, name: str, value: Any) -> None:
+        """Set `owner.name`; undoing restores what its own namespace held, or removes the name."""
+        namespace = vars(owner)
+        old = namespace.get(name, _MISSING)
+        setattr(owner, name, value)
+        mine = vars(owner).get(name, _MISSING)
+
+        def undo() -> None:
+            if vars(owner).get(name, _MISSING) is not mine:
+                return
+            if old is _MISSING:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, old)
+
+        self._undo.append(undo)
+
+    def entry(self, mapping: MutableMapping[Any, Any], key: Any, value: Any) -> None:
+        """Set `mapping[key]`; undoing restores the old value, or removes the key."""
+        old = mapping.get(key, _MISSING)
+        mapping[key] = value
+
+        def undo() -> None:
+            if mapping.get(key, _MISSING) is not value:
+                return
+            if old is _MISSING:
+                del mapping[key]
+            else:
+                mapping[key] = old
+
+        self._undo.append(undo)
+
+    def undo(self) -> None:
+        """Take everything back; a second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
+        undone, self._undone = self._undone, None
+        if undone is not None:
+            undone()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.undo()
+
+
+def require(module: str, distribution: str, *, at_least: str, below: str) -> ModuleType:
+    """The host library, imported, of a version this backend was written for.
+
+    Args:
+        module: import name.
+        distribution: name on PyPI.
+        at_least: oldest version that is served, as "6.40".
+        below: first version that is not.
+
+    Raises:
+        ImportError: it is not installed, is broken, or is of another version.
+    """
+    try:
+        found = metadata.version(distribution)
+    except metadata.PackageNotFoundError as error:
+        raise ImportError(
+            f"gemmascope_fast.integrations: {distribution} is not installed: "
+            f'pip install "{distribution}>={at_least},<{below}"'
+        ) from error
+    if not _numbers(at_least) <= _numbers(found) < _numbers(below):
+        raise ImportError(
+            f"gemmascope_fast.integrations: {distribution} must be >= {at_least} and < {below}, "
+            f"whose internals this was written for; {found} is installed"
+        )
+    return importlib.import_module(module)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The release numbers of a version; what follows them (rc1, .dev0, +local) does not count."""
+    match = re.match(r"(?:\d+!)?(\d+(?:\.\d+)*)", version)
+    return tuple(int(part) for part in match[1].split(".")) if match else ()

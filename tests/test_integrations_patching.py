@@ -1,0 +1,74 @@
+"""Changes to a host library can be undone, whatever happened in between."""
+
+from __future__ import annotations
+
+import types
+from importlib import metadata
+
+import pytest
+
+from gemmascope_fast.integrations.patching import Changes, require
+
+
+class Base:
+    def method(self) -> str:
+        return "base"
+
+
+def test_attributes_and_entries_come_back() -> None:
+    class Host(Base):
+        kept = 1
+
+    host, table = Host(), {"a": 1}
+    with Changes() as changes:
+        changes.attribute(Host, "kept", 2)
+        changes.attribute(Host, "method", lambda self: "ours")
+        changes.attribute(host, "method", lambda: "instance")
+        changes.entry(table, "a", 2)
+        changes.entry(table, "b", 3)
+        assert (Host.kept, Host().method(), host.method()) == (2, "ours", "instance")
+        assert table == {"a": 2, "b": 3}
+    assert (Host.kept, Host().method(), host.method()) == (1, "base", "base")
+    assert "method" not in vars(Host) and "method" not in vars(host)
+    assert table == {"a": 1}
+
+
+def test_the_same_name_changed_twice_comes_back_to_the_first() -> None:
+    module = types.SimpleNamespace(f="stock")
+    changes = Changes()
+    changes.attribute(module, "f", "one")
+    changes.attribute(module, "f", "two")
+    changes.undo()
+    assert module.f == "stock"
+
+
+def test_what_somebody_else_put_there_stays() -> None:
+    module, table = types.SimpleNamespace(f="stock"), {"a": 1}
+    with Changes() as changes:
+        changes.attribute(module, "f", "ours")
+        changes.entry(table, "a", 2)
+        module.f, table["a"] = "theirs", 5
+    assert (module.f, table) == ("theirs", {"a": 5})
+
+
+def test_undone_once_and_on_errors_too() -> None:
+    calls: list[str] = []
+    changes = Changes(undone=lambda: calls.append("undone"))
+    module = types.SimpleNamespace(f="stock")
+    with pytest.raises(KeyError), changes:
+        changes.attribute(module, "f", "ours")
+        raise KeyError
+    changes.undo()
+    assert (module.f, calls) == ("stock", ["undone"])
+
+
+def test_an_absent_or_other_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ImportError, match='no-such-host is not installed: pip install "no-such'):
+        require("no_such_host", "no-such-host", at_least="1.0", below="2")
+    for found, served in (("1.9", False), ("2.0", True), ("2.10.1rc1", True), ("3.0.0", False)):
+        monkeypatch.setattr(metadata, "version", lambda _, found=found: found)
+        if served:
+            assert require("json", "host", at_least="2.0", below="3").__name__ == "json"
+        else:
+            with pytest.raises(ImportError, match=f"host must be >= 2.0 and < 3, .*; {found} is"):
+                require("json", "host", at_least="2.0", below="3")
