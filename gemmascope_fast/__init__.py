@@ -14,6 +14,7 @@ from .functional import (
     topk_encode,
 )
 from .modules import SAE, Transcoder
+from .multilayer import Crosscoder, CrossLayerTranscoder, multi_decode
 from .optim import clip_grad_norm_
 from .packing import PackedEncoder, pack
 from .reference import CapacityError
@@ -32,6 +33,8 @@ __all__ = [
     "Audit",
     "BatchTopK",
     "CapacityError",
+    "CrossLayerTranscoder",
+    "Crosscoder",
     "Evaluation",
     "Explanation",
     "JumpReLU",
@@ -54,6 +57,7 @@ __all__ = [
     "jumprelu_encode",
     "load",
     "losses",
+    "multi_decode",
     "optim",
     "pack",
     "pre_at",

@@ -12,7 +12,33 @@ from .effective import effective
 from .packing import PackedEncoder, Precision, pack
 
 
-class Frozen(nn.Module):
+class Freezable(nn.Module):
+    """A module whose encoder may be packed; whatever changes its weights drops the codes."""
+
+    packed: Any = None
+
+    def unfreeze(self) -> Self:
+        """Drop the codes of `freeze`; parameters require gradients again."""
+        if self.packed is not None:
+            self.packed = None
+            self.requires_grad_(True)
+        return self
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Serve assignments: a parameter that replaces another has no codes."""
+        self.unfreeze()
+        super().register_parameter(name, param)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.unfreeze()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        self.unfreeze()
+        super()._load_from_state_dict(*args, **options)
+
+
+class Frozen(Freezable):
     """The part of a module that packs its encoder."""
 
     W_enc: nn.Parameter
@@ -43,23 +69,3 @@ class Frozen(nn.Module):
         self.eval().requires_grad_(False)
         self.packed = packed
         return self
-
-    def unfreeze(self) -> Self:
-        """Drop the codes of `freeze`; parameters require gradients again."""
-        if self.packed is not None:
-            self.packed = None
-            self.requires_grad_(True)
-        return self
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Serve assignments: a parameter that replaces another has no codes."""
-        self.unfreeze()
-        super().register_parameter(name, param)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.unfreeze()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
-
-    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
-        self.unfreeze()
-        super()._load_from_state_dict(*args, **options)

@@ -99,7 +99,7 @@ FloatRows copy_rows(const Tensor& owner, const Matrix& m) {
   rows.keep = new_tensor(owner, {m.rows, m.cols}, ScalarType::Float);
   float* data = static_cast<float*>(rows.keep.data_ptr());
   rows.data = data;
-  rows.cols = m.cols;
+  rows.cols = rows.stride = m.cols;
   parallel_ranges(m.rows, kRowBlock, [&](int64_t begin, int64_t end) {
     load_rows(m, begin, end - begin, data + begin * m.cols, m.cols);
   });
@@ -136,8 +136,7 @@ void store_rows(const Matrix& m, int64_t begin, int64_t count, const float* src,
 }
 
 FloatRows float_rows(const Tensor& owner, const Matrix& m) {
-  const bool packed = m.row_stride == m.cols || m.rows <= 1;
-  if (direct_rows(m) && packed) return {owner, static_cast<const float*>(m.data), m.cols};
+  if (direct_rows(m)) return {owner, static_cast<const float*>(m.data), m.cols, m.row_stride};
   return copy_rows(owner, m);
 }
 

@@ -23,12 +23,13 @@ inline RowSource row_source(const Matrix& m) {
 void load_rows(const Matrix& m, int64_t begin, int64_t count, float* dst, int64_t ld);
 void store_rows(const Matrix& m, int64_t begin, int64_t count, const float* src, int64_t ld);
 
-// A contiguous float32 [rows, cols] matrix: a view of the tensor where it is one already, else a copy.
+// A float32 [rows, cols] matrix with contiguous rows, `stride` elements apart: a view of the tensor where it is one
+// already, else a copy.
 struct FloatRows {
   Tensor keep;
   const float* data = nullptr;
-  int64_t cols = 0;
-  const float* row(int64_t r) const { return data + r * cols; }
+  int64_t cols = 0, stride = 0;
+  const float* row(int64_t r) const { return data + r * stride; }
 };
 FloatRows float_rows(const Tensor& owner, const Matrix& m);
 

@@ -28,10 +28,13 @@ std::vector<FloatRows> suffix_sums(const Tensor& d_recon) {
     float* data = static_cast<float*>(sum.keep.data_ptr());
     parallel_ranges(m, kRowBlock, [&](int64_t begin, int64_t end) {
       load_rows(own, begin, end - begin, data + begin * d, d);
-      for (int64_t i = begin * d; i < end * d; ++i) data[i] = later.data[i] + data[i];
+      for (int64_t r = begin; r < end; ++r) {
+        const float* row = later.row(r);
+        for (int64_t k = 0; k < d; ++k) data[r * d + k] = row[k] + data[r * d + k];
+      }
     });
     sum.data = data;
-    sum.cols = d;
+    sum.cols = sum.stride = d;
     sums[static_cast<size_t>(g)] = sum;
   }
   return sums;
