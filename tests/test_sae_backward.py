@@ -144,6 +144,18 @@ def test_any_layout(backend, layout):
         assert gradient.stride() == torch.empty_like(parameter).stride()
 
 
+def test_rows_apart_upstream(backend):
+    """Rows of d_recon that are part of wider rows, in every group."""
+    args = sae_backward_args(integer_problem(n=4), 4.0, sets=2, group_ends=(11, 20, 37))
+    for i in (11, 12, D_RECON):
+        args[i] = torch.randint(-2, 3, args[i].shape).float()
+    wanted = [t.float() for t in dense(args, torch.float64)]
+    d_recon = args[D_RECON]
+    wide = torch.full((*d_recon.shape[:2], 3 * d_recon.shape[2]), torch.nan)
+    args[D_RECON] = wide[:, :, d_recon.shape[2] : 2 * d_recon.shape[2]].copy_(d_recon)
+    assert_all_same(backend.op("sae_backward")(*args), wanted, NAMES)
+
+
 def test_stride_zero_upstream(backend):
     args = sae_backward_args(integer_problem(), 4.0, sets=2, group_ends=(11, 37))
     args[11:13] = [None, None]

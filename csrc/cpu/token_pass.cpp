@@ -68,6 +68,11 @@ struct Accumulator {
   const float* bias;
 
   bool direct() const { return direct_rows(out) && !sum.add; }
+  // Nothing is added to row r: it need not be read.
+  bool unchanged(int64_t r) const {
+    const int64_t* offsets = sum.entries->offsets;
+    return sum.add && sum.sets == 1 && offsets[r] == offsets[r + 1];
+  }
   float* start(int64_t r, float* scratch) const {
     float* acc = at(r, scratch);
     const size_t bytes = static_cast<size_t>(out.cols) * sizeof(float);
@@ -92,6 +97,7 @@ struct Accumulator {
 };
 
 void sum_one(const Accumulator& to, const Matrix& W, int64_t r, float* scratch) {
+  if (to.unchanged(r)) return;
   const TokenSum& sum = to.sum;
   float* rows = scratch + W.cols;
   float* acc = to.start(r, scratch);
@@ -117,6 +123,7 @@ void sum_in_runs(const Accumulator& to, const Matrix& W, int64_t begin, int64_t 
   }
   if (to.direct()) return;
   for (int64_t r = begin; r < end; ++r) {
+    if (to.unchanged(r)) continue;
     to.finish(r, scratch.data() + (r - begin) * d, scratch.data() + (end - begin) * d);
   }
 }

@@ -129,8 +129,11 @@ class MultiLayer(Pretrained, Freezable):
             precision: as for `pack`.
         """
         self.unfreeze()
-        if center is not None:
-            check_stack("freeze", "center", center, self)
+        if center is not None and tuple(center.shape) != (self.n_layers, self.d_model):
+            raise ValueError(
+                f"freeze: center must have shape [n_layers={self.n_layers}, "
+                f"d_model={self.d_model}], got {tuple(center.shape)}"
+            )
         centers = [None] * self.n_layers if center is None else center.unbind(0)
         packed = [
             pack(W, center=c, check=check, precision=precision)

@@ -63,8 +63,10 @@ def multi_decode(
         (W,) = autocast(W)
         sources += [source.offsets, source.indices, widen(source.values), W, *transpose]
     flat = None if skip is None else skip.reshape(acts[0].n, b_dec.numel())
-    apply: Callable[..., Tensor] = _MultiDecode.apply
-    recon = apply(b_dec.reshape(-1), flat, *sources)
+    # torch.export keeps no backward of a Function: ops that have their own stand in its program
+    traced = torch.compiler.is_exporting() and torch.is_grad_enabled()
+    run: Callable[..., Tensor] = _composed if traced else _MultiDecode.apply
+    recon = run(b_dec.reshape(-1), flat, *sources)
     return recon.to(dtype).reshape(*acts[0].shape[:-1], *b_dec.shape)
 
 
@@ -95,15 +97,7 @@ class _MultiDecode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, b_dec: Tensor, skip: Tensor | None, *operands: Tensor | None) -> Tensor:
         sources = list(_sources(operands))
-        floats = [b_dec, *(t for s in sources for t in (s.values, s.W_dec))]
-        floats += [] if skip is None else [skip]
-        double = any(t.dtype == torch.float64 for t in floats)
-        bias = b_dec.to(torch.float64 if double else torch.float32)
-        if skip is None:
-            n = sources[0].offsets.shape[0] - 1
-            recon = bias.expand(n, -1).clone(memory_format=torch.contiguous_format)
-        else:
-            recon = skip + bias
+        recon = _start(b_dec, skip, sources)
         for s in sources:
             add = ops.overload("decode_", recon, s.values, s.W_dec)
             add(s.columns(recon), s.offsets, s.indices, s.values, s.W_dec)
@@ -128,6 +122,30 @@ class _MultiDecode(torch.autograd.Function):
         return tuple(found)
 
 
+def _start(b_dec: Tensor, skip: Tensor | None, sources: Sequence[_Source]) -> Tensor:
+    """A new `[n, L * d]` in the dtype of the sums, before any source is added."""
+    floats = [b_dec, *(t for s in sources for t in (s.values, s.W_dec))]
+    floats += [] if skip is None else [skip]
+    double = any(t.dtype == torch.float64 for t in floats)
+    bias = b_dec.to(torch.float64 if double else torch.float32)
+    if skip is not None:
+        return skip + bias
+    n = sources[0].offsets.shape[0] - 1
+    return bias.expand(n, -1).clone(memory_format=torch.contiguous_format)
+
+
+def _composed(b_dec: Tensor, skip: Tensor | None, *operands: Tensor | None) -> Tensor:
+    """`_MultiDecode` by `decode`, at the price of two copies of the result for each source."""
+    sources = list(_sources(operands))
+    recon = _start(b_dec, skip, sources)
+    for s in sources:
+        decode = ops.overload("decode", recon, s.values, s.W_dec)
+        transpose = s.feature_offsets, s.permutation
+        part = decode(s.offsets, s.indices, s.values, s.W_dec, None, *transpose, recon.dtype)
+        recon = recon + torch.nn.functional.pad(part, (recon.shape[1] - part.shape[1], 0))
+    return recon
+
+
 def _sources(operands: Sequence[Any]) -> Iterator[_Source]:
     size = len(_Source._fields)
     for i in range(0, len(operands), size):
@@ -141,6 +159,8 @@ def _check(
     skip: Tensor | None,
     dtype: torch.dtype | None,
 ) -> None:
+    if not isinstance(acts, Sequence):
+        raise TypeError(f"{OP}: acts must be a sequence of SparseActs, got {type(acts).__name__}")
     check_float(OP, "b_dec", b_dec)
     if b_dec.dim() != 2:
         raise ValueError(f"{OP}: b_dec must have shape [L, d], got {tuple(b_dec.shape)}")
