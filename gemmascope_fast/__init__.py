@@ -1,6 +1,6 @@
 """A compute backend for sparse autoencoders: sparse encoders, decoders and their gradients."""
 
-from . import losses, optim, reference, sources
+from . import losses, optim, queries, reference, sources
 from .activations import BatchTopK, JumpReLU, TopK
 from .artefacts import load
 from .auditing import Audit, audit
@@ -61,6 +61,7 @@ __all__ = [
     "optim",
     "pack",
     "pre_at",
+    "queries",
     "reference",
     "sources",
     "topk_encode",

@@ -180,8 +180,10 @@ def pad_mask(mask: Tensor, capacity: int) -> Tensor:
     return torch.nn.functional.pad(mask, (0, capacity - mask.shape[0]))
 
 
-def latent_ids(op: str, latents: Any, d_sae: int, device: torch.device) -> Tensor:
-    """Distinct latents as int64, from integers or a `[d_sae]` mask."""
+def latent_ids(
+    op: str, latents: Any, d_sae: int, device: torch.device, *, distinct: bool = True
+) -> Tensor:
+    """Latents as int64, from integers or a `[d_sae]` mask; `distinct` refuses repetitions."""
     ids = torch.as_tensor(latents, device=device)
     if ids.dtype == torch.bool:
         if ids.shape != (d_sae,):
@@ -193,7 +195,7 @@ def latent_ids(op: str, latents: Any, d_sae: int, device: torch.device) -> Tenso
     bad = (ids < 0) | (ids >= d_sae)
     if bool(bad.any()):
         raise ValueError(f"{op}: latent {int(ids[bad][0])} is out of range [0, d_sae={d_sae})")
-    if torch.unique(ids).shape[0] != ids.shape[0]:
+    if distinct and torch.unique(ids).shape[0] != ids.shape[0]:
         raise ValueError(f"{op}: latents must be distinct")
     return ids
 
