@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import Any, Self
 
 import torch
-
-if TYPE_CHECKING:
-    from .modules import SAE
 
 
 class Pretrained:
@@ -54,25 +51,35 @@ class Pretrained:
         self,
         path: str | os.PathLike[str],
         *,
+        format: str = "gemma_scope_2",
         dtype: torch.dtype | None = None,
         l0: float | None = None,
         model_name: str | None = None,
         hf_hook_point_in: str | None = None,
         hf_hook_point_out: str | None = None,
     ) -> None:
-        """Write `config.json` and `params.safetensors` as Gemma Scope 2 does.
+        """Write the module as a folder of tensors and a config.
+
+        "gemma_scope_2": `params.safetensors`, or one `params_layer_{i}.safetensors` per layer, and
+        `config.json`; JumpReLU only. "saelens": what `sae_lens.SAE.load_from_disk` reads; JumpReLU,
+        and TopK SAEs. "sparsify": what `sparsify.SparseCoder.load_from_disk` reads; TopK only. The
+        last two hold single-layer modules, and are refused where that library would compute
+        something else.
 
         Atomic: whenever the process or the machine stops, the folder holds what it held before
-        or the new artefact, whole. Threads and processes of one machine that save to one folder
-        do so one after another, and a save removes the temporary files of those that were killed;
-        `load` meanwhile reads one whole artefact. A save that fails removes the folders that it
-        made. W_enc is written row-major `[d_in, d_sae]`, in blocks, so no
-        second copy is made. `load` returns the same bits. The format has no place for the width
-        of the straight-through window.
+        or the new artefact, whole; in other libraries' formats it may be without its config.
+        Threads and processes of one machine that save to one folder do so one after another, and a
+        save removes the temporary files of those that were killed; `load` meanwhile reads one whole
+        artefact. A save that fails removes the folders that it made. Tensors are written in blocks,
+        so no second copy is made. `load` returns the same bits. The formats have no place for the
+        width of the straight-through window.
 
         Args:
-            path: folder, made if missing; its other files stay.
+            path: folder, made if missing; its other files stay, but it may not hold an artefact of
+                another kind.
+            format: "gemma_scope_2", "saelens" or "sparsify".
             dtype: of the matrices in the file; None keeps the module's. Biases and threshold are
+                float32 (float64 if the matrices are). In sparsify's files, of all tensors; None is
                 float32 (float64 if the matrices are).
             l0: mean active latents per token. None here and below keeps `self.metadata`'s value.
             model_name: model whose activations these are.
@@ -83,9 +90,10 @@ class Pretrained:
             OSError: the file system refuses; what was there stays.
             RuntimeError: a signal handler saves to the folder that its thread is saving to.
             TypeError: an argument, `metadata`, or a value of it has the wrong type.
-            ValueError: the activation is not `JumpReLU`, the semantics do not fit the format
-                (`to_jumprelu` makes them), an `SAE` has a `W_skip`, a weight is not finite or out
-                of the range of `dtype`, the metadata are not valid, or the path is not valid UTF-8.
+            ValueError: the format is unknown or cannot express the activation or the semantics
+                (`to_jumprelu` may make them fit), an `SAE` has a `W_skip`, a weight is not finite
+                or out of the range of `dtype`, the metadata are not valid, the path is not valid
+                UTF-8, or the folder holds an artefact of another kind.
         """
         from .artefacts.writing import save
 
@@ -95,4 +103,4 @@ class Pretrained:
             "hf_hook_point_in": hf_hook_point_in,
             "hf_hook_point_out": hf_hook_point_out,
         }
-        save(cast("SAE", self), path, dtype=dtype, metadata=metadata)
+        save(self, path, format=format, dtype=dtype, metadata=metadata)

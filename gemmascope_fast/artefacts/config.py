@@ -61,8 +61,23 @@ def parse(data: bytes, where: str) -> dict[str, Any]:
     """Validated config; unknown keys are kept.
 
     Raises:
-        ValueError: too big, not a JSON object, duplicate keys, NaN, nested too deeply, a value
-            outside the schema, or an artefact that spans several layers.
+        ValueError: it is not what `parse_object` reads, a value is outside the schema, or the
+            artefact spans several layers.
+    """
+    config = parse_object(data, where)
+    for key, (valid, expected) in _SCHEMA.items():
+        if key in config and not valid(config[key]):
+            raise ValueError(f"{where}: {key} must be {expected}, got {shown(config[key])}")
+    if config.get("type") in MULTI_LAYER:
+        refuse_layers(where, config["type"])
+    return config
+
+
+def parse_object(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: too big, not a JSON object, duplicate keys, NaN, or nested too deeply.
     """
     if len(data) > CONFIG_LIMIT:
         raise ValueError(f"{where}: must have at most {CONFIG_LIMIT} bytes, and has more")
@@ -78,14 +93,13 @@ def parse(data: bytes, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: must be a JSON object, got {type(config).__name__}")
     if not _shallow(config, DEPTH_LIMIT):
         raise ValueError(f"{where}: must be nested at most {DEPTH_LIMIT} deep")
-    for key, (valid, expected) in _SCHEMA.items():
-        if key in config and not valid(config[key]):
-            got = repr(config[key])
-            got = got if len(got) <= 80 else got[:77] + "..."
-            raise ValueError(f"{where}: {key} must be {expected}, got {got}")
-    if config.get("type") in MULTI_LAYER:
-        refuse_layers(where, config["type"])
     return config
+
+
+def shown(value: Any) -> str:
+    """A value of a config for an error's text."""
+    got = repr(value)
+    return got if len(got) <= 80 else got[:77] + "..."
 
 
 def refuse_layers(where: str, kind: str) -> NoReturn:
@@ -121,13 +135,25 @@ def to_json(config: dict[str, Any], where: str) -> bytes:
         ValueError: the text would not be read back.
     """
     known = {key: config[key] for key in ORDER if key in config}
+    text = plain_json({**known, **config}, where)
+    parse(text, where)
+    return text
+
+
+def plain_json(config: dict[str, Any], where: str) -> bytes:
+    """The text of a config of any format.
+
+    Raises:
+        TypeError: a value has no JSON form.
+        ValueError: `parse_object` would not read the text.
+    """
     try:
-        text = json.dumps({**known, **config}, indent=2, allow_nan=False) + "\n"
+        text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     except TypeError as error:
         raise TypeError(f"{where}: metadata must be plain JSON values: {error}") from error
     except (ValueError, RecursionError) as error:  # NaN, cycles, depth
         raise ValueError(f"{where}: metadata must be plain JSON values: {error}") from error
-    parse(text.encode(), where)
+    parse_object(text.encode(), where)
     return text.encode()
 
 

@@ -17,7 +17,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 RACES = 100  # how often writers that fail may remove a folder that another one needs
-_TEMPORARY = re.compile(r"\.(params\.safetensors|config\.json)\.[0-9a-f]{16}\.tmp")
+TOKEN = re.compile(r"[0-9a-f]{16}")
+_NAMES = r"params(_layer_\d+)?\.safetensors|sae(_weights)?\.safetensors|config\.json|cfg\.json"
+_TEMPORARY = re.compile(rf"\.(?P<file>{_NAMES})\.(?P<token>{TOKEN.pattern})\.tmp")
 
 
 class _Held(threading.local):
@@ -64,9 +66,20 @@ def read(op: str, folder: Path) -> Iterator[None]:
         yield
 
 
-def temporary(folder: Path, name: str) -> Path:
-    """A path in `folder` that no file has, under which `name` is written first."""
-    return folder / f".{name}.{secrets.token_hex(8)}.tmp"
+def new_token() -> str:
+    """What the temporary names of one save have in common."""
+    return secrets.token_hex(8)
+
+
+def temporary_name(name: str, token: str) -> str:
+    """The name, which no other save uses, under which `name` is written first."""
+    return f".{name}.{token}.tmp"
+
+
+def temporary_of(name: str, token: str) -> str | None:
+    """The file that a save with this token writes first under `name`, or None."""
+    match = _TEMPORARY.fullmatch(name)
+    return match["file"] if match and match["token"] == token else None
 
 
 def remove_temporaries(folder: Path) -> None:

@@ -8,6 +8,7 @@ Files describe their tensors under Gemma Scope 2's names:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,7 +190,7 @@ def finite(where: str, name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
 
 def rows_per_block(shape: tuple[int, ...], itemsize: int) -> int:
     """Rows of a block: about `BLOCK_BYTES`, at least 16 so that a transposed copy fills lines."""
-    row = itemsize * (shape[1] if len(shape) == 2 else 1)
+    row = itemsize * math.prod(shape[1:])
     return max(16, BLOCK_BYTES // row)
 
 

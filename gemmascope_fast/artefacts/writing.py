@@ -1,197 +1,123 @@
-"""Write an SAE or a transcoder as a Gemma Scope 2 folder, atomically.
+"""Write a module as a folder of tensors and a config, atomically.
 
-Both files are written under temporary names in the folder and synced; then `params.safetensors`
-is renamed, then `config.json`. The header of `params.safetensors` holds the config too, and the
-digest of the `config.json` that the save replaces: a crash between the two renames leaves a
-config that `load` recognises as stale, so at every moment the folder holds the old artefact or
-the new one, whole. A writer holds the folder from before it reads the old config until its last
-rename, so two saves cannot mix, and temporary files found at the start belong to dead writers.
+Every file is written under a temporary name in the folder and synced; then the files of tensors are
+renamed one by one, then the config. A crash before the first rename leaves the old artefact. In
+Gemma Scope 2's format a crash after it leaves the new one: the header of the tensors holds the
+config too, and the digest of the `config.json` that the save replaces, by which `load` recognises a
+stale one; and layers that have not got their names yet are found by those of the save
+(`layer_files`). Other libraries do not read headers: in their formats the old config is removed
+before the first rename, so that a crash leaves tensors without a config, which they refuse and
+`load` reads. A writer holds the folder from before it reads the old config until its last rename,
+so two saves cannot mix, and temporary files found at the start belong to dead writers.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor
 
-from ..modules import SAE, JumpReLU, Transcoder
-from . import config as configs
-from . import files, folders
+from . import files, folders, layer_files, writing_gemma_scope_2, writing_saelens, writing_sparsify
 from .files import CONFIG, CONFIG_LIMIT
-from .gemma_scope_2 import CONFIG_KEY, DTYPES, PARAMS, REPLACES_KEY, digest
-from .validate import (
-    MATRICES,
-    PARAMETERS,
-    SKIP,
-    Spec,
-    check_dtype,
-    check_tensors,
-    finite,
-    rows_per_block,
-)
+from .gemma_scope_2 import CONFIG_KEY, PARAMS, REPLACES_KEY, digest
+from .plans import OP, Plan
+from .validate import check_dtype
+from .writing_tensors import write_tensors
 
-OP = "save_pretrained"
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+Format = Callable[[Any, torch.dtype | None, Mapping[str, Any]], Plan]
+FORMATS: dict[str, Format] = {
+    "gemma_scope_2": writing_gemma_scope_2.plan,
+    "saelens": writing_saelens.plan,
+    "sparsify": writing_sparsify.plan,
+}
+KINDS = {  # a folder holds one of them
+    PARAMS: "a single-layer artefact of Gemma Scope 2",
+    layer_files.layer_name(0): "an artefact of several layers",
+    writing_saelens.WEIGHTS: "an artefact of SAELens",
+    writing_sparsify.WEIGHTS: "an artefact of sparsify",
+}
 
 
 def save(
-    module: SAE,
+    module: Any,
     path: str | os.PathLike[str],
     *,
+    format: str = "gemma_scope_2",
     dtype: torch.dtype | None,
     metadata: Mapping[str, Any],
 ) -> None:
-    """Write `module` to the folder `path`; `SAE.save_pretrained` says the rest.
+    """Write `module` to the folder `path`; `Pretrained.save_pretrained` says the rest.
 
     Args:
         module: the weights.
         path: folder, made if it is missing; other files in it stay.
+        format: one of `FORMATS`.
         dtype: of the matrices in the file; None keeps the module's.
         metadata: config values that take precedence over `module.metadata`; None is "not given".
     """
     check_dtype(OP, dtype)
+    if format not in FORMATS:
+        raise ValueError(f"{OP}: format must be one of {', '.join(FORMATS)}, got {format!r}")
     folder = files.as_path(OP, "path", path)
     files.check_utf8(OP, folder)
-    tensors = _tensors(module)
-    text = _config(module, metadata)
-    specs = _specs(tensors, dtype)
-    _check_place(folder)
+    plan = FORMATS[format](module, dtype, metadata)
+    _check_place(folder, plan)
     with folders.written(OP, folder):
+        _check_kind(folder, plan)
+        layer_files.complete(folder)
         folders.remove_temporaries(folder)
-        header = {CONFIG_KEY: text.decode(), "format": "pt"}
-        old = _old_config(folder)
-        if old is not None:
-            header[REPLACES_KEY] = digest(old)
-        _replace_both(
-            folder,
-            lambda file: _write_tensors(file, tensors, specs, header),
-            lambda file: file.write(text),
-        )
+        _replace(folder, plan)
 
 
-def _tensors(module: SAE) -> dict[str, Tensor]:
-    """The parameters under their names in the file.
+def _replace(folder: Path, plan: Plan) -> None:
+    """Write all files under temporary names, then rename.
 
-    Raises:
-        ValueError: the module cannot be expressed in the format.
+    On failure before the first rename nothing stays behind, after it the layers that miss their
+    names do.
     """
-    if not isinstance(module.activation, JumpReLU):
-        raise ValueError(
-            f"{OP}: Gemma Scope 2's files hold JumpReLU only, got {module.activation}; keep "
-            "module.state_dict() with torch.save instead"
-        )
-    if not module.semantics.plain_forward:
-        raise ValueError(
-            f"{OP}: Gemma Scope 2's files have no place for {module.semantics}: save "
-            "module.to_jumprelu() instead, which folds it into the weights"
-        )
-    found = {name: getattr(module, attribute, None) for name, attribute in PARAMETERS.items()}
-    if found[SKIP] is not None and not isinstance(module, Transcoder):
-        raise ValueError(
-            f"{OP}: W_skip must be None in a {type(module).__name__}, whose forward ignores it: "
-            "delete it, or make a Transcoder(..., affine=True)"
-        )
-    tensors = {name: t.detach() for name, t in found.items() if t is not None}
-    for name, t in tensors.items():
-        if t.is_meta:
-            raise ValueError(f"{OP}: {PARAMETERS[name]} is on the meta device and has no values")
-    check_tensors(OP, {name: Spec(tuple(t.shape), t.dtype) for name, t in tensors.items()})
-    return tensors
-
-
-def _config(module: SAE, metadata: Mapping[str, Any]) -> bytes:
-    """The text of `config.json`.
-
-    Raises:
-        TypeError: `module.metadata` is no dict, or a value has no JSON form.
-        ValueError: the text would not be read back.
-    """
-    affine = isinstance(module, Transcoder) and module.W_skip is not None
-    if not isinstance(module.metadata, Mapping):
-        raise TypeError(
-            f"{OP}: module.metadata must be a dict, got {type(module.metadata).__name__}"
-        )
-    given = {key: value for key, value in metadata.items() if value is not None}
-    weights = {
-        "type": "transcoder" if isinstance(module, Transcoder) else "sae",
-        "architecture": "jump_relu",
-        "width": module.d_sae,
-        "affine_connection": affine,
-    }
-    return configs.to_json({**module.metadata, **given, **weights}, OP)
-
-
-def _specs(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Spec]:
-    """What is written, in the library's order: wide dtypes first, then by name."""
-    specs = {}
-    for name, t in tensors.items():
-        stored = t.dtype if dtype is None else dtype
-        if name not in MATRICES:
-            stored = torch.float64 if stored == torch.float64 else torch.float32
-        specs[name] = Spec(tuple(t.shape), stored)
-    order = sorted(specs, key=lambda name: (-_itemsize(specs[name]), name))
-    return {name: specs[name] for name in order}
-
-
-def _write_tensors(
-    file: IO[bytes],
-    tensors: Mapping[str, Tensor],
-    specs: Mapping[str, Spec],
-    metadata: Mapping[str, str],
-) -> None:
-    """The safetensors format by blocks of rows.
-
-    The library's writer wants every tensor whole and row-major, a second copy of W_enc; the tests
-    compare the bytes with its own.
-    """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, spec in specs.items():
-        start, end = end, end + torch.Size(spec.shape).numel() * _itemsize(spec)
-        code = CODES[spec.dtype]  # type: ignore[index]
-        header[name] = {"dtype": code, "shape": spec.shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for name, spec in specs.items():
-        step = rows_per_block(spec.shape, _itemsize(spec))
-        for start in range(0, spec.shape[0], step):
-            assert isinstance(spec.dtype, torch.dtype)
-            rows = tensors[name][start : start + step]
-            if rows.dim() == 2 and rows.stride(0) == 1:  # a transpose: 5x faster in two steps
-                rows = rows.t().contiguous().t()
-            block = finite(OP, PARAMETERS[name], rows.cpu(), spec.dtype).contiguous()
-            file.write(block.view(torch.uint8).numpy().data)
-
-
-def _itemsize(spec: Spec) -> int:
-    assert isinstance(spec.dtype, torch.dtype)
-    return spec.dtype.itemsize
-
-
-Writer = Callable[[IO[bytes]], object]
-
-
-def _replace_both(folder: Path, params: Writer, config: Writer) -> None:
-    """Write both files under temporary names, then rename; nothing stays behind on failure."""
-    temporary = {name: folders.temporary(folder, name) for name in (PARAMS, CONFIG)}
+    token, renamed = folders.new_token(), False
+    names = (*plan.tensors, plan.config)
+    temporary = {name: folder / folders.temporary_name(name, token) for name in names}
     try:
-        for name, writer in ((PARAMS, params), (CONFIG, config)):
-            with open(temporary[name], "xb") as file:
-                writer(file)
-                file.flush()
-                os.fsync(file.fileno())
-        for name in (PARAMS, CONFIG):  # this order: see the header of this file
+        header = _header(folder, plan, token)
+        for name, tensors in plan.tensors.items():
+            _write(temporary[name], lambda file, t=tensors: write_tensors(file, t, header))  # type: ignore[misc]
+        _write(temporary[plan.config], lambda file: file.write(plan.text))
+        if len(plan.tensors) > 1:
+            _sync_folder(folder)  # the temporary names count from the first rename on
+        if plan.config != CONFIG:
+            (folder / plan.config).unlink(missing_ok=True)
+            _sync_folder(folder)
+        for name in names:  # this order: see the header of this file
             os.replace(temporary[name], folder / name)
+            renamed = True
             _sync_folder(folder)
     finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+        for name, path in temporary.items():
+            if name == plan.config or not renamed:
+                path.unlink(missing_ok=True)
+
+
+def _header(folder: Path, plan: Plan, token: str) -> dict[str, str]:
+    """What each file of tensors says beside them."""
+    header = {CONFIG_KEY: plan.text.decode(), "format": "pt"}
+    if len(plan.tensors) > 1:
+        header[layer_files.SAVE_KEY] = token
+    old = _old_config(folder) if plan.config == CONFIG else None
+    if old is not None:
+        header[REPLACES_KEY] = digest(old)
+    return header
+
+
+def _write(path: Path, writer: Callable[[IO[bytes]], object]) -> None:
+    """Make a file, on disk when this returns."""
+    with open(path, "xb") as file:
+        writer(file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
@@ -203,13 +129,27 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _check_place(folder: Path) -> None:
+def _check_place(folder: Path, plan: Plan) -> None:
     """Nothing that the files cannot replace is in their way."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{OP}: path must be a folder, and {folder} is a file")
-    for name in (PARAMS, CONFIG):
+    for name in (*plan.tensors, plan.config):
         if (folder / name).is_dir():
             raise ValueError(f"{OP}: {folder / name} is a folder: remove it or choose another path")
+
+
+def _check_kind(folder: Path, plan: Plan) -> None:
+    """The folder holds no artefact of another kind, which the new one would not replace."""
+    for name, kind in KINDS.items():
+        if name not in plan.tensors and os.path.lexists(folder / name):
+            raise _occupied(folder, kind, name)
+    for name in map(layer_files.layer_name, layer_files.layers_of(folder)):
+        if name not in plan.tensors:
+            raise _occupied(folder, "an artefact of more layers", name)
+
+
+def _occupied(folder: Path, kind: str, name: str) -> ValueError:
+    return ValueError(f"{OP}: {folder} holds {kind} ({name}): remove it or choose another path")
 
 
 def _old_config(folder: Path) -> bytes | None:

@@ -259,9 +259,9 @@ def _finish(trainer: Trainer, folder: Path | None, metadata: dict[str, Any]) -> 
     module.metadata = {"l0": l0, **trainer.source.metadata(), **metadata}
     if folder is not None and not isinstance(module.activation, TopK):
         same = isinstance(module.activation, JumpReLU)
-        (module if same else module.to_jumprelu(bandwidth=bandwidth / scale)).save_pretrained(
-            folder, **{name: module.metadata.get(name) for name in NAMED}
-        )
+        named: dict[str, Any] = {name: module.metadata.get(name) for name in NAMED}
+        plain = module if same else module.to_jumprelu(bandwidth=bandwidth / scale)
+        plain.save_pretrained(folder, **named)
     return module
 
 
