@@ -2,7 +2,7 @@
 
 from . import losses, optim, queries, reference, sources
 from .activations import BatchTopK, JumpReLU, TopK
-from .artefacts import load
+from .artefacts import StreamedLayers, StreamedSAE, load
 from .auditing import Audit, audit
 from .explaining import Explanation, explain
 from .functional import (
@@ -44,6 +44,8 @@ __all__ = [
     "Preset",
     "Semantics",
     "SparseActs",
+    "StreamedLayers",
+    "StreamedSAE",
     "TopK",
     "Transcoder",
     "audit",

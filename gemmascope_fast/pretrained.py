@@ -23,23 +23,32 @@ class Pretrained:
     def from_pretrained(
         cls,
         source: str | os.PathLike[str],
+        subfolder: str | None = None,
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        latents: slice | None = None,
+        backend: str | None = None,
+        revision: str | None = None,
     ) -> Self:
         """`gemmascope_fast.load`, for an artefact of this class.
 
         Args:
-            source: folder or file, as for `load`.
+            source: folder, file or Hub id, as for `load`; so are the others.
+            subfolder: below it.
             dtype: of the matrices; None keeps the file's.
             device: of the parameters.
+            latents: `slice(start, stop)` of them.
+            backend: that must serve the ops.
+            revision: on the Hub.
 
         Raises:
             ValueError: the artefact is of another class; else as `load`.
         """
         from .artefacts import load  # which needs the modules
 
-        module: object = load(source, dtype=dtype, device=device)
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "backend": backend}
+        module: object = load(source, subfolder, latents=latents, revision=revision, **options)
         if type(module) is not cls:
             raise ValueError(
                 f"{cls.__name__}.from_pretrained: {source} holds a {type(module).__name__}; use "

@@ -63,7 +63,7 @@ def test_thresholds_of_every_sign_are_valid(tmp_path):
 def test_nothing_to_load(tmp_path):
     with pytest.raises(FileNotFoundError, match="load: source .*absent does not exist"):
         load(tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match="must hold params.safetensors .* has neither"):
+    with pytest.raises(FileNotFoundError, match="must hold params.safetensors .* has none of them"):
         load(tmp_path)
     write(tmp_path / "config.json", configs.text())
     with pytest.raises(FileNotFoundError, match="must hold params.safetensors"):
@@ -177,33 +177,41 @@ def test_unreadable_files(name, tmp_path, monkeypatch):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("name, kind", [("clt", "clt"), ("crosscoder", "crosscoder")])
-def test_several_layers_without_a_config(name, kind, tmp_path):
-    folder = tmp_path / name / "width_262k_l0_big"
-    write(folder / "params_layer_0.safetensors", tensors.VALID)
-    with pytest.raises(ValueError, match=f"artefact of type {kind} spans several layers"):
-        load(folder)
-    write(folder / "params.safetensors", tensors.VALID)
-    with pytest.raises(ValueError, match=f"artefact of type {kind} spans several layers"):
-        load(folder)
-    write(tmp_path / "f" / "params_layer_0.safetensors", tensors.VALID)
-    with pytest.raises(ValueError, match="type crosscoder or clt spans several layers"):
-        load(tmp_path / "f")
-
-
-def test_a_file_replaced_while_it_is_read(tmp_path, monkeypatch):
+def test_a_file_replaced_while_it_is_read_is_read_to_its_end(tmp_path, monkeypatch):
     from gemmascope_fast.artefacts import gemma_scope_2
 
     write(tmp_path / "params.safetensors", tensors.VALID)
     read = gemma_scope_2.SafetensorsFile.blocks
 
-    def blocks(self, name):
+    def blocks(self, name, region):
         write(tmp_path / "new", tensors.safetensors(arrays(seed=1)))
         os.replace(tmp_path / "new", tmp_path / "params.safetensors")
-        yield from read(self, name)
+        yield from read(self, name, region)
 
     monkeypatch.setattr(gemma_scope_2.SafetensorsFile, "blocks", blocks)
-    with pytest.raises(ValueError, match="changed while it was read; load it again"):
+    old = load(tmp_path)
+    monkeypatch.undo()
+    assert torch.equal(old.W_enc, torch.from_numpy(arrays()["w_enc"]))
+    assert torch.equal(load(tmp_path).W_enc, torch.from_numpy(arrays(seed=1)["w_enc"]))
+
+
+@pytest.mark.parametrize("change", ["written", "cut"])
+def test_a_file_changed_while_it_is_read(change, tmp_path, monkeypatch):
+    from gemmascope_fast.artefacts import gemma_scope_2
+
+    path = tmp_path / "params.safetensors"
+    write(path, tensors.VALID)
+    read = gemma_scope_2.SafetensorsFile.blocks
+
+    def blocks(self, name, region):
+        with open(path, "r+b") as file:
+            file.truncate(600 if change == "cut" else len(tensors.VALID))
+            os.utime(path, ns=(0, next(times)))
+        yield from read(self, name, region)
+
+    times = iter(range(100))
+    monkeypatch.setattr(gemma_scope_2.SafetensorsFile, "blocks", blocks)
+    with pytest.raises(ValueError, match="changed while it was read; load it again|complete"):
         load(tmp_path)
 
 

@@ -8,153 +8,185 @@ the names that are opened are constants, and links may not leave the folder (`fi
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import ExitStack, closing, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 
-from ..modules import SAE
 from . import config as configs
-from . import files, folders, gemma_scope_1, gemma_scope_2
-from .validate import TensorFile, agree, build, check_dtype, check_tensors
+from . import files, folders, hub
+from .building import Module, build
+from .opening import Artefact, open_artefact
+from .serving import check_backend
+from .streaming import Streamed, StreamedLayers, StreamedSAE, stream
+from .validate import check_dtype, latent_range, weights_dtype
 
-__all__ = ["load"]
+__all__ = ["StreamedLayers", "StreamedSAE", "load"]
 
 TRIES = 3  # before writers are kept out of the folder for the time of one load
+Source = str | os.PathLike[str]
+Loaded = TypeVar("Loaded", bound=Module | Streamed)
 
 
+@overload
 def load(
-    source: str | os.PathLike[str],
+    source: Source,
+    subfolder: str | None = None,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-) -> SAE:
-    """Load a published SAE or transcoder.
+    latents: slice | None = None,
+    backend: str | None = None,
+    revision: str | None = None,
+    streamed: Literal[False] = False,
+) -> Module: ...
+@overload
+def load(
+    source: Source,
+    subfolder: str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    latents: slice | None = None,
+    backend: str | None = None,
+    revision: str | None = None,
+    streamed: Literal[True],
+) -> Streamed: ...
+def load(
+    source: Source,
+    subfolder: str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    latents: slice | None = None,
+    backend: str | None = None,
+    revision: str | None = None,
+    streamed: bool = False,
+) -> Module | Streamed:
+    """Load a published SAE, transcoder, crosscoder or cross-layer transcoder (CLT).
 
-    The weights arrive bit for bit in the fast layout (`W_enc.t()` and `W_dec` contiguous). Beside
-    them a few blocks of about 8 MiB are resident, so the peak is close to the final size.
+    The weights arrive bit for bit in the fast layout (`W_enc.t()` and `W_dec` contiguous), the
+    causal triangle of a crosscoder's or CLT's decoders packed where what is left out is exactly 0.
+    Beside them a few blocks of about 2 MiB are resident, so the peak is close to the final size.
     The width of the straight-through window is not in the files: `JumpReLU()`'s default is used;
     assign `module.activation` to change it.
 
     Args:
-        source: a Gemma Scope 2 folder (`params.safetensors`, normally beside a `config.json`;
-            without one the kind and the hook points are inferred from tensors and path), its
-            `params.safetensors`, a Gemma Scope 1 `params.npz`, or a folder that holds one.
+        source: a Gemma Scope 2 folder (`params.safetensors`, or `params_layer_{i}.safetensors` of
+            every layer, normally beside a `config.json`; without one the kind and the hook points
+            are inferred from tensors and path), a `params.safetensors`, a Gemma Scope 1
+            `params.npz`, or a folder that holds one. Or an id on the Hugging Face Hub, as
+            `google/gemma-scope-2-27b-it/resid_post/layer_31_width_262k_l0_medium`, for which a
+            local folder of that name is taken where there is one.
+        subfolder: what comes after the folder or `owner/name` of `source`.
         dtype: of `W_enc`, `W_dec` and `W_skip`: float32, bfloat16, float16 or float64. None keeps
             the file's (a float64 `.npz` becomes float32). Biases and threshold are float32
             (float64 if the weights are) whatever this is.
         device: of the parameters; None is the default device.
+        latents: `slice(start, stop)` of the latents (of those of each source layer) to load; of a
+            safetensors file nothing else is read. A prefix of a Matryoshka SAE is a smaller SAE.
+        backend: "reference", "triton" or "native": raise if another one serves the module's ops.
+        revision: branch, tag or commit on the Hub; pin a commit for the same weights tomorrow.
+        streamed: return an object that encodes and decodes straight from the file, for
+            dictionaries larger than memory.
 
     Returns:
-        A `Transcoder` or an `SAE` with `JumpReLU`; `module.metadata` holds what the config says
-        beyond the shapes (`l0`, `model_name`, `hf_hook_point_in`, ...).
+        A `Transcoder`, `SAE`, `Crosscoder` or `CrossLayerTranscoder` with `JumpReLU`, or with
+        `streamed` a `StreamedSAE` or `StreamedLayers`; its `metadata` holds what the config says
+        beyond the shapes (`l0`, `model_name`, `hf_hook_point_in`, ...), and `latents` as
+        [start, stop] where only some were loaded.
 
     Raises:
-        FileNotFoundError: there is nothing to load at `source`.
-        PermissionError: a file cannot be read.
+        ConnectionError: the Hub refuses.
+        FileNotFoundError: there is nothing to load at `source`, or one of several layers is
+            missing.
+        ImportError: `source` is on the Hub and `huggingface_hub` is not installed.
+        PermissionError: a file cannot be read, or a repository is gated.
         TypeError: an argument has the wrong type.
-        ValueError: the artefact is damaged, inconsistent, not finite, of an unknown kind, or
-            spans several layers.
+        ValueError: the artefact is damaged, inconsistent, not finite or of an unknown kind, its
+            layers do not belong together, or an argument is out of range.
     """
     check_dtype("load", dtype)
+    if not isinstance(streamed, bool):
+        raise TypeError(f"load: streamed must be a bool, got {type(streamed).__name__}")
     target = _device(device)
-    path = _path(source)
+    make: Callable[..., Module | Streamed] = stream if streamed else build
+    path = _located(source, subfolder, revision)
+    read = partial(_read, path, make, latents, dtype, target, backend)
     for _ in range(TRIES):
         with suppress(files.Changed):  # a save renamed its files in between: read those
-            return _read(path, dtype, target)
+            return read()
     with folders.read("load", path if path.is_dir() else path.parent):  # saves are quicker than us
-        return _read(path, dtype, target)
+        return read()
 
 
-def _read(path: Path, dtype: torch.dtype | None, target: torch.device | None) -> SAE:
-    """The artefact at `path`.
+def _read(
+    path: Path,
+    make: Callable[[Artefact, slice, torch.dtype, torch.device], Loaded],
+    latents: slice | None,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    backend: str | None,
+) -> Loaded:
+    """What `make` makes of the artefact at `path`.
 
     Raises:
         Changed: another one took its place meanwhile.
     """
-    file, config = _open(path)
-    with file:
-        sizes = check_tensors(f"load: {file.path}", file.specs)
-        config = configs.complete(config, path, sizes)
-        agree(f"load: {file.path}", config, sizes)
-        transcoder = config["type"] == "transcoder"
-        module = build(file, sizes, transcoder=transcoder, dtype=dtype, device=target)
-    module.metadata = configs.metadata(config)
+    with ExitStack() as opened:
+        artefact = opened.enter_context(closing(open_artefact(path)))
+        chosen = latent_range(latents, artefact.sizes.d_sae)
+        dtype = weights_dtype(artefact.files, dtype)
+        check_backend(backend, dtype, device)
+        module = make(artefact, chosen, dtype, device)
+        if isinstance(module, Streamed):
+            opened.pop_all()  # it reads on
+    module.metadata = configs.metadata(artefact.config, chosen, artefact.sizes.d_sae)
     return module
 
 
-def _open(path: Path) -> tuple[TensorFile, dict[str, Any] | None]:
-    """The tensors at `path`, and their config if there is one."""
-    if path.is_dir():
-        return _open_folder(path)
-    if path.suffix == ".npz":
-        return gemma_scope_1.NpzFile(files.regular(path)), None
-    if path.name == gemma_scope_2.PARAMS:
-        return _open_gemma_scope_2(path.parent, files.regular(path))
-    raise ValueError(
-        f"load: source must be a folder, a {gemma_scope_2.PARAMS} or an .npz file, got {path}"
-    )
-
-
-def _open_folder(folder: Path) -> tuple[TensorFile, dict[str, Any] | None]:
-    """The tensors of a folder, and its config if it has one."""
-    params = files.member(folder, gemma_scope_2.PARAMS)
-    if params is not None:
-        return _open_gemma_scope_2(folder, params)
-    npz = files.member(folder, gemma_scope_1.PARAMS)
-    if npz is not None:
-        return gemma_scope_1.NpzFile(npz), None
-    several = files.member(folder, "params_layer_0.safetensors") is not None
-    data = files.config_bytes(folder)
-    if data is not None:
-        configs.parse(data, f"load: {folder / files.CONFIG}")  # refuses several layers by name
-    if several:
-        configs.refuse_layers(
-            f"load: {folder}", configs.kind_of_path(folder) or "crosscoder or clt"
-        )
-    raise FileNotFoundError(
-        f"load: {folder} must hold {gemma_scope_2.PARAMS} (Gemma Scope 2) or "
-        f"{gemma_scope_1.PARAMS} (Gemma Scope 1), and has neither"
-    )
-
-
-def _open_gemma_scope_2(folder: Path, params: Path) -> tuple[TensorFile, dict[str, Any] | None]:
-    """The tensors of a Gemma Scope 2 folder, and the config that belongs to them."""
-    file = gemma_scope_2.SafetensorsFile(params)
-    try:
-        data = files.config_bytes(folder)
-        file.finish()  # a save renames the tensors first: these are not newer than `data`
-        if data is None or file.supersedes(data):
-            return file, file.own_config()
-        return file, configs.parse(data, f"load: {folder / files.CONFIG}")
-    except BaseException:
-        file.close()
-        raise
-
-
-def _path(source: str | os.PathLike[str]) -> Path:
-    """`source` as a path that exists."""
+def _located(source: Any, subfolder: str | None, revision: str | None) -> Path:
+    """`source` as a path that exists, downloaded if need be."""
     path = files.as_path("load", "source", source)
+    for name, value in (("subfolder", subfolder), ("revision", revision)):
+        if value is not None and (not isinstance(value, str) or not value):
+            raise TypeError(f"load: {name} must be a non-empty str or None, got {value!r:.80}")
+    if subfolder is not None and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
+        raise ValueError(f"load: subfolder must be below source, got {subfolder!r:.80}")
+    on_hub = hub.split(source, subfolder) if isinstance(source, str) else None
+    if on_hub and not _exists(path) and not Path(on_hub[0]).is_dir():
+        return hub.fetch(*on_hub, revision)
+    if revision is not None:
+        raise ValueError(f"load: revision is for the Hugging Face Hub, and {path} is a local path")
+    path = path if subfolder is None else path / subfolder
+    if not _exists(path):
+        raise FileNotFoundError(
+            f"load: source {path} does not exist: expected a local folder or file, or an artefact "
+            "of the Hugging Face Hub as owner/name/folder"
+        )
+    return path
+
+
+def _exists(path: Path) -> bool:
     try:
         path.stat()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise FileNotFoundError(
-            f"load: source {path} does not exist: expected a local folder or file (download an "
-            "artefact of the Hugging Face Hub first, for example with hf download)"
-        ) from error
+    except (FileNotFoundError, NotADirectoryError):
+        return False
     except PermissionError as error:
         raise PermissionError(f"load: source {path} cannot be reached: no permission") from error
     except OSError as error:  # too long, a loop of links
         raise ValueError(
             f"load: source {str(path):.80} must be a path: {error.strerror}"
         ) from error
-    return path
+    return True
 
 
-def _device(device: torch.device | str | None) -> torch.device | None:
+def _device(device: torch.device | str | None) -> torch.device:
     if device is None:
-        return None
+        return torch.get_default_device()
     try:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:

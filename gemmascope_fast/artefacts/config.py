@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from .files import CONFIG_LIMIT
 from .validate import Sizes
 
+LATENTS = "latents"  # which latents of the published dictionary these are
 DEPTH_LIMIT = 16  # nesting; published ones have 1
 SINGLE_LAYER = ("sae", "transcoder")
 MULTI_LAYER = ("crosscoder", "clt")
@@ -40,10 +41,16 @@ def _number(value: Any) -> bool:
     return value is None or (number and 0 <= value < math.inf)
 
 
-# Key: its test, and what is expected. The last three are not Gemma Scope 2's: files of other
-# tools carry them, and ignoring them would change the maths silently.
+def _range(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 2 or not _count(value[1]):
+        return value is None
+    return type(value[0]) is int and 0 <= value[0] < value[1]
+
+
+# Key: its test, and what is expected. `latents` is ours; the last three are other tools', and
+# ignoring them would change the maths silently.
 _SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "type": (lambda v: v in SINGLE_LAYER + MULTI_LAYER, "'sae' or 'transcoder'"),
+    "type": (lambda v: v in SINGLE_LAYER + MULTI_LAYER, "sae, transcoder, crosscoder or clt"),
     "architecture": (_jumprelu, "'jump_relu', the only activation of this format"),
     "width": (_count, "an int >= 1"),
     "l0": (_number, "a number >= 0"),
@@ -51,6 +58,7 @@ _SCHEMA: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model_name": (_text, "a string"),
     "hf_hook_point_in": (_text, "a string"),
     "hf_hook_point_out": (_text, "a string"),
+    LATENTS: (_range, "[start, stop] with 0 <= start < stop"),
     "activation": (_jumprelu, "'jump_relu', the only activation of this format"),
     "activation_fn": (_jumprelu, "'jump_relu', the only activation of this format"),
     "apply_b_dec_to_input": (lambda v: not v, "false: b_dec is not subtracted from x"),
@@ -61,15 +69,12 @@ def parse(data: bytes, where: str) -> dict[str, Any]:
     """Validated config; unknown keys are kept.
 
     Raises:
-        ValueError: it is not what `parse_object` reads, a value is outside the schema, or the
-            artefact spans several layers.
+        ValueError: it is not what `parse_object` reads, or a value is outside the schema.
     """
     config = parse_object(data, where)
     for key, (valid, expected) in _SCHEMA.items():
         if key in config and not valid(config[key]):
             raise ValueError(f"{where}: {key} must be {expected}, got {shown(config[key])}")
-    if config.get("type") in MULTI_LAYER:
-        refuse_layers(where, config["type"])
     return config
 
 
@@ -102,29 +107,35 @@ def shown(value: Any) -> str:
     return got if len(got) <= 80 else got[:77] + "..."
 
 
-def refuse_layers(where: str, kind: str) -> NoReturn:
-    """Refuse an artefact of several layers, naming its type."""
-    raise ValueError(
-        f"{where}: an artefact of type {kind} spans several layers; only the single-layer types "
-        "sae and transcoder are supported"
-    )
-
-
 def complete(config: dict[str, Any] | None, path: Path, sizes: Sizes) -> dict[str, Any]:
-    """The config, inferred from path and tensors where it is missing."""
+    """The config, inferred from path and tensors where it is missing.
+
+    Raises:
+        ValueError: nothing tells a crosscoder from a CLT.
+    """
+    if config is not None and "type" in config:
+        return config
     kind = kind_of_path(path)
-    if config is None or "type" not in config:
-        if kind in MULTI_LAYER:
-            refuse_layers(f"load: {path}", kind)
+    if sizes.n_layers is None and kind not in MULTI_LAYER:
         maps = kind == "transcoder" or sizes.affine or sizes.d_in != sizes.d_out
-        inferred = {"type": "transcoder" if maps else "sae"}
-        config = {**inferred, **(_metadata_of_path(path) if config is None else config)}
-    return config
+        kind = "transcoder" if maps else "sae"
+    elif kind is None and sizes.affine:
+        kind = "clt"
+    if kind is None:
+        raise ValueError(
+            f"load: {path}: whether this is a crosscoder or a clt must be said by a config.json "
+            'like {"type": "clt"}, or by a path like clt/width_262k_l0_big, and neither is there'
+        )
+    return {"type": kind, **(_metadata_of_path(path, sizes) if config is None else config)}
 
 
-def metadata(config: dict[str, Any]) -> dict[str, Any]:
-    """What the config says beyond the weights: `module.metadata`."""
-    return {key: value for key, value in config.items() if key not in STRUCTURE}
+def metadata(config: dict[str, Any], latents: slice, d_sae: int) -> dict[str, Any]:
+    """What the config says beyond the weights, and which latents were chosen of `d_sae`."""
+    found = {key: value for key, value in config.items() if key not in STRUCTURE}
+    if latents != slice(0, d_sae):
+        first = (config.get(LATENTS) or [0])[0]
+        found[LATENTS] = [first + latents.start, first + latents.stop]
+    return found
 
 
 def to_json(config: dict[str, Any], where: str) -> bytes:
@@ -163,9 +174,7 @@ def kind_of_path(path: Path) -> str | None:
         if re.match(r"(layer_\d+(_\d+)*_)?width_", below):
             site = part.removesuffix("_all")
             if site in _HOOKS:
-                return "transcoder" if site == "transcoder" else "sae"
-            if site in MULTI_LAYER:
-                return site
+                return site if site in ("transcoder", *MULTI_LAYER) else "sae"
         if match := re.search(r"gemma-scope-(2b|9b|27b)-pt-(res|mlp|att|transcoders)$", part):
             return "transcoder" if match[2] == "transcoders" else "sae"
     return None
@@ -177,22 +186,33 @@ _HOOKS = {  # site: where x and the target come from, below `model.layers.{layer
     "attn_out": ("self_attn.o_proj.input", "self_attn.o_proj.input"),
     "transcoder": ("pre_feedforward_layernorm.output", "post_feedforward_layernorm.output"),
 }
+_HOOKS |= {"crosscoder": _HOOKS["resid_post"], "clt": _HOOKS["transcoder"]}
 
 
-def _metadata_of_path(path: Path) -> dict[str, Any]:
+def _metadata_of_path(path: Path, sizes: Sizes) -> dict[str, Any]:
     """What a published path says: model and hook points (Gemma Scope 2), L0 (Gemma Scope 1)."""
     found: dict[str, Any] = {}
     for part, below in _parts(path):
-        layer = re.match(r"layer_(\d{1,3})_width_", below)
-        site = _HOOKS.get(part.removesuffix("_all"))
-        if layer and site:
+        site, layers = _HOOKS.get(part.removesuffix("_all")), _layers(part, below, sizes)
+        if site and layers:
             for key, point in zip(("hf_hook_point_in", "hf_hook_point_out"), site, strict=True):
-                found[key] = f"model.layers.{int(layer[1])}.{point}"
+                found[key] = f"model.layers.{layers}.{point}"
         if match := re.search(r"gemma-scope-2-(270m|1b|4b|12b|27b)-(pt|it)$", part):
             found["model_name"] = f"google/gemma-3-{match[1]}-{match[2]}"
         if match := re.fullmatch(r"average_l0_(\d{1,6})", part):
             found["l0"] = int(match[1])
     return found
+
+
+def _layers(site: str, below: str, sizes: Sizes) -> str | None:
+    """How a hook point spells the layers of an artefact, `17` or `{5,9,12,15}`, if it is known."""
+    if site == "clt" and below.startswith("width_"):
+        return "{" + ",".join(map(str, range(sizes.n_layers or 0))) + "}"
+    match = re.match(r"layer_(\d{1,3}(?:_\d{1,3})*)_width_", below)
+    layers = [str(int(layer)) for layer in match[1].split("_")] if match else []
+    if len(layers) != (sizes.n_layers or 1):
+        return None
+    return layers[0] if sizes.n_layers is None else "{" + ",".join(layers) + "}"
 
 
 def _parts(path: Path) -> list[tuple[str, str]]:

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .validate import Spec, rows_per_block
+from .validate import Region, Spec, rows_per_block
 
 PARAMS = "params.npz"
 KEYS = {"W_enc": "w_enc", "W_dec": "w_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
@@ -33,7 +33,7 @@ _PIECE = 1 << 20
 
 
 class NpzFile:
-    """An open archive; `TensorFile` says what it offers. Use as a context manager.
+    """An open archive; `TensorFile` says what it offers.
 
     Raises:
         ValueError: the archive is damaged, or declares what it cannot hold.
@@ -43,7 +43,7 @@ class NpzFile:
         self.path = path
         self.specs: dict[str, Spec] = {}
         self._members: dict[str, _Member] = {}
-        self._file = open(path, "rb")  # closed by __exit__
+        self._file = open(path, "rb")  # until close
         try:
             start = _check_end(self._file, f"load: {path}")
             with self._damage("the archive"):
@@ -62,10 +62,10 @@ class NpzFile:
         assert isinstance(dtype, torch.dtype)
         return torch.float32 if dtype == torch.float64 else dtype
 
-    def blocks(self, name: str) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+    def blocks(self, name: str, region: Region) -> Iterator[tuple[Region, Tensor]]:
         """Blocks of rows, or of columns when the member is in Fortran order.
 
-        zipfile compares the checksum when the last byte is read.
+        The whole member is read: zipfile compares the checksum when the last byte is.
         """
         member = self._members[name]
         native = member.dtype.newbyteorder("=")
@@ -81,11 +81,13 @@ class NpzFile:
                 with self._damage(member.info.filename):
                     _read_exactly(stream, buffer)
                 block = torch.from_numpy(buffer.astype(native, copy=False))
+                place = (rows, *(slice(0, size) for size in shape[1:]))
                 if member.fortran:
-                    yield (slice(None),) * (len(shape) - 1) + (rows,), block.T
-                else:
-                    yield (rows,), block
-                del buffer, block
+                    place, block = place[::-1], block.T
+                index, part = _clipped(place, block, region)
+                if part.numel() > 0:
+                    yield index, part
+                del buffer, block, part
 
     def finish(self) -> None:
         """Nothing to do: one open file, and every member's checksum was compared."""
@@ -128,10 +130,8 @@ class NpzFile:
                 f"{type(error).__name__}: {error!s:.200}"
             ) from error
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Let go of the file."""
         self._zip.close()
         self._file.close()
 
@@ -202,6 +202,17 @@ def _check_directory(infos: list[zipfile.ZipInfo], start: int, where: str) -> No
             f"{where}: the members declare {total} bytes in a file of {start}; at most {limit} "
             "are accepted (a zip bomb?)"
         )
+
+
+def _clipped(place: Region, block: Tensor, region: Region) -> tuple[Region, Tensor]:
+    """What of `block`, which lies at `place` of a tensor, is in `region`, and where in it."""
+    index = []
+    for dim, (own, wanted) in enumerate(zip(place, region, strict=True)):
+        start = max(own.start, wanted.start)
+        stop = max(start, min(own.stop, wanted.stop))
+        block = block.narrow(dim, min(start, own.stop) - own.start, stop - start)
+        index.append(slice(start - wanted.start, stop - wanted.start))
+    return tuple(index), block
 
 
 def _read_exactly(stream: IO[bytes], buffer: np.ndarray[Any, Any]) -> None:

@@ -1,15 +1,18 @@
-"""`params.safetensors` of a single-layer Gemma Scope 2 artefact, read through safetensors.
+"""A `.safetensors` file of Gemma Scope 2: one layer's tensors.
 
-The library maps the file. Pages of a mapping count as resident while it is open, so every block
-opens its own (0.3 ms): the peak stays a few blocks above the weights. That the file is the same
-each time is checked by its identity.
+The safetensors library checks the header against the file; the bytes are then read by `pread`, not
+through its mapping: pages of a mapping count as resident while it is open, and the kernel maps a
+megabyte around each one that is touched, which strided and gathered reads multiply.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from . import config as configs
 from . import files
-from .validate import Spec, rows_per_block
+from .validate import Region, Spec, rows_per_block
 
 PARAMS = "params.safetensors"
 HEADER_LIMIT = 1 << 20  # bytes; six tensors need 600, an embedded config at most 400 thousand
@@ -63,13 +66,18 @@ class SafetensorsFile:
                 f"load: {path}: the header must have at most {HEADER_LIMIT} bytes, got {size}"
             )
         self.specs: dict[str, Spec] = {}
+        self._starts: dict[str, int] = {}
         with self._open() as file:
-            self.finish()
+            self.check_place()  # the path led here after `file` was opened: it is this one
             self.metadata: dict[str, str] = file.metadata() or {}
+            header = json.loads(self._held.read(size))
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 entry = file.get_slice(name)
-                dtype = entry.get_dtype()
-                self.specs[name] = Spec(tuple(entry.get_shape()), DTYPES.get(dtype, dtype))
+                shape, code = entry.get_shape(), entry.get_dtype()
+                if (header[name]["shape"], header[name]["dtype"]) != (shape, code):
+                    raise ValueError(f"load: {path}: the header describes {name!r:.80} twice")
+                self.specs[name] = Spec(tuple(shape), DTYPES.get(code, code))
+                self._starts[name] = 8 + size + header[name]["data_offsets"][0]
 
     def own_config(self) -> dict[str, Any] | None:
         """The config that `save_pretrained` keeps beside the tensors, or None."""
@@ -87,40 +95,46 @@ class SafetensorsFile:
 
     def default_dtype(self) -> torch.dtype:
         """The dtype of `w_enc`."""
-        dtype = self.specs["w_enc"].dtype
-        assert isinstance(dtype, torch.dtype)
-        return dtype
+        return self._dtype("w_enc")
 
-    def blocks(self, name: str) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
-        """Blocks of rows."""
-        shape, dtype = self.specs[name]
-        assert isinstance(dtype, torch.dtype)
-        step = rows_per_block(shape, dtype.itemsize)
-        for start in range(0, shape[0], step):
-            rows = slice(start, min(start + step, shape[0]))
-            with self._open() as file:
-                self.finish()  # the path led to this file after `file` was opened: it is this one
-                block = file.get_slice(name)[rows]
-            yield (rows,), block
-            del block
+    def blocks(self, name: str, region: Region) -> Iterator[tuple[Region, Tensor]]:
+        """Blocks of rows; a region of columns is read row by row."""
+        first, inner = region[0], region[1:]
+        sizes = tuple(part.stop - part.start for part in region)
+        step = rows_per_block(sizes, self._dtype(name).itemsize)
+        buffer = self._empty(name, min(step, sizes[0]), sizes[1:])
+        for start in range(0, sizes[0], step):
+            rows = slice(start, min(start + step, sizes[0]))
+            block = buffer[: rows.stop - rows.start]
+            if sizes[1:] == self.specs[name].shape[1:]:
+                self._fill(block, name, first.start + start)
+            else:
+                for i, row in enumerate(block):
+                    self._fill(row, name, first.start + start + i, inner[0].start)
+            yield (rows, *(slice(0, size) for size in sizes[1:])), block
+
+    def rows(self, name: str, chosen: Tensor) -> Tensor:
+        """`[len(chosen), ...]`: rows of a tensor, and nothing else, read from the file."""
+        block = self._empty(name, chosen.shape[0], self.specs[name].shape[1:])
+        for row, index in zip(block, chosen.tolist(), strict=True):
+            self._fill(row, name, index)
+        return block
+
+    def check_place(self) -> None:
+        """Raise if the path leads to another file than this one by now."""
+        with suppress(FileNotFoundError):
+            if _identity(self.path) == self._identity:
+                return
+        raise self._changed()
 
     def finish(self) -> None:
-        """Raise if the file was replaced or changed meanwhile."""
-        if _identity(self.path) != self._identity:
-            raise files.Changed(f"load: {self.path} changed while it was read; load it again")
+        """Raise if the file was written to since it was opened; being replaced does no harm."""
+        if _identity(self._held.fileno()) != self._identity:
+            raise self._changed()
 
     def close(self) -> None:
         """Let go of the file."""
         self._held.close()
-
-    def _open(self) -> Any:
-        try:
-            return safe_open(str(self.path), framework="pt")
-        except (SafetensorError, RuntimeError) as error:  # it opens the path twice: header, map
-            self.finish()
-            raise ValueError(
-                f"load: {self.path} must be a complete safetensors file: {error}"
-            ) from error
 
     def __enter__(self) -> Self:
         return self
@@ -128,6 +142,37 @@ class SafetensorsFile:
     def __exit__(self, *error: object) -> None:
         """Let go of the file."""
         self.close()
+
+    def _dtype(self, name: str) -> torch.dtype:
+        dtype = self.specs[name].dtype
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    def _empty(self, name: str, rows: int, inner: tuple[int, ...]) -> Tensor:
+        return torch.empty((rows, *inner), dtype=self._dtype(name))
+
+    def _fill(self, block: Tensor, name: str, row: int, column: int = 0) -> None:
+        """Read contiguous elements from the start of a row, or from a column of it."""
+        width = math.prod(self.specs[name].shape[1:])
+        at = self._starts[name] + (row * width + column) * block.element_size()
+        view = block.view(torch.uint8).numpy().reshape(-1).data
+        while len(view):
+            count = os.preadv(self._held.fileno(), [view], at)
+            if count == 0:
+                raise self._changed()
+            view, at = view[count:], at + count
+
+    def _changed(self) -> files.Changed:
+        return files.Changed(f"load: {self.path} changed while it was read; load it again")
+
+    def _open(self) -> Any:
+        try:
+            return safe_open(str(self.path), framework="pt")
+        except (SafetensorError, RuntimeError) as error:  # it opens the path twice: header, map
+            self.check_place()
+            raise ValueError(
+                f"load: {self.path} must be a complete safetensors file: {error}"
+            ) from error
 
 
 def _identity(file: Path | int) -> tuple[int, ...]:

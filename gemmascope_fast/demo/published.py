@@ -94,7 +94,7 @@ def evaluate_published(args: argparse.Namespace, console: Any) -> int:
     """Load `args.sae`, run its model over the text, print the table and write the page."""
     import gemmascope_fast as gsf
 
-    sae = gsf.load(locate(args.sae))
+    sae: Any = gsf.load(locate(args.sae))
     known = sae.metadata
     named = args.model or known.get("model_name")
     model = None if named in (None, MINILM_NAME) else named
