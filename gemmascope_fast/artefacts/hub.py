@@ -65,8 +65,10 @@ def fetch(repository: str, folder: str, revision: str | None) -> Path:
 
 def _library(where: str) -> Any:
     try:
-        import huggingface_hub
+        import huggingface_hub.utils
     except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("huggingface_hub"):
+            raise  # it is there, and broken
         raise ImportError(
             f"{where} is no local path, and to load it from the Hugging Face Hub needs "
             "huggingface_hub: pip install huggingface_hub"
