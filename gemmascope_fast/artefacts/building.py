@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -46,6 +47,12 @@ def read(weight: Tensor, file: TensorFile, name: str, latents: slice) -> Tensor:
     """
     for index, block in file.blocks(name, region(file, name, latents)):
         _place(weight[index], file, name, block)
+        if name == "threshold" and bool((block < 0).any()):
+            warnings.warn(
+                f"load: {file.path}: threshold has negative values, by which latents are active "
+                "below 0",
+                stacklevel=2,
+            )
     return weight
 
 

@@ -263,5 +263,7 @@ def rows_per_block(shape: tuple[int, ...], itemsize: int) -> int:
 
 
 def _all_finite(t: Tensor) -> bool:
+    if t.numel() == 0:
+        return True
     low, high = torch.aminmax(t)  # NaN wins, so two values tell; no mask is allocated
     return bool(torch.isfinite(low) & torch.isfinite(high))
