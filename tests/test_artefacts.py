@@ -7,8 +7,10 @@ from attacks import arrays
 from attacks.published import CONFIG, UPPER, scope_1, scope_2
 from safetensors.numpy import load_file
 
-from gemmascope_fast import SAE, BatchTopK, JumpReLU, TopK, Transcoder, load
+from gemmascope_fast import SAE, BatchTopK, JumpReLU, TopK, Transcoder, load, ops
 from gemmascope_fast.artefacts import validate
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*threshold has negative values")
 
 
 def filled(module):
@@ -224,3 +226,34 @@ def test_only_jumprelu_has_a_file(activation, tmp_path):
     with pytest.raises(ValueError, match=r"JumpReLU only, got .*TopK\(k=.*state_dict"):
         SAE(6, 10, activation).save_pretrained(tmp_path / "f")
     assert not (tmp_path / "f").exists()
+
+
+def test_backend_is_what_serves_or_an_error(tmp_path):
+    folder = scope_2(tmp_path, arrays())
+    serving = ops.implementation("jumprelu_encode", "cpu")
+    other = "triton" if serving != "triton" else "native"
+    for streamed in (False, True):
+        assert load(folder, backend=serving, streamed=streamed).d_sae == 10
+        with pytest.raises(
+            ValueError, match=f"backend='{other}' does not serve .*{serving} does: s"
+        ):
+            load(folder, backend=other, streamed=streamed)
+        with pytest.raises(ValueError, match="backend must be None or one of reference, triton, n"):
+            load(folder, backend="cuda", streamed=streamed)
+    assert load(folder, backend="reference", dtype=torch.float64).d_sae == 10
+    with pytest.raises(
+        ValueError, match="backend='triton' does not serve .* of torch.float64 on cpu"
+    ):
+        SAE.from_pretrained(folder, backend="triton", dtype=torch.float64)
+
+
+@pytest.mark.parametrize("d_sae", [97, 10_080 // 16])
+def test_a_transcoder_of_gemma_scope_1(d_sae, tmp_path):
+    """Widths that are multiples of nothing; the kind is in the path."""
+    tensors = arrays(13, d_sae, 7)
+    path = tmp_path / "gemma-scope-2b-pt-transcoders/layer_5/width_16k/average_l0_41/params.npz"
+    module = load(scope_1(path, tensors))
+    assert type(module) is Transcoder and module.metadata == {"l0": 41}
+    assert_parameters(module, tensors)
+    x = np.random.default_rng(1).standard_normal((30, 13)).astype(np.float32)
+    np.testing.assert_allclose(module(torch.from_numpy(x)).detach(), dense(tensors, x), atol=1e-4)

@@ -9,6 +9,8 @@ from attacks.published import CONFIG, scope_1, scope_2
 
 from gemmascope_fast import SAE, Transcoder, load
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*threshold has negative values")
+
 
 @pytest.mark.parametrize(
     "path, affine, kind, metadata",

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tracemalloc
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from safetensors.torch import load as library_load
 
 from gemmascope_fast import SAE, Transcoder, load
 from gemmascope_fast.artefacts import files
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*threshold has negative values")
 
 ATTACKS = [(module, name) for module in (zips, tensors, configs) for name in module.CASES]
 
@@ -50,11 +53,16 @@ def test_the_attacked_files_are_valid_otherwise(tmp_path):
 
 
 def test_thresholds_of_every_sign_are_valid(tmp_path):
+    """Negative ones are seldom meant: one warning."""
     module = SAE(6, 10)
-    with torch.no_grad():
-        module.threshold.copy_(torch.linspace(-2, 2, 10))
-    module.save_pretrained(tmp_path)
-    assert torch.equal(load(tmp_path).threshold, module.threshold)
+    for low, warnings in ((0, 0), (-2, 1)):
+        with torch.no_grad():
+            module.threshold.copy_(torch.linspace(low, 2, 10))
+        module.save_pretrained(tmp_path)
+        with catch_warnings(record=True) as caught:
+            simplefilter("always")
+            assert torch.equal(load(tmp_path).threshold, module.threshold)
+        assert [str(w.message).partition(": ")[0] for w in caught] == ["load"] * warnings
 
 
 # what is opened

@@ -1,5 +1,7 @@
 """`load` by an id on the Hugging Face Hub: what it asks the Hub's library for, and its errors.
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*threshold has negative values")
+
 The library is real, and its cache is; what goes to the network is replaced, or forbidden.
 """
 

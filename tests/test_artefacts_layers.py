@@ -9,6 +9,8 @@ from attacks.published import dense_layers, layers, scope_2, scope_2_layers
 
 from gemmascope_fast import Crosscoder, CrossLayerTranscoder, load
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*threshold has negative values")
+
 CROSSCODER = {"type": "crosscoder", "architecture": "jump_relu", "affine_connection": False}
 CLT = {"type": "clt", "architecture": "jump_relu", "model_name": "gemma-v3-270m-pt"}
 NAMES = {"w_enc": "W_enc", "b_enc": "b_enc", "threshold": "threshold"}
