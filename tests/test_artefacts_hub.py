@@ -22,6 +22,7 @@ FOLDER = "resid_post/layer_31_width_262k_l0_medium"
 COMMIT = "0" * 39 + "a"
 PUBLISHED = [
     "README.md",
+    "examples.safetensors",
     *(f"{FOLDER}/{name}.safetensors" for name in ("params", "examples")),
     f"{FOLDER}/config.json",
     *(f"{FOLDER}_seed_1/{name}.safetensors" for name in ("params", "examples")),

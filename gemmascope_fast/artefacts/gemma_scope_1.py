@@ -84,10 +84,8 @@ class NpzFile:
                 place = (rows, *(slice(0, size) for size in shape[1:]))
                 if member.fortran:
                     place, block = place[::-1], block.T
-                index, part = _clipped(place, block, region)
-                if part.numel() > 0:
-                    yield index, part
-                del buffer, block, part
+                yield _clipped(place, block, region)
+                del buffer, block
 
     def finish(self) -> None:
         """Nothing to do: one open file, and every member's checksum was compared."""
