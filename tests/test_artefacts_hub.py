@@ -1,7 +1,5 @@
 """`load` by an id on the Hugging Face Hub: what it asks the Hub's library for, and its errors.
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*threshold has negative values")
-
 The library is real, and its cache is; what goes to the network is replaced, or forbidden.
 """
 
@@ -15,6 +13,7 @@ from attacks.published import CONFIG, layers, scope_1, scope_2, scope_2_layers
 
 from gemmascope_fast import SAE, CrossLayerTranscoder, Transcoder, load
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*threshold has negative values")
 hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
 
 REPOSITORY = "google/gemma-scope-2-27b-it"

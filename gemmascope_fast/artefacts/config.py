@@ -88,7 +88,7 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: must have at most {CONFIG_LIMIT} bytes, and has more")
     try:
         config = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_not_json
+            data.decode("utf-8"), object_pairs_hook=unique, parse_constant=_not_json
         )
     except RecursionError:
         raise ValueError(f"{where}: must be nested at most {DEPTH_LIMIT} deep") from None
@@ -221,7 +221,12 @@ def _parts(path: Path) -> list[tuple[str, str]]:
     return list(zip(parts, (*parts[1:], ""), strict=True))
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, for `json.loads(..., object_pairs_hook=unique)`.
+
+    Raises:
+        ValueError: it has a key twice.
+    """
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("an object has a key twice")

@@ -70,14 +70,20 @@ class SafetensorsFile:
         with self._open() as file:
             self.check_place()  # the path led here after `file` was opened: it is this one
             self.metadata: dict[str, str] = file.metadata() or {}
-            header = json.loads(self._held.read(size))
+            header = self._parse(self._held.read(size))
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 entry = file.get_slice(name)
-                shape, code = entry.get_shape(), entry.get_dtype()
-                if (header[name]["shape"], header[name]["dtype"]) != (shape, code):
-                    raise ValueError(f"load: {path}: the header describes {name!r:.80} twice")
-                self.specs[name] = Spec(tuple(shape), DTYPES.get(code, code))
+                code = entry.get_dtype()
+                self.specs[name] = Spec(tuple(entry.get_shape()), DTYPES.get(code, code))
                 self._starts[name] = 8 + size + header[name]["data_offsets"][0]
+
+    def _parse(self, header: bytes) -> dict[str, Any]:
+        """The header, which the library found valid, but for keys that occur twice."""
+        try:
+            found: dict[str, Any] = json.loads(header, object_pairs_hook=configs.unique)
+        except ValueError as error:
+            raise ValueError(f"load: {self.path}: header: {error}") from error
+        return found
 
     def own_config(self) -> dict[str, Any] | None:
         """The config that `save_pretrained` keeps beside the tensors, or None."""

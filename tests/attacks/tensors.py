@@ -34,6 +34,17 @@ BF16 = SAE | {"w_dec": SAE["w_dec"].astype(np.float16)}
 NAN = np.where(SAE["w_enc"] > 1, np.nan, SAE["w_enc"]).astype(np.float32)
 COMPLETE = "must be a complete safetensors file"
 
+
+def duplicated(first, second):
+    """`w_enc` described twice, by what overrides its entry."""
+    size = int.from_bytes(VALID[:8], "little")
+    entries = json.loads(VALID[8 : 8 + size])
+    twice = [json.dumps({"w_enc": entries["w_enc"] | e})[1:-1] for e in (first, second)]
+    del entries["w_enc"]
+    header = "{" + ",".join([*twice, json.dumps(entries)[1:]])
+    return framed(header.encode(), VALID[8 + size :])
+
+
 CASES = {  # name: bytes of params.safetensors, the message that refuses them
     "empty file": (b"", COMPLETE),
     "seven bytes": (b"\0" * 7, COMPLETE),
@@ -49,6 +60,8 @@ CASES = {  # name: bytes of params.safetensors, the message that refuses them
     "overlap": (safetensors(SAE, {"b_dec": entry([6], [0, 24])}), COMPLETE),
     "shape beyond the data": (safetensors(SAE, {"w_enc": entry([1 << 62, 8], [0, 240])}), COMPLETE),
     "negative shape": (safetensors(SAE, {"w_enc": entry([-6, -10], [0, 240])}), COMPLETE),
+    "duplicate key": (duplicated({}, {}), "header: an object has a key twice"),
+    "duplicate key, shorter": (duplicated({"data_offsets": [0, 8]}, {}), "has a key twice"),
     "unknown dtype": (safetensors(SAE, w_enc="Q8"), COMPLETE),
     "integers": (safetensors(SAE, w_enc="I32"), "w_enc must be floating point.*I32"),
     "8 bits": (
