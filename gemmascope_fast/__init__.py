@@ -3,6 +3,7 @@
 from . import losses, optim, queries, reference, sources
 from .activations import BatchTopK, JumpReLU, TopK
 from .artefacts import StreamedLayers, StreamedSAE, load
+from .artefacts.acts_files import load_acts
 from .auditing import Audit, audit
 from .explaining import Explanation, explain
 from .functional import (
@@ -58,6 +59,7 @@ __all__ = [
     "explain",
     "jumprelu_encode",
     "load",
+    "load_acts",
     "losses",
     "multi_decode",
     "optim",

@@ -191,3 +191,12 @@ def _device(device: torch.device | str | None) -> torch.device:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"load: device must name a torch device, got {device!r}") from error
+
+
+def open_source(source: Source) -> Artefact:
+    """What `load` would read, open: its tensors by blocks, its config.
+
+    Raises:
+        Exception: as `load`.
+    """
+    return open_artefact(_located(source, None, None))

@@ -115,7 +115,10 @@ def test_metadata_for_saelens(sae_lens: Any, tmp_path: Path) -> None:
     ours.save_pretrained(tmp_path, format="saelens", model_name="google/gemma-3-1b-pt")
     found = sae_lens.SAE.load_from_disk(tmp_path).cfg.metadata
     assert (found.hf_hook_name, found.hf_hook_name_out) == tuple(points)
-    assert (found.hook_name, found.hook_name_out) == ("blocks.7.hook_mlp_in", "blocks.7.hook_mlp_out")
+    assert (found.hook_name, found.hook_name_out) == (
+        "blocks.7.hook_mlp_in",
+        "blocks.7.hook_mlp_out",
+    )
     assert (found.model_name, found.l0) == ("google/gemma-3-1b-pt", 20)
 
 
