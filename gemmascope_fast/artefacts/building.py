@@ -77,8 +77,9 @@ def _place(target: Tensor, file: TensorFile, name: str, block: Tensor) -> None:
 def _single(artefact: Artefact, latents: slice, dtype: torch.dtype, device: torch.device) -> SAE:
     """An SAE or a transcoder."""
     (file,), sizes = artefact.files, artefact.sizes
-    shape = (sizes.d_in, latents.stop - latents.start, JumpReLU())
+    shape = (sizes.d_in, latents.stop - latents.start, artefact.activation)
     options: dict[str, Any] = {"d_out": sizes.d_out, "device": "meta", "dtype": dtype}
+    options["semantics"] = artefact.semantics
     if artefact.config["type"] == "transcoder":
         module: SAE = Transcoder(*shape, affine=sizes.affine, **options)
     else:

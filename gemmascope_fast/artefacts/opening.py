@@ -8,14 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..activations import Activation, JumpReLU
+from ..semantics import Semantics
 from . import config as configs
-from . import files
+from . import files, reading_saelens, reading_sparsify, writing_saelens, writing_sparsify
 from .gemma_scope_1 import PARAMS as NPZ
 from .gemma_scope_1 import NpzFile
 from .gemma_scope_2 import PARAMS, SafetensorsFile
 from .layer_files import SAVE_KEY, layer_name, layers_of, open_layer
+from .peers import open_peer
 from .validate import Sizes, TensorFile, agree, check_alike, check_layer, check_tensors
 
+PEERS = {
+    writing_saelens.WEIGHTS: reading_saelens.read,
+    writing_sparsify.WEIGHTS: reading_sparsify.read,
+}
 SEVERAL = f"{layer_name(0)}, {layer_name(1)}, ..."
 
 
@@ -27,6 +34,8 @@ class Artefact:
     files: tuple[TensorFile, ...]
     sizes: Sizes
     config: dict[str, Any]
+    activation: Activation = JumpReLU()
+    semantics: Semantics = Semantics()
 
     def finish(self) -> None:
         """Raise unless everything read came from intact files."""
@@ -51,6 +60,10 @@ def open_artefact(path: Path) -> Artefact:
         ValueError: it is damaged or inconsistent.
     """
     with ExitStack() as opened:
+        if path.is_dir() and (other := open_peer(path, PEERS, opened)) is not None:
+            opened.pop_all()
+            file, peer = other
+            return Artefact(path, (file,), peer.sizes, peer.config, peer.activation, peer.semantics)
         found, sizes, config = _open_folder(path, opened) if path.is_dir() else _open(path, opened)
         config = configs.complete(config, path, sizes)
         _check_kind(path, config["type"], sizes)
