@@ -122,6 +122,23 @@ def test_metadata_for_saelens(sae_lens: Any, tmp_path: Path) -> None:
     assert (found.model_name, found.l0) == ("google/gemma-3-1b-pt", 20)
 
 
+@pytest.mark.parametrize(
+    "architecture", ["standard", "jumprelu", "topk", "skip_transcoder", "jumprelu_skip_transcoder"]
+)
+def test_what_saelens_writes(architecture: str, sae_lens: Any, tmp_path: Path) -> None:
+    """Negative thresholds too, which the library rectifies."""
+    config = {"architecture": architecture, "d_in": D, "d_sae": F, "k": 5, "d_out": D + 1}
+    config["apply_b_dec_to_input"] = "transcoder" not in architecture
+    theirs = sae_lens.SAE.from_dict(config)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(torch.randn_like(p) * 0.3)
+        theirs.save_model(tmp_path)
+        ours, x = gsf.load(tmp_path), batch(0)
+        assert torch.equal(dense(ours, x) != 0, theirs.encode(x) != 0)
+        close(ours(x), theirs(x), "recon")
+
+
 # ---- sparsify
 
 
@@ -166,3 +183,15 @@ def test_16_bits_of_sparsify(sparsify: Any, tmp_path: Path) -> None:
     assert sparsify.SparseCoder.load_from_disk(tmp_path / "a").dtype == torch.float32
     ours.save_pretrained(tmp_path / "b", format="sparsify", dtype=torch.bfloat16)
     assert sparsify.SparseCoder.load_from_disk(tmp_path / "b").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("transcode", [False, True])
+def test_what_sparsify_writes(transcode: bool, sparsify: Any, tmp_path: Path) -> None:
+    options = {"transcode": transcode, "skip_connection": transcode}
+    theirs = sparsify.SparseCoder(D, sparsify.SparseCoderConfig(num_latents=F, k=5, **options))
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.copy_(torch.randn_like(p) * 0.3)
+        theirs.save_to_disk(tmp_path)
+        ours, x = gsf.load(tmp_path), batch(0)
+        close(ours(x), theirs(x).sae_out, "recon")
