@@ -2,13 +2,15 @@
 
 import json
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_artefacts_saving import failing, parts
 
-from gemmascope_fast import SAE, Crosscoder, CrossLayerTranscoder, JumpReLU, TopK
+from gemmascope_fast import SAE, Crosscoder, CrossLayerTranscoder, JumpReLU, TopK, load
 from gemmascope_fast.artefacts import layer_files
 from gemmascope_fast.artefacts.gemma_scope_2 import SafetensorsFile
 
@@ -21,6 +23,8 @@ def random_(module, seed):
     with torch.no_grad():
         for p in module.parameters():
             p.copy_(torch.randn(p.shape, generator=generator))
+        for threshold in module.threshold:
+            threshold.abs_()
     return module
 
 
@@ -190,6 +194,29 @@ def test_files_copied_between_artefacts_are_not_mixed(tmp_path):
     os.replace(tmp_path / "a" / NAMES[1], tmp_path / "b" / NAMES[1])
     with pytest.raises(ValueError, match=r"params_layer_1.* another save than params_layer_0"):
         which(tmp_path / "b")
+
+
+def test_writers_and_a_reader(tmp_path):
+    """At every moment one whole artefact, though layers have their names one after another."""
+    modules = old_and_new()
+    modules[0].save_pretrained(tmp_path)
+    end = time.monotonic() + 2
+
+    def write_on(module):
+        while time.monotonic() < end:
+            module.save_pretrained(tmp_path)
+
+    seen = set()
+    with ThreadPoolExecutor(2) as pool:
+        writers = [pool.submit(write_on, module) for module in modules]
+        while time.monotonic() < end:
+            found = load(tmp_path)
+            module = modules[found.metadata["model_name"] == "new"]
+            state = module.state_dict()
+            assert all(torch.equal(t, state[key]) for key, t in found.state_dict().items())
+            seen.add(found.metadata["model_name"])
+    assert [w.result() for w in writers] == [None, None] and seen == {"old", "new"}
+    assert sorted(os.listdir(tmp_path)) == FILES
 
 
 # ---- refused

@@ -13,7 +13,7 @@ from ..artefacts.streaming import StreamedSAE
 from ..modules import SAE, Transcoder
 from .tokens import TokenFile, has, width_of
 
-BLOCK = 1024  # tokens at a time
+BLOCK = 256  # tokens at a time
 
 
 @dataclass(frozen=True)
