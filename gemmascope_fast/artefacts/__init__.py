@@ -78,7 +78,8 @@ def load(
         source: a Gemma Scope 2 folder (`params.safetensors`, or `params_layer_{i}.safetensors` of
             every layer, normally beside a `config.json`; without one the kind and the hook points
             are inferred from tensors and path), a `params.safetensors`, a Gemma Scope 1
-            `params.npz`, or a folder that holds one. Or an id on the Hugging Face Hub, as
+            `params.npz`, or a folder that holds one. Or a folder of SAELens or of sparsify
+            (`cfg.json` and their tensors), whose semantics the module has. Or an id on the Hub, as
             `google/gemma-scope-2-27b-it/resid_post/layer_31_width_262k_l0_medium`, for which a
             local folder of that name is taken where there is one.
         subfolder: what comes after the folder or `owner/name` of `source`.
