@@ -254,6 +254,7 @@ def test_low_precision_weights_are_summed_in_float32(backend: Any, dtype: torch.
     truth, _ = dense(module, parameters(module, torch.float64), x.double())
     assert_close_to_truth(recon, truth.to(dtype), truth, dtype, terms=D * F)
     assert_same(module(x), module.decode(module.encode(x), dtype=torch.float32))
+    assert build("affine clt", dtype=dtype)(x[:, :L]).dtype == torch.float32
 
 
 def test_gradients_of_low_precision_weights(backend: Any) -> None:
