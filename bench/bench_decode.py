@@ -1,0 +1,129 @@
+"""Decoding against dense PyTorch and `embedding_bag`, by the speed of random rows.
+
+    pytest bench/bench_decode.py --benchmark-only [--shapes named] [-k clustered]
+
+float32 and bfloat16 weights, 64 entries a token, three distributions of the latents. Rows are cold:
+two dictionaries and four batches in turns, and the next contender takes others. Theirs:
+`addmm` of the `[n, d_sae]` activations, made before; `embedding_bag(mode="sum",
+per_sample_weights=...)` and the bias. All in the dtype of the weights, results compared first.
+
+Floor: every row that is touched once, and the result, at the rate of random rows of that size.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import ceilings
+import torch
+from interleaving import Call, Case, Measured, Spec, Target, replay
+from problems import FIRING, L0, Size, batches, touched
+from torch import Tensor
+
+import gemmascope_fast as gsf
+from gemmascope_fast.report import OURS
+
+DENSE, BAG = "dense", "embedding_bag"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SIZES = {
+    "toy": [Size(32, 128, 1024)],
+    "small": [Size(256, 768, 16_384)],
+    "named": [Size(256, 1152, 65_536), Size(1024, 1152, 65_536)],
+}
+
+
+def specs(shapes: str) -> list[Spec]:
+    return [
+        Spec(
+            f"decode-{dtype}-{size}-{firing}",
+            (OURS, DENSE, BAG),
+            functools.partial(case_of, dtype, size, firing, shapes == "named"),
+        )
+        for dtype in DTYPES
+        for size in SIZES[shapes]
+        for firing in FIRING
+    ]
+
+
+def test_decode(benchmark: Any, measured: Measured, contender: str) -> None:
+    replay(benchmark, measured, contender)
+
+
+@functools.lru_cache(maxsize=1)
+def dictionaries(dtype: str, d: int, d_sae: int) -> list[Tensor]:
+    """Two random decoders; the last ones are kept for the next case."""
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(d_sae, d, generator=generator).to(DTYPES[dtype]) for _ in range(2)]
+
+
+@torch.no_grad()
+def case_of(dtype: str, size: Size, firing: str, judged: bool) -> Case:
+    decoders = dictionaries(dtype, size.d, size.d_sae)
+    drawn = batches(firing, size.n, size.d_sae)
+    calls = contenders(decoders, drawn, torch.randn(size.d))
+    expected = calls[DENSE](0)
+    for name in (OURS, BAG):  # bfloat16 sums of 64 products round to 1/16 in the largest results
+        close = {"rtol": 1e-5, "atol": 1e-4} if dtype == "fp32" else {"rtol": 2e-2, "atol": 0.25}
+        torch.testing.assert_close(calls[name](0), expected, **close, msg=name)
+    rows = sum(touched(acts) for acts in drawn) / len(drawn)
+    line = size.d * decoders[0].element_size()
+    return Case(
+        op="decode",
+        shape=size.shape(f"{dtype}, {firing}, {rows:,.0f} latents touched"),
+        calls=calls,
+        ceilings={"random rows": ceilings.random_rows(decoders), "copy": ceilings.copy},
+        floor=lambda rates: (rows + size.n) * line / rates["random rows"],
+        floor_text="touched rows once, at the rate of random rows",
+        bytes=size.n * (L0 + 1) * line,
+        facts={"touched": rows, "entries": size.n * L0},
+        targets=targets(dtype) if judged else (),
+    )
+
+
+def contenders(
+    decoders: list[Tensor], drawn: list[gsf.SparseActs], bias: Tensor
+) -> dict[str, Call]:
+    dtype, n = decoders[0].dtype, drawn[0].n
+    latents = [acts.indices.long().view(n, L0) for acts in drawn]
+    weights = [acts.values.to(dtype).view(n, L0) for acts in drawn]
+    acts = torch.zeros(drawn[0].shape, dtype=dtype).scatter_(1, latents[0], weights[0])
+    their_bias = bias.to(dtype)
+    rounded = [
+        gsf.SparseActs(a.offsets, a.indices, w.float().flatten(), a.gate, a.shape)
+        for a, w in zip(drawn, weights, strict=True)
+    ]
+
+    def ours(at: int) -> Tensor:
+        return gsf.decode(rounded[at % len(rounded)], decoders[at % 2], bias)
+
+    def bag(at: int) -> Tensor:
+        i = at % len(latents)
+        options: dict[str, Any] = {"mode": "sum", "per_sample_weights": weights[i]}
+        sums = torch.nn.functional.embedding_bag(latents[i], decoders[at % 2], **options)
+        return sums.add_(their_bias)
+
+    def dense(at: int) -> Tensor:
+        return torch.addmm(their_bias, acts, decoders[at % 2])
+
+    return {OURS: no_grad(ours), DENSE: no_grad(dense), BAG: no_grad(bag)}
+
+
+def no_grad(call: Call) -> Call:
+    @functools.wraps(call)
+    def run(at: int) -> object:
+        with torch.no_grad():
+            return call(at)
+
+    return run
+
+
+def targets(dtype: str) -> tuple[Target, ...]:
+    of_floor = Target("of random rows", 0.6, lambda m: m.of_floor())
+    if dtype != "fp32":
+        return (of_floor,)
+    return (
+        Target("x dense fp32", 90.0, lambda m: m.ratio(DENSE)),
+        Target("x embedding_bag", 1.5, lambda m: m.ratio(BAG)),
+        of_floor,
+    )

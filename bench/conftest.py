@@ -1,0 +1,110 @@
+"""`pytest bench --benchmark-only`: sizes, one measurement per case, results with their machine.
+
+    --shapes toy|small|named    sizes: of the tests, of a laptop (default), of the README
+    --rounds 5                  fewest rounds of a case
+
+A module of benchmarks has `specs(shapes)`, and tests that take `measured` and `contender`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from interleaving import Measured, measure, rounds_clock
+from memory import keep_freed_memory, release
+
+from gemmascope_fast import __version__, _testing, ops
+
+SECONDS = {"toy": 0.0, "small": 1.0, "named": 4.0}
+"""Of the rounds of one case, unless the fewest rounds take longer."""
+MOST = 25
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("gemmascope_fast")
+    group.addoption("--shapes", choices=list(SECONDS), default="small", help="sizes to measure")
+    group.addoption("--rounds", type=int, default=5, help="fewest rounds of a case")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "measured" not in metafunc.fixturenames:
+        return
+    found = metafunc.module.specs(metafunc.config.getoption("--shapes"))
+    params = [
+        pytest.param(spec, contender, id=f"{spec.name}-{contender.replace(', ', '-')}")
+        for spec in found
+        for contender in spec.contenders
+    ]
+    metafunc.parametrize(("measured", "contender"), params, indirect=["measured"], scope="module")
+
+
+@pytest.fixture(scope="module")
+def measured(request: pytest.FixtureRequest) -> Iterator[Measured]:
+    """The rounds of a case, all its contenders interleaved."""
+    shapes, fewest = (request.config.getoption(name) for name in ("--shapes", "--rounds"))
+    if request.config.getoption("benchmark_disable"):
+        fewest = 1
+    keep_freed_memory(True)
+    found = measure(request.param.build(), SECONDS[shapes], fewest, max(MOST, fewest))
+    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+        print(f"\n== {request.param.name}", *found.lines(), sep="\n", flush=True)
+    yield found
+    del found
+    release()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "measured" in getattr(item, "fixturenames", ()):
+            case = item.callspec.params["measured"].name  # type: ignore[attr-defined]
+            item.add_marker(pytest.mark.benchmark(group=case, timer=rounds_clock))
+
+
+# ---- the results' file
+
+
+def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
+    """What a result depends on beside its sizes."""
+    return {
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "instructions": _testing.simd_target_name(_testing.simd_target()),
+        "mhz": clock_mhz(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "gemmascope_fast": __version__,
+        "ops": {name: ops.implementation(name, "cpu") for name in ops.TABLE},
+    }
+
+
+def pytest_benchmark_update_commit_info(commit_info: dict[str, Any]) -> None:
+    """Keep what names the state of the checkout."""
+    for name in set(commit_info) - {"id", "dirty", "time"}:
+        del commit_info[name]
+
+
+def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
+    """Drop what says nothing: a timer that replays has no options."""
+    for row in output_json["benchmarks"]:
+        for name in ("options", "params", "param", "fullname"):
+            row.pop(name, None)
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def clock_mhz() -> list[int]:
+    """Of every processor, as the kernel tells it now."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return [round(float(t.split(":")[1])) for t in lines if t.startswith("cpu MHz")]

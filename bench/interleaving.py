@@ -1,0 +1,201 @@
+"""Contenders of one case, measured in interleaved rounds together with the machine's ceilings.
+
+A round calls every contender once, each round beginning with another, and then every ceiling, so
+that a neighbour on the machine or its clock meets all of them alike. pytest-benchmark runs its
+tests one after another; therefore a case is measured as a whole when its first test asks for it,
+and every test hands its own contender's rounds over by `replay`: pytest-benchmark's timer is
+`rounds_clock`, which moves by a measured round at each call and not otherwise.
+
+Freed memory is kept while rounds are timed, so that page faults are nobody's time; what a call adds
+to memory is measured apart (memory.py).
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ceilings import Ceiling
+from memory import Memory, memory_of
+
+from gemmascope_fast.report import OURS, OWN, verdict
+
+Call = Callable[[int], object]
+"""A contender: takes the number of the call, to rotate its inputs."""
+Rates = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number the case is held to.
+
+    Attributes:
+        text: what is promised, without the number.
+        goal: the number.
+        found: reads the measured number.
+        at_most: whether the goal is an upper bound.
+    """
+
+    text: str
+    goal: float
+    found: Callable[[Measured], float]
+    at_most: bool = False
+
+    def verdict(self, measured: Measured) -> dict[str, Any]:
+        """`{"text", "goal", "at_most", "found", "met"}`."""
+        found = self.found(measured)
+        met = found <= self.goal if self.at_most else found >= self.goal
+        told = {"text": self.text, "goal": self.goal, "at_most": self.at_most}
+        return {**told, "found": found, "met": met}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison whose results have been found equal.
+
+    Attributes:
+        op: what is measured.
+        shape: `n`, `d`, `d_sae`, `l0`, and `inputs` in words.
+        calls: contenders; `OURS` is judged.
+        ceilings: measured in every round; their best rates make the floor.
+        floor: seconds that no implementation on this machine can beat, of the rates.
+        floor_text: what that is.
+        flops: floating-point operations of the op, if they bound it.
+        bytes: memory traffic of the op, if that bounds it.
+        facts: what else was found out (entries, touched latents, candidates).
+        targets: that speak of this case.
+    """
+
+    op: str
+    shape: dict[str, Any]
+    calls: Mapping[str, Call]
+    ceilings: Mapping[str, Ceiling]
+    floor: Callable[[Rates], float]
+    floor_text: str
+    flops: int = 0
+    bytes: int = 0
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    targets: tuple[Target, ...] = ()
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A case before it is built: its name, its contenders, and how to build it."""
+
+    name: str
+    contenders: tuple[str, ...]
+    build: Callable[[], Case]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A case with its rounds."""
+
+    case: Case
+    samples: Mapping[str, list[float]]
+    rates: Rates
+    memory: Mapping[str, Memory]
+
+    def median(self, name: str = OURS) -> float:
+        return statistics.median(self.samples[name])
+
+    def ratio(self, other: str, name: str = OURS) -> float:
+        """How many times as fast as `other`."""
+        return self.median(other) / self.median(name)
+
+    def of_floor(self, name: str = OURS) -> float:
+        return self.case.floor(self.rates) / self.median(name)
+
+    def peers(self) -> list[str]:
+        """Contenders that are not ours."""
+        return [name for name in self.samples if name != OURS and not name.startswith(OWN)]
+
+    def lines(self) -> list[str]:
+        """One line per contender, then facts, ceilings and verdicts."""
+        found = []
+        for name, samples in self.samples.items():
+            low, high = 1e3 * min(samples), 1e3 * max(samples)
+            against = [f"{self.ratio(o, name):.2f}x {o}" for o in self.peers() if o != name]
+            found.append(
+                f"{name:22} {1e3 * self.median(name):9.2f} ms ({low:.2f} to {high:.2f}), "
+                f"{100 * self.of_floor(name):3.0f} % of the floor, "
+                f"+{self.memory[name].peak / 2**20:.1f} MiB  {', '.join(against)}"
+            )
+        found += [f"  {name}: {fact}" for name, fact in self.case.facts.items()]
+        found += [f"  {name}: {rate / 1e9:.1f} G/s" for name, rate in self.rates.items()]
+        return found + ["  " + verdict(t.verdict(self)) for t in self.case.targets]
+
+    def told(self, name: str) -> dict[str, Any]:
+        """What stands beside the times of a contender."""
+        case, ours = self.case, name == OURS
+        seconds = self.median(name)
+        return {
+            **{"op": case.op, "contender": name, "shape": case.shape},
+            "ratios": {other: self.ratio(other, name) for other in self.samples if other != name},
+            **{"floor": case.floor_text, "floor_s": case.floor(self.rates)},
+            **{"of_floor": self.of_floor(name), "rates": dict(self.rates)},
+            "tflops": case.flops / seconds / 1e12 if case.flops else None,
+            "gb_per_s": case.bytes / seconds / 1e9 if case.bytes else None,
+            "peak_extra_bytes": self.memory[name].peak,
+            "kept_bytes": self.memory[name].kept,
+            "facts": dict(case.facts) if ours else {},
+            "targets": [t.verdict(self) for t in case.targets] if ours else [],
+        }
+
+
+def measure(case: Case, budget_s: float, fewest: int, most: int) -> Measured:
+    """Time every contender in about `budget_s` seconds, within `fewest` to `most` rounds."""
+    names = list(case.calls)
+    memory, once = {}, 0.0
+    for name, call in case.calls.items():
+        call(0)  # threads, code, first buffers
+        memory[name] = memory_of(call)
+        once += seconds_of(call, 1)  # makes the kept memory resident
+    rounds = max(fewest, min(most, int(budget_s / max(once, 1e-9))))
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    rates = {name: ceiling(0) for name, ceiling in case.ceilings.items()}
+    for turn in range(rounds):
+        for place in range(len(names)):
+            name = names[(turn + place) % len(names)]
+            samples[name].append(seconds_of(case.calls[name], turn + place))
+        for name, ceiling in case.ceilings.items():
+            rates[name] = max(rates[name], ceiling(turn))
+    return Measured(case, samples, rates, memory)
+
+
+def seconds_of(call: Call, turn: int) -> float:
+    """Duration of one call, its result dropped, without the garbage collector."""
+    collecting = gc.isenabled()
+    gc.disable()
+    began = time.perf_counter()
+    call(turn)
+    taken = time.perf_counter() - began
+    if collecting:
+        gc.enable()
+    return taken
+
+
+# ---- for pytest-benchmark
+
+_now = 0.0
+
+
+def rounds_clock() -> float:
+    """Seconds of all rounds replayed so far."""
+    return _now
+
+
+def replay(benchmark: Any, measured: Measured, contender: str) -> None:
+    """Give a contender's rounds to pytest-benchmark, with what stands beside them."""
+    rounds = iter(measured.samples[contender])
+
+    def following(rounds: Iterator[float] = rounds) -> None:
+        global _now
+        _now += next(rounds)
+
+    benchmark.extra_info.update(measured.told(contender))
+    benchmark.pedantic(following, rounds=len(measured.samples[contender]))
