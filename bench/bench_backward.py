@@ -77,8 +77,8 @@ def specs(shapes: str) -> list[Spec]:
     ]
 
 
-def test_backward(benchmark: Any, measured: Measured, contender: str) -> None:
-    replay(benchmark, measured, contender)
+def test_backward(benchmark: Any, rounds: tuple[Measured, str]) -> None:
+    replay(benchmark, *rounds)
 
 
 # ---- single passes

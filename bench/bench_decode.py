@@ -46,8 +46,8 @@ def specs(shapes: str) -> list[Spec]:
     ]
 
 
-def test_decode(benchmark: Any, measured: Measured, contender: str) -> None:
-    replay(benchmark, measured, contender)
+def test_decode(benchmark: Any, rounds: tuple[Measured, str]) -> None:
+    replay(benchmark, *rounds)
 
 
 @functools.lru_cache(maxsize=1)

@@ -80,8 +80,8 @@ def spec(op: str, size: Size, inputs: str, judged: bool) -> Spec:
     return Spec(f"{op}-{size}{told}", contenders, build)
 
 
-def test_encode(benchmark: Any, measured: Measured, contender: str) -> None:
-    replay(benchmark, measured, contender)
+def test_encode(benchmark: Any, rounds: tuple[Measured, str]) -> None:
+    replay(benchmark, *rounds)
 
 
 # ---- a case

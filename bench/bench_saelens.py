@@ -76,8 +76,8 @@ def specs(shapes: str) -> list[Spec]:
     ]
 
 
-def test_saelens(benchmark: Any, measured: Measured, contender: str) -> None:
-    replay(benchmark, measured, contender)
+def test_saelens(benchmark: Any, rounds: tuple[Measured, str]) -> None:
+    replay(benchmark, *rounds)
 
 
 def case_of(size: Size, variant: Variant, judged: bool) -> Case:

@@ -48,8 +48,8 @@ def specs(shapes: str) -> list[Spec]:
     ]
 
 
-def test_step(benchmark: Any, measured: Measured, contender: str) -> None:
-    replay(benchmark, measured, contender)
+def test_step(benchmark: Any, rounds: tuple[Measured, str]) -> None:
+    replay(benchmark, *rounds)
 
 
 def case_of(size: Size, judged: bool) -> Case:

@@ -3,7 +3,7 @@
     --shapes toy|small|named    sizes: of the tests, of a laptop (default), of the README
     --rounds 5                  fewest rounds of a case
 
-A module of benchmarks has `specs(shapes)`, and tests that take `measured` and `contender`.
+A module of benchmarks has `specs(shapes)`, and tests that take `rounds`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from interleaving import Measured, measure, rounds_clock
+from interleaving import Measured, Spec, measure, rounds_clock
 from memory import keep_freed_memory, release
 
 from gemmascope_fast import __version__, _testing, ops
@@ -33,37 +33,63 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "measured" not in metafunc.fixturenames:
+    if "rounds" not in metafunc.fixturenames:
         return
     found = metafunc.module.specs(metafunc.config.getoption("--shapes"))
     params = [
-        pytest.param(spec, contender, id=f"{spec.name}-{contender.replace(', ', '-')}")
+        pytest.param(
+            (spec, contender),
+            id=f"{spec.name}-{contender.replace(', ', '-').replace(' ', '-')}",
+            marks=pytest.mark.benchmark(group=spec.name, timer=rounds_clock),
+        )
         for spec in found
         for contender in spec.contenders
     ]
-    metafunc.parametrize(("measured", "contender"), params, indirect=["measured"], scope="module")
+    metafunc.parametrize("rounds", params, indirect=True)
+
+
+class Latest:
+    """The case that was measured last: its tests follow each other."""
+
+    spec: Spec | None = None
+    measured: Measured | None = None
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def of(self, spec: Spec) -> Measured:
+        if self.spec is not spec or self.measured is None:
+            self.drop()
+            self.spec, self.measured = spec, self.measure(spec)
+        return self.measured
+
+    def measure(self, spec: Spec) -> Measured:
+        shapes, fewest = (self.config.getoption(name) for name in ("--shapes", "--rounds"))
+        keep_freed_memory(True)
+        found = measure(spec.build(), SECONDS[shapes], fewest, max(MOST, fewest))
+        capture = self.config.pluginmanager.get_plugin("capturemanager")
+        with capture.global_and_fixture_disabled():
+            print(f"\n== {spec.name}", *found.lines(), sep="\n", flush=True)
+        return found
+
+    def drop(self) -> None:
+        """Give its memory back."""
+        self.spec = self.measured = None
+        release()
 
 
 @pytest.fixture(scope="module")
-def measured(request: pytest.FixtureRequest) -> Iterator[Measured]:
-    """The rounds of a case, all its contenders interleaved."""
-    shapes, fewest = (request.config.getoption(name) for name in ("--shapes", "--rounds"))
-    if request.config.getoption("benchmark_disable"):
-        fewest = 1
-    keep_freed_memory(True)
-    found = measure(request.param.build(), SECONDS[shapes], fewest, max(MOST, fewest))
-    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
-        print(f"\n== {request.param.name}", *found.lines(), sep="\n", flush=True)
-    yield found
-    del found
-    release()
+def latest(request: pytest.FixtureRequest) -> Iterator[Latest]:
+    held = Latest(request.config)
+    yield held
+    held.drop()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "measured" in getattr(item, "fixturenames", ()):
-            case = item.callspec.params["measured"].name  # type: ignore[attr-defined]
-            item.add_marker(pytest.mark.benchmark(group=case, timer=rounds_clock))
+@pytest.fixture
+def rounds(request: pytest.FixtureRequest, latest: Latest) -> tuple[Measured, str]:
+    """The rounds of a case, all its contenders interleaved, and the contender to report."""
+    spec, contender = request.param
+    return latest.of(spec), contender
 
 
 # ---- the results' file
