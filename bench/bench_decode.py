@@ -18,14 +18,13 @@ from typing import Any
 import ceilings
 import torch
 from interleaving import Call, Case, Measured, Spec, Target, replay
-from problems import FIRING, L0, Size, batches, touched
+from problems import DTYPES, FIRING, L0, Size, batches, decoders_of, touched
 from torch import Tensor
 
 import gemmascope_fast as gsf
 from gemmascope_fast.report import OURS
 
 DENSE, BAG = "dense", "embedding_bag"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = {
     "toy": [Size(32, 128, 1024)],
     "small": [Size(256, 768, 16_384)],
@@ -50,16 +49,9 @@ def test_decode(benchmark: Any, rounds: tuple[Measured, str]) -> None:
     replay(benchmark, *rounds)
 
 
-@functools.lru_cache(maxsize=1)
-def dictionaries(dtype: str, d: int, d_sae: int) -> list[Tensor]:
-    """Two random decoders; the last ones are kept for the next case."""
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randn(d_sae, d, generator=generator).to(DTYPES[dtype]) for _ in range(2)]
-
-
 @torch.no_grad()
 def case_of(dtype: str, size: Size, firing: str, judged: bool) -> Case:
-    decoders = dictionaries(dtype, size.d, size.d_sae)
+    decoders = decoders_of(dtype, size.d, size.d_sae)
     drawn = batches(firing, size.n, size.d_sae)
     calls = contenders(decoders, drawn, torch.randn(size.d))
     expected = calls[DENSE](0)

@@ -53,13 +53,14 @@ def test_step(benchmark: Any, rounds: tuple[Measured, str]) -> None:
 
 
 def case_of(size: Size, judged: bool) -> Case:
-    calls = {name: contender(name, size) for name in (OURS, UNFUSED, DENSE)}
+    made = {name: autoencoder(size) for name in (OURS, UNFUSED, DENSE)}
+    calls = {name: contender(name, *each) for name, each in made.items()}
+    x, sae = made[OURS]
+    latents = int(sae.encode(x).detach().fired().sum())
     for turn in range(2):
         losses = {name: call(turn) for name, call in calls.items()}
         assert losses[OURS] == losses[UNFUSED], losses
         torch.testing.assert_close(losses[DENSE], losses[OURS], rtol=1e-4, atol=0)
-    x, sae = autoencoder(size)
-    latents = int(sae.encode(x).detach().fired().sum())
     apart = most_alive(calls[OURS], x.numel())
     return Case(
         op="step",
@@ -89,8 +90,7 @@ def floor_of(size: Size, latents: int, W_dec: Tensor) -> dict[str, Any]:
     }
 
 
-def contender(name: str, size: Size) -> Call:
-    x, sae = autoencoder(size)
+def contender(name: str, x: Tensor, sae: gsf.SAE) -> Call:
     if name == DENSE:
         adam: Any = torch.optim.Adam(sae.parameters(), LR, betas=BETAS, fused=True)
         return step(adam, lambda batch: dense.loss(sae, batch), x)

@@ -2,6 +2,8 @@
 
     --shapes toy|small|named    sizes: of the tests, of a laptop (default), of the README
     --rounds 5                  fewest rounds of a case
+    --malloc kept|default       whether freed blocks are kept (default), so that no contender pays
+                                for page faults, or large ones returned, as glibc does unasked
 
 A module of benchmarks has `specs(shapes)`, and tests that take `rounds`.
 """
@@ -17,7 +19,8 @@ from typing import Any
 import pytest
 import torch
 from interleaving import Measured, Spec, measure, rounds_clock
-from memory import keep_freed_memory, release
+from memory import release
+from problems import forget
 
 from gemmascope_fast import __version__, _testing, ops
 
@@ -30,6 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gemmascope_fast")
     group.addoption("--shapes", choices=list(SECONDS), default="small", help="sizes to measure")
     group.addoption("--rounds", type=int, default=5, help="fewest rounds of a case")
+    told = "what becomes of freed memory while calls are timed"
+    group.addoption("--malloc", choices=["kept", "default"], default="kept", help=told)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -65,8 +70,8 @@ class Latest:
 
     def measure(self, spec: Spec) -> Measured:
         shapes, fewest = (self.config.getoption(name) for name in ("--shapes", "--rounds"))
-        keep_freed_memory(True)
-        found = measure(spec.build(), SECONDS[shapes], fewest, max(MOST, fewest))
+        kept = self.config.getoption("--malloc") == "kept"
+        found = measure(spec.build(), SECONDS[shapes], fewest, max(MOST, fewest), kept)
         capture = self.config.pluginmanager.get_plugin("capturemanager")
         with capture.global_and_fixture_disabled():
             print(f"\n== {spec.name}", *found.lines(), sep="\n", flush=True)
@@ -83,6 +88,8 @@ def latest(request: pytest.FixtureRequest) -> Iterator[Latest]:
     held = Latest(request.config)
     yield held
     held.drop()
+    forget()
+    release()
 
 
 @pytest.fixture
@@ -95,7 +102,7 @@ def rounds(request: pytest.FixtureRequest, latest: Latest) -> tuple[Measured, st
 # ---- the results' file
 
 
-def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
+def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
     """What a result depends on beside its sizes."""
     return {
         "processor": processor(),
@@ -103,6 +110,7 @@ def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
         "instructions": _testing.simd_target_name(_testing.simd_target()),
         "mhz": clock_mhz(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "malloc": config.getoption("--malloc"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "gemmascope_fast": __version__,

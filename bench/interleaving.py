@@ -6,8 +6,8 @@ tests one after another; therefore a case is measured as a whole when its first 
 and every test hands its own contender's rounds over by `replay`: pytest-benchmark's timer is
 `rounds_clock`, which moves by a measured round at each call and not otherwise.
 
-Freed memory is kept while rounds are timed, so that page faults are nobody's time; what a call adds
-to memory is measured apart (memory.py).
+By default freed memory is kept while rounds are timed, so that page faults are nobody's time; what
+a call adds to memory is measured apart (memory.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ceilings import Ceiling
-from memory import Memory, memory_of
+from memory import Memory, keep_freed_memory, memory_of
 
 from gemmascope_fast.report import OURS, OWN, verdict
 
@@ -147,13 +147,17 @@ class Measured:
         }
 
 
-def measure(case: Case, budget_s: float, fewest: int, most: int) -> Measured:
-    """Time every contender in about `budget_s` seconds, within `fewest` to `most` rounds."""
+def measure(case: Case, budget_s: float, fewest: int, most: int, keep: bool) -> Measured:
+    """Time every contender in about `budget_s` seconds, within `fewest` to `most` rounds.
+
+    `keep`: whether malloc keeps freed memory while rounds are timed.
+    """
     names = list(case.calls)
     memory, once = {}, 0.0
     for name, call in case.calls.items():
         call(0)  # threads, code, first buffers
         memory[name] = memory_of(call)
+        keep_freed_memory(keep)
         once += seconds_of(call, 1)  # makes the kept memory resident
     rounds = max(fewest, min(most, int(budget_s / max(once, 1e-9))))
     samples: dict[str, list[float]] = {name: [] for name in names}

@@ -23,6 +23,7 @@ MARGIN = 2e-5
 OUTLIERS = 8
 """Massive input dimensions, 60 times the rest, as in Gemma's residual stream."""
 TOKENS_OF_A_CLUSTER = 16
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FIRING = ("uniform", "log-normal", "clustered")
 
 
@@ -114,6 +115,19 @@ def _acts(latents: Tensor, d_sae: int, generator: torch.Generator) -> SparseActs
         torch.ones_like(values),
         (n, d_sae),
     )
+
+
+@functools.lru_cache(maxsize=1)
+def decoders_of(dtype: str, d: int, d_sae: int) -> list[Tensor]:
+    """Two random `[d_sae, d]` matrices; the last ones are kept for the next case."""
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(d_sae, d, generator=generator).to(DTYPES[dtype]) for _ in range(2)]
+
+
+def forget() -> None:
+    """Drop what was kept for a next case."""
+    for kept in (encoder_rows, batches, decoders_of):
+        kept.cache_clear()
 
 
 def touched(acts: SparseActs) -> int:

@@ -1,7 +1,7 @@
 """`python -m gemmascope_fast bench --report`: the committed measurements as tables and plots.
 
-Reads `gpu_check_<device>.json`, which `bench/gpu_check.py` writes, and `against_dense*.json` of
-`bench/against_dense.py`. Nothing is measured here.
+Reads `gpu_check_<device>.json` of `bench/gpu_check.py` and `cpu*.json` of pytest-benchmark, which
+`make bench-cpu` and `make bench-peers` write. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def load(folder: Path) -> list[Results]:
 def tables(folder: Path) -> str:
     """Markdown of everything measured: one section per GPU, then the CPU."""
     gpus = [gpu_section(results) for results in load(folder)]
-    cpus = [cpu_section(json.loads(p.read_text())) for p in sorted(folder.glob("against_dense*"))]
+    cpus = [cpu_section(json.loads(p.read_text())) for p in sorted(folder.glob("cpu*.json"))]
     return "\n\n".join([*(gpus or [NEVER]), *cpus])
 
 
@@ -93,14 +93,18 @@ HEAD = [
 
 def cells(row: Row) -> list[str]:
     """A compared row as text."""
-    shape, ours = row["shape"], row["times"][OURS]
+    shape = row["shape"]
     op = row["name"].split()[0] if row["part"] == "topk" else row["part"]
-    rate = f"{row['tflops']:.0f} TFLOP/s" if row["tflops"] else ""
-    rate = rate or (f"{row['gb_per_s']:.0f} GB/s" if row["gb_per_s"] else "")
+    return [op, f"{shape['d_sae']:,}", str(shape["l0"]), shape["firing"], *measured(row)]
+
+
+def measured(row: Row) -> list[str]:
+    """What was found, in the columns after the shape."""
+    ours, flops, moved = row["times"][OURS], row["tflops"] or 0, row["gb_per_s"]
+    rate = f"{flops:.0f} TFLOP/s" if flops >= 1 else f"{1e3 * flops:.0f} GFLOP/s"
     return [
-        *(op, f"{shape['d_sae']:,}", str(shape["l0"]), shape["firing"]),
         "; ".join([milliseconds(ours["median_s"]), *variants(row)]),
-        rate,
+        rate if flops else f"{moved:.0f} GB/s" if moved else "",
         f"{100 * row['of_floor']:.0f} %" if row["of_floor"] else "",
         against(row),
         mebibytes(ours["peak_extra_bytes"]),
@@ -140,22 +144,30 @@ def verdict(target: dict[str, Any]) -> str:
 
 
 def cpu_section(results: Results) -> str:
-    """Table of one `against_dense` file."""
-    a, m = results["arguments"], results["machine"]
-    title = (
-        f"CPU: {m['processor']}, {m['threads']} threads, torch {m['torch']}, commit {m['commit']}; "
-        f"fp32, n = {a['n']}, d = {a['d']}, d_sae = {a['d_sae']:,}, L0 = {a['l0']:g}."
-    )
-    head = ("work", "contender", "time", "of the floor", "against dense", "memory")
+    """Table of one file of pytest-benchmark's, one row per case."""
+    m, commit = results["machine_info"], results["commit_info"]
+    commit = commit["id"][:7] + (" and changes" if commit["dirty"] else "")
+    where = f"{m['processor']}, {m['threads']} threads, {m['instructions']}, torch {m['torch']}"
+    title = f"CPU: {where}, commit {commit}. Medians; the floor is measured in the same run."
+    head = ("op", "n", "d", "latents", "inputs", *HEAD[4:])
+    sizes = ("n", "d", "d_sae")
     body = [
-        [
-            *(r["work"], r["contender"], milliseconds(r["median_s"])),
-            *(f"{100 * r['fraction_of_floor']:.0f} %", f"{r['speedup']:.2f}x"),
-            f"{r['peak_mb']:.0f} MB",
-        ]
-        for r in results["results"]
+        [r["op"], *(f"{r['shape'][k]:,}" for k in sizes), r["shape"]["inputs"], *measured(r)]
+        for r in cpu_rows(results)
     ]
     return f"{title}\n\n{markdown(head, body)}"
+
+
+def cpu_rows(results: Results) -> list[Row]:
+    """The contenders of each case as one row of the form that a GPU's have."""
+    found: dict[str, Row] = {}
+    for one in results["benchmarks"]:
+        told = one["extra_info"]
+        row = found.setdefault(one["group"], {"times": {}})
+        row["times"][told["contender"]] = {"median_s": one["stats"]["median"], **told}
+        if told["contender"] == OURS:
+            row |= told
+    return [row for row in found.values() if OURS in row["times"]]
 
 
 def markdown(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
