@@ -10,8 +10,6 @@ import pytest
 
 from gemmascope_fast import cli, report
 
-COMMITTED = Path(__file__).resolve().parents[1] / "bench" / "results"
-
 
 def row(part: str, d_sae: int, **changes: Any) -> dict[str, Any]:
     found: dict[str, Any] = {
@@ -99,10 +97,32 @@ def test_the_overview_counts_rows_and_targets() -> None:
     assert "| 50 steps | done | 50 steps of 1 s |" in report.summary(found)
 
 
-def test_the_committed_cpu_results_become_a_table() -> None:
-    text = report.tables(COMMITTED)
-    assert "CPU: AMD EPYC, 2 threads" in text
-    assert "| encode+decode | sparse |" in text and "| forward+backward | dense |" in text
+def benchmark(contender: str, median_s: float, **changes: Any) -> dict[str, Any]:
+    told = {
+        **{"op": "decode", "contender": contender, "peak_extra_bytes": 3 << 20},
+        "shape": {"n": 1024, "d": 1152, "d_sae": 65536, "l0": 64, "inputs": "fp32, uniform"},
+        **{"ratios": {"dense": 91.2}, "of_floor": 0.61, "tflops": None, "gb_per_s": 40.2},
+        "targets": [{"text": "x dense", "goal": 90, "at_most": False, "found": 91.2, "met": True}],
+    }
+    return {"group": "one", "stats": {"median": median_s}, "extra_info": told | changes}
+
+
+def test_the_cpus_table_has_one_row_per_case(tmp_path: Path) -> None:
+    machine = {"processor": "AMD EPYC", "threads": 2, "instructions": "avx512", "torch": "2.13.0"}
+    commit = {"id": "0123456789", "dirty": True}
+    rows = [benchmark("dense", 0.9, targets=[]), benchmark("gemmascope_fast", 0.01)]
+    rows += [benchmark("ours, direct", 0.02), benchmark("gemmascope_fast", 0.03) | {"group": "two"}]
+    rows[-1]["extra_info"] |= {"tflops": 0.6712, "ratios": {}}
+    found = {"machine_info": machine, "commit_info": commit, "benchmarks": rows}
+    (tmp_path / "cpu_x.json").write_text(json.dumps(found))
+    title, _, head, _, one, two = report.tables(tmp_path).split("\n\n", 1)[1].splitlines()
+    assert title.startswith("CPU: AMD EPYC, 2 threads, avx512, torch 2.13.0, commit 0123456 and")
+    assert head.startswith("| op | n | d | latents | inputs | time |")
+    assert one == (
+        "| decode | 1,024 | 1,152 | 65,536 | fp32, uniform | 10 ms; direct 20 ms | 40 GB/s | 61 % "
+        "| 91.20x dense | 3 MiB | met: 91.2 >= 90 x dense |"
+    )
+    assert "| 30 ms | 671 GFLOP/s | 61 % |  | 3 MiB |" in two
 
 
 def test_only_what_lies_between_the_markers_is_replaced() -> None:

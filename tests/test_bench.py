@@ -1,0 +1,196 @@
+"""`pytest bench`: what it interleaves, hands to pytest-benchmark, asserts, judges and reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import bench_backward  # noqa: E402
+import bench_encode  # noqa: E402
+import interleaving  # noqa: E402
+import memory  # noqa: E402
+import problems  # noqa: E402
+from interleaving import Case, Measured, Target  # noqa: E402
+from memory import Memory  # noqa: E402
+
+from gemmascope_fast import report  # noqa: E402
+from gemmascope_fast.report import OURS  # noqa: E402
+
+SHAPE = {"n": 4, "d": 8, "d_sae": 16, "l0": 2, "inputs": "Gaussian"}
+
+
+def case(calls: dict[str, Any], ceilings: dict[str, Any], **more: Any) -> Case:
+    named = {"op": "decode", "shape": SHAPE, "floor": lambda r: 6 / r["copy"], "floor_text": "x"}
+    return Case(**{**named, "calls": calls, "ceilings": ceilings, **more})
+
+
+@pytest.fixture
+def default_malloc() -> Iterator[None]:
+    yield
+    memory.keep_freed_memory(False)
+
+
+# ---- rounds
+
+
+def test_rounds_interleave_contenders_and_ceilings_and_begin_with_another(
+    default_malloc: None,
+) -> None:
+    said: list[str] = []
+
+    def say(name: str, found: float = 0.0) -> Any:
+        return lambda at: said.append(f"{name}{at}") or found
+
+    measured = interleaving.measure(
+        case({OURS: say("a"), "dense": say("b")}, {"copy": say("c", 2.0)}), 0.0, 3, 9, keep=True
+    )
+    assert said[:6] == ["a0", "a0", "a1", "b0", "b0", "b1"]  # first call, memory, its time
+    assert said[6:] == ["c0", *("a0 b1 c0 b1 a2 c1 a2 b3 c2".split())]
+    assert [len(taken) for taken in measured.samples.values()] == [3, 3]
+
+
+def measured_case(**more: Any) -> Measured:
+    samples = {OURS: [1.0, 3.0, 2.0], "dense": [8.0, 20.0, 9.0], "ours, direct": [4.0, 4.0, 4.0]}
+    sizes = {name: Memory(3 << 20, 1 << 20) for name in samples}
+    made = case({}, {}, flops=10**12, **more)
+    return Measured(made, samples, {"copy": 4.0}, sizes)
+
+
+def test_ratios_floors_and_verdicts_are_those_of_medians() -> None:
+    goals = (
+        Target("x dense", 4.5, lambda m: m.ratio("dense")),
+        Target("of the floor", 0.8, lambda m: m.of_floor()),
+        Target("MiB", 2.0, lambda m: m.memory[OURS].peak / 2**20, at_most=True),
+    )
+    found = measured_case(targets=goals)
+    told = found.told(OURS)
+    assert told["ratios"] == {"dense": 4.5, "ours, direct": 2.0}
+    assert (told["floor_s"], told["of_floor"], told["tflops"]) == (1.5, 0.75, 0.5)
+    assert [(v["found"], v["met"]) for v in told["targets"]] == [
+        *((4.5, True), (0.75, False), (3.0, False))
+    ]
+    assert found.told("dense")["targets"] == [] and found.told("dense")["of_floor"] == 1.5 / 9
+    lines = found.lines()
+    assert lines[0].startswith(OURS) and "75 % of the floor, +3.0 MiB  4.50x dense" in lines[0]
+    assert "2.25x dense" in lines[2] and lines[-1] == "  **missed**: 3 <= 2 MiB"
+
+
+def test_pytest_benchmark_is_given_the_measured_rounds() -> None:
+    class Benchmark:
+        def __init__(self) -> None:
+            self.extra_info: dict[str, Any] = {}
+            self.data: list[float] = []
+
+        def pedantic(self, target: Any, rounds: int) -> None:
+            for _ in range(rounds):
+                began = interleaving.rounds_clock()
+                target()
+                self.data.append(interleaving.rounds_clock() - began)
+
+    benchmark = Benchmark()
+    interleaving.replay(benchmark, measured_case(), "dense")
+    assert benchmark.data == pytest.approx([8.0, 20.0, 9.0], abs=1e-9)
+    assert benchmark.extra_info["contender"] == "dense"
+
+
+# ---- memory
+
+
+def test_memory_of_a_call_is_its_peak_and_what_its_result_keeps(default_malloc: None) -> None:
+    def call(_: int) -> Tensor:
+        large = torch.ones(12 << 20, dtype=torch.uint8)
+        return large[: 4 << 20].clone()
+
+    call(0)
+    for keep in (True, False):
+        memory.keep_freed_memory(keep)
+        found = memory.memory_of(call)
+        assert 15 <= found.peak / 2**20 < 18 and 3 <= found.kept / 2**20 < 6
+
+
+def test_tensors_of_one_size_that_live_together_are_counted() -> None:
+    def call(_: int) -> Tensor:
+        x = torch.ones(40)
+        y = x + 1
+        del x
+        z = y * 2
+        return z + torch.ones(30).sum()
+
+    assert memory.most_alive(call, 40) == 3  # y, z and the sum of z
+
+
+# ---- what must hold before anything is timed
+
+
+def test_an_encoder_that_misses_an_entry_is_not_timed() -> None:
+    pre = torch.tensor([[0.5, 2.0, 1.0, 3.0]])
+    threshold = torch.ones(4)
+    bench_encode.assert_selected("jumprelu", torch.tensor([[0, 2.0, 0, 3]]), pre, threshold, 1e-6)
+    for wrong in ([0.0, 2, 0, 0], [0.5, 2, 0, 3], [0, 2, 0, 3.1]):
+        with pytest.raises(AssertionError):
+            bench_encode.assert_selected("jumprelu", torch.tensor([wrong]), pre, threshold, 1e-6)
+
+
+def test_gradients_that_differ_are_not_timed() -> None:
+    right = (torch.ones(3), torch.ones(2)), torch.tensor(1.0)
+    off = (torch.ones(3), torch.tensor([1.0, 1.001])), torch.tensor(1.0)
+    calls = {bench_backward.DENSE: right, OURS: right, bench_backward.COMPOSED: off}
+    with pytest.raises(AssertionError, match="encode and decode: a gradient differs by"):
+        bench_backward.assert_gradients_agree({n: lambda _, r=r: r for n, r in calls.items()})
+
+
+def test_no_rounding_decides_a_gate_of_the_autoencoder() -> None:
+    x, sae = problems.autoencoder(problems.Size(32, 64, 512))
+    pre = (x @ sae.W_enc).detach()
+    distance = (pre - sae.threshold.detach()).abs()
+    assert distance.min() > 1.5e-5
+    assert (distance - problems.BANDWIDTH / 2).abs().min() > 1.5e-5
+    assert 56 <= float((pre > sae.threshold).sum(1).float().mean()) <= 72
+
+
+@pytest.mark.parametrize("firing", problems.FIRING)
+def test_batches_have_distinct_ascending_latents(firing: str) -> None:
+    for acts in problems.batches(firing, 32, 2048, 64, 2):
+        latents = acts.indices.view(32, 64)
+        assert (latents.diff(dim=1) > 0).all() and acts.offsets[-1] == acts.nnz == 32 * 64
+    most = problems.touched(problems.batches("uniform", 32, 2048, 64, 2)[0])
+    assert firing == "uniform" or problems.touched(acts) < 0.9 * most
+
+
+# ---- a run
+
+
+def test_a_run_writes_every_op_and_the_report_shows_it(tmp_path: Path) -> None:
+    """Toy sizes of the whole suite, one round each, as `make bench-cpu` runs it."""
+    command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "--shapes", "toy"]
+    command += ["--rounds", "1", f"--benchmark-json={tmp_path / 'cpu.json'}"]
+    chosen = "topk-n33 or n1-192 or (fp32 and uniform) or training-n32 or step"
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "-k", chosen], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "cpu.json").read_text())
+    assert found["machine_info"]["threads"] == 1 and "node" not in found["machine_info"]
+    assert set(found["commit_info"]) <= {"id", "dirty", "time"}
+    rows = report.cpu_rows(found)
+    ops = {"jumprelu_encode", "topk_encode", "batchtopk_encode", "decode", "training", "step"}
+    assert {row["op"] for row in rows} == ops | set(bench_backward.ROWS)
+    for row in rows:
+        assert row["of_floor"] > 0 and min(row["rates"].values()) > 0
+        assert row["facts"] and f"== {row['op'].split('_')[0]}" in done.stdout
+    assert len({one["group"] for one in found["benchmarks"]}) == len(rows)
+    text = report.tables(tmp_path)
+    assert "| decode | 32 | 128 | 1,024 | fp32, uniform, " in text and "x embedding_bag" in text
