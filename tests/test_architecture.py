@@ -18,7 +18,10 @@ PACKAGE = ROOT / "gemmascope_fast"
 NAME = PACKAGE.name
 
 LAYERS = [
-    ("reference", "autograd", "activations", "arguments", "costs", "triton_launchers"),
+    (
+        *("reference", "autograd", "activations", "arguments", "costs", "triton_launchers"),
+        "hook_points",
+    ),
     ("fakes",),
     ("ops",),
     ("entries",),

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gemmascope_fast.hook_points import resolve
 from gemmascope_fast.sources import (
     Block,
     ModelSource,
@@ -21,7 +22,7 @@ from gemmascope_fast.sources import (
     write_shards,
 )
 from gemmascope_fast.training import shards
-from gemmascope_fast.training.hooks import resolve, special_token_ids
+from gemmascope_fast.training.hooks import special_token_ids
 from gemmascope_fast.training.sources import EMPTY_BLOCKS, Stream
 
 
@@ -251,13 +252,12 @@ def test_hook_points_of_the_published_configs_are_found(make: Any) -> None:
         *("", ".self_attn.o_proj", ".post_feedforward_layernorm"),
         ".pre_feedforward_layernorm",
     ):
-        module, side = resolve(model, f"model.layers.1{tail}.input")
-        names = [name for name, m in model.named_modules() if m is module]
-        assert side == "input" and names[0].endswith(f"layers.1{tail}")
-        assert "vision" not in names[0]
+        place = resolve("train", model, f"model.layers.1{tail}.input")
+        assert place.side == "input" and place.name.endswith(f"layers.1{tail}")
+        assert model.get_submodule(place.name) is place.module and "vision" not in place.name
     assert (
-        resolve(model, "model.language_model.layers.2.output")[0]
-        is resolve(model, "layers.2.output")[0]
+        resolve("train", model, "model.language_model.layers.2.output").module
+        is resolve("train", model, "layers.2.output").module
     )
 
 
@@ -271,7 +271,7 @@ def test_hook_points_of_the_published_configs_are_found(make: Any) -> None:
 )
 def test_hook_points_that_name_nothing(point: str, text: str) -> None:
     with pytest.raises(ValueError, match=text):
-        resolve(tiny_gemma(), point)
+        resolve("train", tiny_gemma(), point)
 
 
 @pytest.mark.parametrize("make", [tiny_gemma, tiny_multimodal])

@@ -1,26 +1,23 @@
 """Activations read live from a `transformers` model by forward hooks.
 
-A hook point is the name of a module and which side of it is read, as Gemma Scope's configs write
-it: `model.layers.17.output`, `model.layers.17.self_attn.o_proj.input`. Multimodal models keep the
-same modules below a `language_model`: a hook point is matched by its tail, outside of vision and
-audio towers. Special tokens are left out before anything sees the rows.
+Hook points are those of `hook_points`. Special tokens are left out before anything sees the rows.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..arguments import check_count
+from ..hook_points import resolve
 from .sources import Block, Source, generator
 
-SIDES = ("input", "output")
-OTHER_MODALITIES = ("vision", "audio", "image", "multi_modal")
-WRAPPERS = ("model", "language_model", "transformer", "text_model")
+OP = "train"
 SPECIAL = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id"),
     *("image_token_id", "image_token_index", "boi_token_id", "boi_token_index", "eoi_token_id"),
@@ -31,36 +28,6 @@ SPECIAL = (
 
 class _Reached(Exception):
     """Raised by the last hook: what comes after it need not run."""
-
-
-def resolve(model: nn.Module, hook_point: str) -> tuple[nn.Module, str]:
-    """The module that `hook_point` names, and "input" or "output".
-
-    Raises:
-        ValueError: the model has no such module, or more than one.
-    """
-    path, _, side = hook_point.rpartition(".")
-    if side not in SIDES or not path:
-        raise ValueError(
-            f"train: hook point must be a module's name and .input or .output, got {hook_point!r}"
-        )
-    parts = path.split(".")
-    while len(parts) > 1 and parts[0] in WRAPPERS:
-        parts = parts[1:]
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if (own := name.split("."))[-len(parts) :] == parts
-        and all(part in WRAPPERS for part in own[: -len(parts)])
-        and not any(other in part for part in own for other in OTHER_MODALITIES)
-    ]
-    if len(found) != 1:
-        names = ", ".join(name for name, _ in found) or "none"
-        raise ValueError(
-            f"train: hook point {hook_point!r} must name one module of {type(model).__name__}, "
-            f"and names {len(found)} ({names})"
-        )
-    return found[0][1], side
 
 
 @torch.no_grad()
@@ -74,22 +41,14 @@ def capture(model: nn.Module, hook_points: Sequence[str], **inputs: Tensor) -> l
         ValueError: as `resolve`.
     """
     caught: dict[int, Tensor] = {}
-    places = [resolve(model, point) for point in hook_points]
+    places = [resolve(OP, model, point) for point in hook_points]
 
-    def keep(at: int, value: Any) -> None:
-        caught[at] = value[0] if isinstance(value, (tuple, list)) else value
+    def keep(at: int, value: Tensor) -> None:
+        caught[at] = value
         if len(caught) == len(places):
             raise _Reached
 
-    def hook(at: int, module: nn.Module, side: str) -> Any:
-        if side == "output":
-            return module.register_forward_hook(lambda _m, _a, out: keep(at, out))
-        return module.register_forward_pre_hook(
-            lambda _m, args, kwargs: keep(at, args if args else next(iter(kwargs.values()))),
-            with_kwargs=True,
-        )
-
-    handles = [hook(at, module, side) for at, (module, side) in enumerate(places)]
+    handles = [place.attach(OP, partial(keep, at)) for at, place in enumerate(places)]
     try:
         model(**inputs)
     except _Reached:
