@@ -21,6 +21,7 @@ from .packing import PackedEncoder, pack
 from .reference import CapacityError
 from .semantics import Semantics
 from .sparse import SparseActs
+from .splicing import capture, splice
 from .training.memory import MemoryEstimate, estimate_memory
 from .training.metrics import Evaluation, evaluate
 from .training.preset import Preset
@@ -51,6 +52,7 @@ __all__ = [
     "Transcoder",
     "audit",
     "batchtopk_encode",
+    "capture",
     "clip_grad_norm_",
     "decode",
     "decode_",
@@ -68,6 +70,7 @@ __all__ = [
     "queries",
     "reference",
     "sources",
+    "splice",
     "topk_encode",
     "train",
 ]
