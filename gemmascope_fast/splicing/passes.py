@@ -26,7 +26,8 @@ class Pass:
     Attributes:
         start: column of the first new token; 0 where nothing was cached.
         positions: `[batch, length]` int64; `PADDING` where the attention mask is 0.
-        prompts: `[batch]` int64, tokens of each prompt: of the first pass over the sequences.
+        prompts: `[batch]` int64, tokens of each sequence at the end of its prompt: of the last pass
+            that was not a single token behind a cache.
     """
 
     start: int
@@ -93,7 +94,7 @@ class Passes:
         valid = self._valid(given.get("attention_mask"), batch, total, device)
         positions = (valid.cumsum(1) - 1).masked_fill(~valid, PADDING)
         prompts = valid.sum(1)
-        if start and self.last is not None and self.last.prompts.shape == prompts.shape:
+        if start and length == 1 and self.last and self.last.prompts.shape == prompts.shape:
             prompts = self.last.prompts
         return Pass(start, positions[:, start:], prompts)
 

@@ -195,9 +195,10 @@ def splice(
         positions: tokens that are spliced; the others pass untouched. An int, a slice or a list
             counts each sequence's own tokens from 0, so that it means the same however the batch is
             padded and goes on into what is generated; negative ones count from the end of the
-            prompt (of the first pass over the sequences: without a cache, of every pass). A bool
-            mask `[batch, columns]` counts like `input_ids`, padding included. None is all tokens,
-            the BOS among them, which published dictionaries were not trained on.
+            prompt, the last pass that was more than one token behind a cache (so from the end of
+            every pass where there is no cache, and of every chunk of a prompt fed in chunks). A
+            bool mask `[batch, columns]` counts like `input_ids`, padding included. None is all
+            tokens, the BOS among them, which published dictionaries were not trained on.
         error: what becomes of `y - decode(acts)`. "detach": it stays and is a constant, so that
             gradients reach what comes before through the latents only. "grad": it stays with its
             gradient, which makes an unedited splice the identity in the backward pass too. "none":
