@@ -21,9 +21,9 @@ from .packing import PackedEncoder, pack
 from .reference import CapacityError
 from .semantics import Semantics
 from .sparse import SparseActs
-from .splicing import capture, splice
+from .splicing import ModelEvaluation, SpliceContext, capture, evaluate, splice
 from .training.memory import MemoryEstimate, estimate_memory
-from .training.metrics import Evaluation, evaluate
+from .training.metrics import Evaluation
 from .training.preset import Preset
 from .training.runs import train
 from .training.trainer import NonFiniteError
@@ -41,11 +41,13 @@ __all__ = [
     "Explanation",
     "JumpReLU",
     "MemoryEstimate",
+    "ModelEvaluation",
     "NonFiniteError",
     "PackedEncoder",
     "Preset",
     "Semantics",
     "SparseActs",
+    "SpliceContext",
     "StreamedLayers",
     "StreamedSAE",
     "TopK",

@@ -74,7 +74,8 @@ def dictionary(
     """A JumpReLU dictionary with about a tenth of its latents active on the small models."""
     generator = torch.Generator().manual_seed(seed)
     kind = gsf.Transcoder if transcoder else gsf.SAE
-    activation = options.pop("activation", gsf.JumpReLU(0.5, init_threshold=4.0))
+    threshold = 4.0 if d_in == HIDDEN and not transcoder else 1.0  # of the stream; of its parts
+    activation = options.pop("activation", gsf.JumpReLU(0.5, init_threshold=threshold))
     made = kind(d_in, d_sae, activation, generator=generator, **options)
     with torch.no_grad():
         for bias in (made.b_enc, made.b_dec):

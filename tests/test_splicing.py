@@ -145,6 +145,7 @@ def test_an_edit_learns_where_it_is(case: Case) -> None:
         model(ids)
     ((acts, context),) = seen
     assert (context.key, context.module, context.layer) == (point_in, sae, 0)
+    assert acts.nnz > 50
     assert acts.shape == (2, 9, 96) and context.x.shape[:2] == (2, 9)
     assert_same(acts.to_dense(), sae.encode(context.x).to_dense())
     assert context.sequences.tolist() == [[0] * 9, [1] * 9]
