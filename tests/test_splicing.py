@@ -328,6 +328,27 @@ def test_tuples_keywords_and_the_older_nesting(side: str, factor: float) -> None
     torch.testing.assert_close(after[sae].x, recon)
 
 
+@pytest.mark.parametrize("how", ["wrapped", "in place", "forward"])
+def test_compiled_models_are_spliced_all_the_same(how: str) -> None:
+    """Compiled, and run, before there were hooks."""
+    model, ids, sae = gemmas.gemma(), gemmas.prompts(), dictionary()
+    edit = lambda acts, _: acts.set([3], 200.0)  # noqa: E731
+    with torch.no_grad():
+        with gsf.splice(model, {RESID: sae}, edit):
+            expected = model(ids).logits
+        if how == "wrapped":
+            model = torch.compile(model, backend="eager")
+        elif how == "in place":
+            model.compile(backend="eager")
+        else:
+            model.forward = torch.compile(model.forward, backend="eager")
+        clean = model(ids).logits
+        with gsf.splice(model, {RESID: sae}, edit):
+            assert_same(model(ids).logits, expected)
+        assert_same(model(ids).logits, clean)
+    assert not torch.equal(expected, clean)
+
+
 # ---- errors
 
 

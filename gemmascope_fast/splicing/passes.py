@@ -62,6 +62,8 @@ class Passes:
             for name, parameter in signature.parameters.items():
                 if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                     given |= given.pop(name, {})
+            if args:  # also where a wrapper's forward takes (*args, **kwargs)
+                given.setdefault("input_ids", args[0])
             self.last = self._pass(given)
             started()
 

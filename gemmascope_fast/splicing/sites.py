@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..hook_points import Place, expand, resolve
 from .dictionaries import Dictionary, is_dictionary, layers_of, maps, widths
@@ -134,12 +134,15 @@ def _places(op: str, model: nn.Module, point: Any, module: Dictionary) -> tuple[
 
 
 class Attached(AbstractContextManager["Attached"]):
-    """Hooks that are on a model while the context lasts."""
+    """Hooks that are on a model while the context lasts.
+
+    What `torch.compile` made meanwhile runs eagerly: a graph compiled before has no hooks in it.
+    """
 
     def __init__(self, op: str, model: nn.Module, sites: Sequence[Site]) -> None:
         self.op, self.model, self.sites = op, model, sites
         self.passes = Passes(op, model)
-        self._handles: list[RemovableHandle] = []
+        self._stack: ExitStack | None = None
         self._reached: set[Place] = set()
 
     def read(self, index: int, layer: int, x: Tensor) -> None:
@@ -156,22 +159,24 @@ class Attached(AbstractContextManager["Attached"]):
         """Let go of what only this pass needed."""
 
     def __enter__(self) -> Self:
-        if self._handles:
+        if self._stack is not None:
             raise RuntimeError(f"{self.op}: this context is entered already")
-        try:
-            self._handles += self.passes.attach(self._start, self._end)
+        with ExitStack() as stack:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            for handle in self.passes.attach(self._start, self._end):
+                stack.callback(handle.remove)
             for index, site in enumerate(self.sites):
                 for layer in site.layers:
-                    self._attach(index, site, layer)
-        except BaseException:
-            self._remove()
-            raise
+                    self._attach(stack, index, site, layer)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._remove()
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.close()
 
-    def _attach(self, index: int, site: Site, layer: int) -> None:
+    def _attach(self, stack: ExitStack, index: int, site: Site, layer: int) -> None:
         place_in, place_out = site.inputs[layer], site.outputs[layer]
 
         def reading(x: Tensor) -> None:
@@ -187,13 +192,8 @@ class Attached(AbstractContextManager["Attached"]):
             return self.write(index, layer, y)
 
         if not site.in_place:
-            self._handles.append(place_in.attach(self.op, reading))
-        self._handles.append(place_out.attach(self.op, writing))
-
-    def _remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+            stack.callback(place_in.attach(self.op, reading).remove)
+        stack.callback(place_out.attach(self.op, writing).remove)
 
     def _start(self) -> None:
         self._reached.clear()
