@@ -394,7 +394,7 @@ def test_activations_and_edits_that_do_not_fit() -> None:
         with pytest.raises(error, match=f"splice: .*{text}"), gsf.splice(model, saes, edit):
             model(ids)
     with gsf.splice(model, {RESID: dictionary()}):
-        with pytest.raises(RuntimeError, match="splice: a hooked module ran outside of a forward"):
+        with pytest.raises(RuntimeError, match="splice: a hooked module ran outside of a call of"):
             model.model(ids)
     with pytest.raises(RuntimeError, match="splice: the forward pass did not reach .*spare.output"):
         with gsf.splice(older := Older(), {"model.spare.output": dictionary()}):

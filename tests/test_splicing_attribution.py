@@ -126,6 +126,7 @@ def test_activation_patching_sets_one_latent(example: Any, problem: Problem) -> 
 
 
 def test_the_script_prints_a_table(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
     example.main([])
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].split() == ["latent", "one", "gradient", "integrated", "patched"]

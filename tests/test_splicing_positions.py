@@ -160,6 +160,8 @@ def test_generation_edits_absolute_positions(
     kind: str, attention: str, cache: str, positions: slice
 ) -> None:
     """Left-padded prompts in a batch are steered as each alone, in whole passes."""
+    if cache == "chunks" and pytest.importorskip("transformers").__version__ < "5":
+        pytest.skip("transformers 4 runs chunks by model.forward, around the hooks: an error")
     model, sae = gemmas.gemma(kind, attention), dictionary()
     ids, mask = padded("left")
     with torch.no_grad(), gsf.splice(model, {RESID: sae}, Seen(), positions=positions):

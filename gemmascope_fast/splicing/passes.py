@@ -83,8 +83,9 @@ class Passes:
         """
         if self.last is None:
             raise RuntimeError(
-                f"{self._op}: a hooked module ran outside of a forward pass of the "
-                f"{type(self._model).__name__} that was given: give the model that is called"
+                f"{self._op}: a hooked module ran outside of a call of the "
+                f"{type(self._model).__name__} that was given: give the model that is called, "
+                "and call it rather than its forward"
             )
         return self.last
 

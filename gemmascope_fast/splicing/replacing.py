@@ -78,6 +78,7 @@ class Splice(Attached):
                 "segment would rerun without the gradients of the others"
             )
         self._chosen = chosen(OP, self._positions, self.passes.current())
+        self.end()  # a pass that failed left something
 
     def end(self) -> None:
         """Let go of the activations."""
