@@ -142,3 +142,10 @@ def text_model(model: Any) -> nn.Module:
 
 def hook_count(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def checkpoint(model: Any, on: bool) -> None:
+    """Whether layers run again for their gradients; transformers 5 has another name for it."""
+    verb = "enable" if on else "disable"
+    new = getattr(model, f"activation_checkpointing_{verb}", None)
+    (new or getattr(model, f"gradient_checkpointing_{verb}"))()

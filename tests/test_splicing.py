@@ -65,18 +65,23 @@ def test_what_is_not_edited_passes_bit_for_bit(
             assert torch.equal(model(inputs_embeds=embeds).logits, clean)
 
 
-def test_tokens_that_an_edit_leaves_alone_keep_their_bits() -> None:
-    model, ids, sae = gemmas.gemma(), gemmas.prompts(3), dictionary()
-    edit = lambda acts, _: acts.set([7, 8], 50.0, rows=(1, slice(4, 6)))  # noqa: E731
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tokens_that_an_edit_leaves_alone_keep_their_bits(dtype: torch.dtype) -> None:
+    """The others are rounded once."""
+    model, ids, sae = gemmas.gemma(dtype=dtype), gemmas.prompts(3), dictionary()
+    edit = lambda acts, _: acts.set([7, 8], 5.0, rows=(1, slice(4, 6)))  # noqa: E731
     with torch.no_grad(), gsf.splice(model, {RESID: sae}, edit):
         with gsf.capture(model, {RESID: sae}) as after:
             model(ids)
     with torch.no_grad(), gsf.capture(model, {RESID: sae}) as before:
         model(ids)
-    same = (after[0].x == before[0].x).all(-1)
+    x, acts = before[0].x, before[0].acts
+    same = (after[0].x == x).all(-1)
     expected = torch.ones_like(same)
     expected[1, 4:6] = False
     assert_same(same, expected)
+    change = sae.decode(edit(acts, None)) - sae.decode(acts)
+    assert_same(after[0].x, (x.float() + change).to(dtype))
 
 
 # ---- against dense hooks
@@ -241,6 +246,16 @@ def test_hooks_leave_after_exceptions_and_contexts_are_entered_once(case: Case) 
             model(ids)
         assert gemmas.hook_count(model) == before
     assert torch.equal(model(ids).logits, clean)
+
+
+def test_a_pass_that_failed_leaves_nothing_to_the_next() -> None:
+    model, sae, ids = gemmas.gemma(), dictionary(), gemmas.prompts()
+    fails = lambda acts, _: acts.nothing  # noqa: E731
+    with gsf.splice(model, {RESID: sae}, fails, positions=[7], error="none"):
+        with pytest.raises(AttributeError, match="nothing"):
+            model(ids)
+        shorter = model(ids[:, :5]).logits
+    assert torch.equal(shorter, model(ids[:, :5]).logits)
 
 
 def test_runs_repeat_their_bits() -> None:

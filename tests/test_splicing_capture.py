@@ -82,7 +82,7 @@ def test_a_generation_is_joined_and_the_next_forgets_it(cache: Any) -> None:
 
 def test_a_pass_that_gradients_run_again_is_kept_once() -> None:
     model, ids = gemmas.gemma().train(), gemmas.prompts()
-    model.gradient_checkpointing_enable()
+    gemmas.checkpoint(model, True)
     embeds = model.get_input_embeddings()(ids).requires_grad_()
     edit = lambda acts, _: acts.scale(range(96), 0.5)  # noqa: E731
     coder, seen = dictionary(transcoder=True), []
@@ -93,7 +93,7 @@ def test_a_pass_that_gradients_run_again_is_kept_once() -> None:
             seen.append(captured[coder].target.shape)
     assert seen == [(2, 9, 32)]
     again = embeds.detach().requires_grad_()
-    model.gradient_checkpointing_disable()
+    gemmas.checkpoint(model, False)
     with gsf.splice(model, {(MLP_IN, MLP_OUT): coder}, edit, error="none"):
         model(inputs_embeds=again, use_cache=False).logits.square().sum().backward()
     assert embeds.grad is not None and again.grad is not None
@@ -252,7 +252,7 @@ def test_layers_that_cannot_be_spliced() -> None:
         gsf.splice(model, {"model.layers.{0,...}.output": crosscoder()})
     with pytest.raises(ValueError, match="give a CrossLayerTranscoder the pair"):
         gsf.splice(model, {LAYERS_IN: clt()})
-    model.train().gradient_checkpointing_enable()
+    gemmas.checkpoint(model.train(), True)
     with pytest.raises(RuntimeError, match="splice: an artefact of several layers needs gradient"):
         with gsf.splice(model, clt()):
             model(gemmas.prompts(), use_cache=False)

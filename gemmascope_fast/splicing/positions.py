@@ -65,7 +65,7 @@ def chosen(op: str, positions: Positions, at: Pass) -> Tensor | None:
         inside = (own >= start) & ((own - start) % step == 0)
         if positions.stop is not None:
             inside &= own < _bound(positions.stop, prompts)
-        return inside & (own != PADDING)
+        return inside  # start is not negative, so no padding
     wanted = [positions] if isinstance(positions, int) else positions
     inside = torch.zeros_like(own, dtype=torch.bool)
     for position in wanted:
