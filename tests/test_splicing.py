@@ -305,18 +305,22 @@ class Block(nn.Module):
         return scale * hidden_states, "cache"
 
 
+class Spare(Block):
+    used = False
+
+
 class Decoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList([Block(), Block()])
-        self.spare = Block()
+        self.spare = Spare()
         self.vision_tower = nn.ModuleDict({"model": nn.ModuleDict({"layers": self.layers[:1]})})
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x, kept = layer(scale=2.0, hidden_states=x)
             assert kept == "cache"
-        return x
+        return self.spare(x)[0] if self.spare.used else x
 
 
 class Older(nn.Module):
@@ -411,6 +415,10 @@ def test_activations_and_edits_that_do_not_fit() -> None:
     with gsf.splice(model, {RESID: dictionary()}):
         with pytest.raises(RuntimeError, match="splice: a hooked module ran outside of a call of"):
             model.model(ids)
-    with pytest.raises(RuntimeError, match="splice: the forward pass did not reach .*spare.output"):
-        with gsf.splice(older := Older(), {"model.spare.output": dictionary()}):
-            older(inputs_embeds=torch.zeros(1, 2, gemmas.HIDDEN))
+    older, x = Older(), torch.zeros(1, 2, gemmas.HIDDEN)
+    with gsf.splice(older, {"model.spare.output": dictionary()}):
+        older.language_model.model.spare.used = True
+        older(inputs_embeds=x)
+        older.language_model.model.spare.used = False
+        with pytest.raises(RuntimeError, match="splice: .* did not reach .*model.spare.output"):
+            older(inputs_embeds=x)

@@ -80,6 +80,16 @@ def test_a_generation_is_joined_and_the_next_forgets_it(cache: Any) -> None:
     assert acts.shape == (2, 13, 96)
 
 
+def test_what_was_read_between_passes_is_made_anew() -> None:
+    model, ids, sae = gemmas.gemma(), gemmas.prompts(), dictionary()
+    with torch.no_grad(), gsf.capture(model, {RESID: sae}) as captured:
+        out = model(ids[:, :5], use_cache=True)
+        assert captured[sae].acts.shape == (2, 5, 96)
+        name = "cache" if "cache" in out else "past_key_values"
+        model(ids[:, 5:], **{name: out[name]})
+    assert captured[sae].acts.shape == (2, 9, 96)
+
+
 def test_a_pass_that_gradients_run_again_is_kept_once() -> None:
     model, ids = gemmas.gemma().train(), gemmas.prompts()
     gemmas.checkpoint(model, True)
