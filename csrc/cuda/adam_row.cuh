@@ -3,9 +3,9 @@
 // The gradient lies in shared memory, where the new row replaces it, so that no thread holds more than two quads of
 // columns: what the next one needs is read while one is computed. A warp covers 128 columns at a time. The sums of
 // remove_parallel and unit_norm add neighbours in pairs, then pairs of pairs, up to 128 columns; lane l of 32 then adds
-// blocks l, l + 32, ... in order, and the lanes are added in pairs: no bit depends on the threads or on how a row is cut.
-// A row moves when its gradient has an element other than 0 (NaN counts), or had one at most `tail` steps ago; nothing
-// but the gradient and touched_at is read of the others.
+// blocks l, l + 32, ... in order, and the lanes are added in pairs: no bit depends on the threads or on how a row is
+// cut. A row moves when its gradient has an element other than 0 (NaN counts), or had one at most `tail` steps ago;
+// nothing but the gradient and touched_at is read of the others.
 // Bound by memory: w and v, read and written, 16 bytes per element in float32, 8 more with a first moment.
 #pragma once
 
@@ -71,24 +71,36 @@ __device__ inline void measure_parallel(const AdamView& a, int64_t row, const fl
   }
 }
 
+// Takes the row's share of w out of g, where is_narrow.
+__device__ inline void subtract_share(const NarrowRow& r, float share, float* g) {
+#pragma unroll 1
+  for (uint32_t column = threadIdx.x * 4; column < r.cols; column += blockDim.x * 4) {
+    float w[4];
+    widen_narrow(r.weight[column / 4], w);
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      g[column + e] = rounded_sub(g[column + e], rounded_mul(share, w[e]));
+  }
+}
+
 // As update_row, where is_narrow.
 __device__ inline void update_narrow_row(const AdamView& a, int64_t row, const AdamDecays& decays,
                                          float* g) {
   const NarrowRow r = narrow_row(a, row);
+  if (decays.share != 0.0f) subtract_share(r, decays.share, g);  // NaN included
   const RandomRow random = random_row(a, row);
   const uint32_t stride = blockDim.x * 4;
   uint32_t column = threadIdx.x * 4;
+  if (column >= r.cols) return;
   NarrowQuad next = load_narrow(r, column);
 #pragma unroll 1
-  for (; column - threadIdx.x % 32 * 4 < r.cols; column += stride) {
+  for (; column < r.cols; column += stride) {
     const NarrowQuad quad = next;
-    next = load_narrow(r, column + stride);
-    const bool inside = column < r.cols;
+    if (column + stride < r.cols) next = load_narrow(r, column + stride);
     float4* at = reinterpret_cast<float4*>(g + column);
-    const float4 sums = inside ? *at : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    float mine[4] = {sums.x, sums.y, sums.z, sums.w};
-    narrow_quad(a, r, random, column, decays, quad, a.unit_norm, mine);
-    if (a.unit_norm && inside) *at = make_float4(mine[0], mine[1], mine[2], mine[3]);
+    float mine[4] = {at->x, at->y, at->z, at->w};
+    narrow_quad(a, r, random, column, decays.second, quad, a.unit_norm, mine);
+    if (a.unit_norm) *at = make_float4(mine[0], mine[1], mine[2], mine[3]);
   }
 }
 
@@ -150,8 +162,8 @@ __device__ inline void move_row(const AdamView& a, int64_t row, float* g, bool t
 }
 
 // One step of one row from its gradient g in shared memory, 0 beyond the row up to a multiple of four columns; g is
-// overwritten. All threads of the block, whole warps, call it; `nonzero`: of what the calling thread put into g. Afterwards
-// a thread may put the next gradient where it reads its quads at once, elsewhere after a barrier.
+// overwritten. All threads of the block, whole warps, call it; `nonzero`: of what the calling thread put into g.
+// Afterwards a thread may put the next gradient where it reads its quads at once, elsewhere after a barrier.
 __device__ inline void adam_row(const AdamView& a, int64_t row, float* g, bool nonzero,
                                 AdamShared* shared) {
   const int64_t at = a.touched_at[row];

@@ -20,7 +20,7 @@ GSF_BOTH float decode_moment(uint8_t code, uint8_t exponent) {
 }
 
 // Four codes of one block.
-GSF_BOTH void decode_moments(uint32_t codes, uint8_t exponent, float (&v)[4]) {
+GSF_BOTH void decode_moments(uint32_t codes, uint32_t exponent, float (&v)[4]) {
   const int32_t base = (static_cast<int32_t>(exponent) - 31) * (1 << 23);
   const uint32_t fields[4] = {codes << 20, codes << 12, codes << 4, codes >> 4};
   for (int e = 0; e < 4; ++e) {
