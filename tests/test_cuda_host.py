@@ -22,18 +22,36 @@ RUNTIME = r"""
 #include <map>
 #include "testing/cuda_types.h"
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue,
+  cudaErrorNotSupported,
+  cudaErrorInvalidDeviceFunction,
+  cudaErrorNoKernelImageForDevice
+};
 enum {
   cudaFuncAttributeMaxDynamicSharedMemorySize,
   cudaFuncAttributePreferredSharedMemoryCarveout
 };
-enum { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaSharedmemCarveoutMaxShared };
+enum {
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+  cudaDevAttrMultiProcessorCount
+};
+enum { cudaSharedmemCarveoutMaxShared = 100 };
+struct cudaDeviceProp {
+  char name[256];
+  int major, minor;
+};
 using cudaStream_t = void*;
 constexpr int kOptin = 232448;
 
 inline cudaError_t last_error = cudaSuccess;
 inline std::map<const void*, int> limits;         // of dynamic shared memory
 inline std::function<void()> after_set = [] {};  // what another thread does
+inline int major = 9, minor = 0;                 // compute capability of the device
+inline int questions = 0, failing = 0;           // asked so far; the one that fails
 
 inline cudaError_t remember(cudaError_t e) { return e == cudaSuccess ? e : last_error = e; }
 inline cudaError_t cudaGetLastError() {
@@ -47,9 +65,19 @@ inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
-  *value = kOptin;
-  return cudaSuccess;
+inline cudaError_t answer() {
+  ++questions;
+  return remember(questions == failing ? cudaErrorInvalidValue : cudaSuccess);
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor   ? major
+           : attribute == cudaDevAttrComputeCapabilityMinor ? minor
+                                                            : kOptin;
+  return answer();
+}
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* found, int) {
+  *found = {"Tesla V100", major, minor};
+  return answer();
 }
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, int attribute, int value) {
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
@@ -87,6 +115,16 @@ cudaError_t launch(int64_t bytes) {
 // The largest that feature_shape gives.
 int64_t most() { return kOptin - int64_t(sizeof(FeatureShared)) - kFinishShared; }
 
+template <class Call>
+void told(const Call& call) {
+  try {
+    call();
+    std::puts("no error");
+  } catch (const std::runtime_error& error) {
+    std::puts(error.what());
+  }
+}
+
 int main(int, char** argv) {
   if (strcmp(argv[1], "threads") == 0) {
     bool other = false;
@@ -98,31 +136,126 @@ int main(int, char** argv) {
     if (launch(most()) != cudaSuccess) std::puts("the large launch failed");
     return 0;
   }
-  try {
-    check_cuda("first", "launch", launch(most() + 1));
-    std::puts("no error");
-  } catch (const std::runtime_error& error) {
-    std::puts(error.what());
+  if (strcmp(argv[1], "old") == 0) {
+    major = 7;
+    told([] { check_capability("decode", 1); });
+    major = 8;
+    told([] { check_capability("decode", 1); });
+    told([] { check_cuda("decode", "launch", cudaErrorNoKernelImageForDevice); });
+    return 0;
   }
+  told([] { check_cuda("first", "launch", launch(most() + 1)); });
   check_launch("second");
 }
 """
 
+# The driver's part, and encode_sm90.cu as a C++ compiler reads it.
+SM90 = r"""
+#include <cstdio>
+#include <cstring>
+#include "cuda_runtime_api.h"
+struct cudaFuncAttributes {
+  int numRegs;
+};
+inline int registers = 168;
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, const void*) {
+  found->numRegs = registers;
+  return answer();
+}
+enum cudaDriverEntryPointQueryResult {
+  cudaDriverEntryPointSuccess,
+  cudaDriverEntryPointSymbolNotFound
+};
+enum { cudaEnableDefault };
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** found, int, int,
+                                                    cudaDriverEntryPointQueryResult* result) {
+  *found = found;
+  *result = cudaDriverEntryPointSuccess;
+  return answer();
+}
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  void* stream;
+};
+inline cudaError_t cudaLaunchKernelExC(cudaLaunchConfig_t*, const void*, void**) {
+  return cudaSuccess;
+}
+using cuuint64_t = uint64_t;
+using cuuint32_t = uint32_t;
+enum CUtensorMapDataType {
+  CU_TENSOR_MAP_DATA_TYPE_UINT8,
+  CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+  CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+};
+enum {
+  CU_TENSOR_MAP_INTERLEAVE_NONE,
+  CU_TENSOR_MAP_SWIZZLE_128B,
+  CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+  CUDA_SUCCESS
+};
+struct CUtensorMap;
+int cuTensorMapEncodeTiled(CUtensorMap*, CUtensorMapDataType, int, void*, const cuuint64_t*,
+                           const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, int, int, int,
+                           int);
+#include "cuda/encode_sm90.cu"
+using namespace gemmascope_fast;
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("host")
+bool serves() {
+  alignas(16) static char rows[16];
+  EncodeTiles p = {};
+  p.x = p.W = rows;
+  p.n = p.d_sae = p.last = 1;
+  p.d = p.x_stride = p.W_stride = 8;
+  return encode_sm90_serves(p, Dtype::kBFloat16, Limit::kPerToken);
+}
+
+int main(int, char** argv) {
+  const auto ask = [] { std::printf("%d%d ", serves(), cudaGetLastError() != cudaSuccess); };
+  if (strcmp(argv[1], "failing") == 0) {
+    for (int i = 0; i < 10; ++i) {  // three attributes, the driver's function, six kernels
+      failing = questions + i + 1;
+      ask();
+    }
+    ask();
+    return 0;
+  }
+  if (strcmp(argv[1], "other") == 0) minor = 3;
+  if (strcmp(argv[1], "unbuilt") == 0) registers = 4;
+  ask();
+  minor = 0;
+  registers = 168;
+  const int before = questions;
+  ask();
+  std::printf("%d", questions - before);
+}
+"""
+
+
+def build(folder: Path, program: str, *sources: str) -> Path:
     (folder / "cuda_runtime_api.h").write_text(RUNTIME)
-    (folder / "main.cpp").write_text(PROGRAM)
+    (folder / "main.cpp").write_text(program)
     includes = [folder, CSRC, TORCH / "include", TORCH / "include/torch/csrc/api/include"]
     libraries = [TORCH / "lib" / f"lib{name}.so" for name in ("torch_cpu", "c10")]
     command = [COMPILER, "-std=c++17", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     command += [f"-I{path}" for path in includes]
-    command += [folder / "main.cpp", CSRC / "cuda" / "runtime.cpp", "-o", folder / "main"]
+    command += [folder / "main.cpp", *(CSRC / source for source in sources), "-o", folder / "main"]
     command += [*libraries, "-ldl", f"-Wl,-rpath,{TORCH / 'lib'}"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder / "main"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("host"), PROGRAM, "cuda/runtime.cpp")
+
+
+@pytest.fixture(scope="module")
+def sm90(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    emulation = "testing/cuda_fibers.cpp", "testing/cuda_stacks.cpp"
+    return build(tmp_path_factory.mktemp("sm90"), SM90, *emulation)
 
 
 def output(*command: str | Path) -> str:
@@ -139,3 +272,24 @@ def test_a_reported_error_is_not_reported_again(program: Path) -> None:
 
 def test_threads_that_launch_one_kernel_do_not_lower_each_others_limit(program: Path) -> None:
     assert output(program, "threads") == ""
+
+
+def test_a_device_without_kernels_is_named(program: Path) -> None:
+    assert output(program, "old").splitlines() == [
+        "decode: cuda:1 (Tesla V100, compute capability 7.0) is too old: the CUDA kernels need "
+        "compute capability 8.0; move the tensors to the CPU, or set "
+        "GEMMASCOPE_FAST_BACKEND=reference",
+        "no error",
+        "decode: launch: this build has no kernels for cuda:0 (Tesla V100, compute capability "
+        "8.0); build it with CUDAARCHS of that capability",
+    ]
+
+
+def test_a_question_that_failed_is_asked_again(sm90: Path) -> None:
+    # Each of the first calls fails at a later question, and leaves no error; then all are answered.
+    assert output(sm90, "failing").split() == ["00"] * 10 + ["10"]
+
+
+@pytest.mark.parametrize("device, answer", [("hopper", "10"), ("other", "00"), ("unbuilt", "00")])
+def test_a_device_is_asked_once(sm90: Path, device: str, answer: str) -> None:
+    assert output(sm90, device).split() == [answer, answer, "0"]

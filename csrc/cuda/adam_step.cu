@@ -11,6 +11,7 @@
 #include "cuda/adam_matrix.h"
 #include "cuda/adam_step.h"
 #include "cuda/adam_step_kernel.cuh"
+#include "cuda/operands.h"
 #include "cuda/runtime.h"
 
 namespace gemmascope_fast {
@@ -78,9 +79,8 @@ void adam_step_cuda(const Tensor& weight, std::vector<Tensor> state, const Tenso
   check_float(kOp, "weight", weight);
   check_float(kOp, "gradient", gradient);
   check_shape(kOp, "gradient", gradient, {weight.size(0), weight.size(1)});
-  if (!gradient.is_cuda() || gradient.get_device_index() != weight.get_device_index()) {
-    fail(kOp, "gradient must be on cuda:", weight.get_device_index());
-  }
+  check_device(kOp, "weight", weight, weight);
+  check_device(kOp, "gradient", gradient, weight);
   AdamView view;
   adam_view(kOp, "weight", weight, state, rates, rule, &view);
   const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());

@@ -3,6 +3,7 @@
 // libcuda is not linked: the one driver function needed is asked of the runtime.
 #include <map>
 #include <mutex>
+#include <optional>
 
 #include "cuda/encode_sm90.h"
 #include "cuda/encode_sm90_kernel.cuh"
@@ -45,51 +46,54 @@ EncodeMap find_encode_map() {
   return usable ? reinterpret_cast<EncodeMap>(found) : nullptr;
 }
 
-// Raises the kernel's limit of shared memory. False without 9.0a code, seen by the registers: the accumulators alone are 128.
-bool prepare_kernel(const void* kernel) {
+// Raises the kernel's limit of shared memory. No answer: a question failed. False without 9.0a code, seen by the
+// registers: the accumulators alone are 128.
+std::optional<bool> prepare_kernel(const void* kernel) {
   cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return false;
-  return attributes.numRegs >= 128 &&
-         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              kSm90SharedBytes) == cudaSuccess;
+  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return std::nullopt;
+  if (attributes.numRegs < 128) return false;
+  const cudaError_t raised =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSm90SharedBytes);
+  return raised == cudaSuccess ? std::optional<bool>(true) : std::nullopt;
 }
 
-Device ask_device(int device) {
+std::optional<Device> ask_device(int device) {
   Device found;
   int major = 0, minor = 0;
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess ||
       cudaDeviceGetAttribute(&found.processors, cudaDevAttrMultiProcessorCount, device) !=
-          cudaSuccess ||
-      major != 9 || minor != 0) {
-    return found;
+          cudaSuccess) {
+    return std::nullopt;
   }
+  if (major != 9 || minor != 0) return found;
   found.encode_map = find_encode_map();
-  if (found.encode_map == nullptr) return found;
+  if (found.encode_map == nullptr) return std::nullopt;
   for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16}) {
     for (const Limit limit : {Limit::kPerLatent, Limit::kPerToken, Limit::kScreened}) {
-      if (!prepare_kernel(kernel_of(dtype, limit))) return found;
+      const std::optional<bool> ready = prepare_kernel(kernel_of(dtype, limit));
+      if (!ready) return std::nullopt;
+      if (!*ready) return found;
     }
   }
   found.serves = true;
   return found;
 }
 
-// The current device; asked once each.
+// The current device. What it answered is kept; a question that failed is asked again at the next call, and its error
+// is none of the launches to come.
 Device this_device() {
   static std::mutex mutex;
   static std::map<int, Device> known;
   int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) {
-    cudaGetLastError();
-    return {};
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = known.find(device);
+    if (found != known.end()) return found->second;
+    if (const std::optional<Device> asked = ask_device(device)) return known[device] = *asked;
   }
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = known.find(device);
-  if (found != known.end()) return found->second;
-  const Device asked = ask_device(device);
-  if (!asked.serves) cudaGetLastError();  // a failed question is no error of the launches to come
-  return known[device] = asked;
+  cudaGetLastError();
+  return {};
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,13 +1,18 @@
-// torch's CUDA half is found at run time, so that one library serves CPU-only builds of torch as well: linking the symbol
-// would make the import fail there, and a weak reference would silently stay null.
+// torch's CUDA half is found at run time, so that one library serves CPU-only builds of torch as well: linking the
+// symbol would make the import fail there, and a weak reference would silently stay null.
 #include "cuda/runtime.h"
 
 #include <dlfcn.h>
+
+#include <sstream>
+#include <string>
 
 #include "common/check.h"
 
 namespace gemmascope_fast {
 namespace {
+
+constexpr int kOldestMajor = 8;  // cp.async, mma.m16n8k16 of bfloat16, reductions over a warp
 
 using GetStream = int32_t (*)(int32_t device_index, void** stream);
 
@@ -17,7 +22,28 @@ GetStream find_get_stream() {
   return reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
 }
 
+std::string described(int device) {
+  cudaDeviceProp properties;
+  std::ostringstream text;
+  text << "cuda:" << device;
+  if (cudaGetDeviceProperties(&properties, device) == cudaSuccess) {
+    text << " (" << properties.name << ", compute capability " << properties.major << '.'
+         << properties.minor << ')';
+  }
+  cudaGetLastError();
+  return text.str();
+}
+
 }  // namespace
+
+void check_capability(const char* op, int device) {
+  int major = 0;
+  check_cuda(op, "asking for the compute capability",
+             cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  if (major >= kOldestMajor) return;
+  fail(op, described(device), " is too old: the CUDA kernels need compute capability ",
+       kOldestMajor, ".0; move the tensors to the CPU, or set GEMMASCOPE_FAST_BACKEND=reference");
+}
 
 cudaStream_t current_stream(const char* op, const Tensor& t) {
   static const GetStream get_stream = find_get_stream();
@@ -26,6 +52,7 @@ cudaStream_t current_stream(const char* op, const Tensor& t) {
          "got a CUDA tensor, but libtorch_cuda.so is not loaded or has no "
          "aoti_torch_get_current_cuda_stream; install a CUDA build of torch >= 2.11");
   }
+  check_capability(op, t.get_device_index());
   void* stream = nullptr;
   if (get_stream(t.get_device_index(), &stream) != 0) {
     fail(op, "torch could not name the current stream of device ", t.get_device_index());
@@ -36,6 +63,13 @@ cudaStream_t current_stream(const char* op, const Tensor& t) {
 void check_cuda(const char* op, const char* what, cudaError_t status) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // reported here: check_launch of the next op must not find it again
+  if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction) {
+    int device = 0;
+    if (cudaGetDevice(&device) == cudaSuccess) {
+      fail(op, what, ": this build has no kernels for ", described(device),
+           "; build it with CUDAARCHS of that capability");
+    }
+  }
   fail(op, what, ": ", cudaGetErrorName(status), ": ", cudaGetErrorString(status));
 }
 
