@@ -72,8 +72,9 @@ def batchtopk_encode(
 
     Reads from the device: whether the guess held, or one flag after the scan where `d_sae` is more
     than twice the first prefix; the number of entries without `max_nnz`. With `max_nnz` a CUDA
-    graph can capture it: then the guess is not used, and lost candidates make all values NaN.
-    Too small a `max_nnz` clamps the offsets and makes all values NaN; `needed` is the true count.
+    graph can capture it: then the guess is not used, and lost candidates make all values NaN and
+    `needed` the number of all pairs, as what was lost might have been anything. Too small a
+    `max_nnz` clamps the offsets and makes all values NaN; `needed` is the true count.
     """
     n, d_sae = x.shape[0], W_enc.shape[1]
     count = int(k * n)
@@ -83,8 +84,9 @@ def batchtopk_encode(
         lost = scan_prefixes(x, W_enc, b_enc, best, best.k)
     needed = best.offsets[-1].clone()
     offsets, indices, values = _resize(best, int(needed) if max_nnz is None else max_nnz)
-    failed = needed > values.shape[0]
-    values.masked_fill_(failed if lost is None else failed | lost, float("nan"))
+    if lost is not None:
+        needed.masked_fill_(lost, max(n * d_sae, values.shape[0] + 1))
+    values.masked_fill_(needed > values.shape[0], float("nan"))
     gate = (values != 0).to(torch.float32)
     entries = offsets, indices, values, gate, needed, best.threshold
     if by_feature:

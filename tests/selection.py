@@ -36,23 +36,34 @@ class Chunk(NamedTuple):
 class Scan:
     """The candidates of a matrix, chunk by chunk, as csrc/cuda/topk_encode.cu asks for them."""
 
-    def __init__(self, pre: torch.Tensor, width: int = WIDTH) -> None:
-        self.pre, self.width = pre.numpy(), width
+    def __init__(
+        self, pre: torch.Tensor, width: int = WIDTH, together: int = 0, growth: int = 2
+    ) -> None:
+        self.pre, self.width, self.growth = pre.numpy(), width, growth
         self.n, self.d_sae = pre.shape
-        self.capacity = self.n * min(width, self.d_sae)
-        self.lost = np.full(1, self.d_sae, np.int64)
+        self.together = together or max(self.n, 1)
+        self.capacity = min(self.n, self.together) * min(width, self.d_sae)
+        self.lost = np.full(-(-self.n // self.together), self.d_sae, np.int64)
         self.chunks: list[Chunk] = []
 
     def run(self, best) -> None:
-        for first, last in select.prefixes(self.d_sae, self.width):
-            best.merge(self.candidates(best.bound, first, last), self.lost)
-        begin, self.lost[0] = int(self.lost[0]), self.d_sae
-        for first, last in select.equal_chunks(begin, self.d_sae, self.width):
-            best.merge(self.candidates(best.bound, first, last), self.lost)
-        assert self.lost[0] == self.d_sae
+        for first, last in select.prefixes(self.d_sae, self.width, self.growth):
+            for block in range(len(self.lost)):
+                self.merge(best, block, first, last)
+        begins = self.lost.tolist()
+        self.lost[:] = self.d_sae
+        for block, begin in enumerate(begins):
+            for first, last in select.equal_chunks(begin, self.d_sae, self.width):
+                self.merge(best, block, first, last)
+        assert (self.lost == self.d_sae).all()
 
-    def candidates(self, bound, first, last):
-        pre = self.pre[:, first:last]
+    def merge(self, best, block: int, first: int, last: int) -> None:
+        rows = slice(block * self.together, min((block + 1) * self.together, self.n))
+        found = self.candidates(rows, best.bound[rows], first, last)
+        best.merge(found, self.lost[block : block + 1], rows.start)
+
+    def candidates(self, rows, bound, first, last):
+        pre = self.pre[rows, first:last]
         with np.errstate(invalid="ignore"):
             stored = np.isnan(pre) | (pre > bound[:, None])
         offsets = np.concatenate([[0], stored.sum(1).cumsum()]).astype(np.int64)
@@ -72,7 +83,8 @@ class RowBest:
         self.counts, self.bound = np.zeros(n, np.int32), np.zeros(n, np.float32)
         self.team = team
 
-    def merge(self, found, lost) -> None:
+    def merge(self, found, lost, first_row) -> None:
+        assert first_row == 0, "rows are selected one by one"
         state = self.latents, self.values, self.counts, self.bound
         select.select_rows(self.team, *state, found, lost)
 
@@ -84,9 +96,9 @@ class BatchBest:
         self.latents, self.values = poisoned(capacity, np.int32), poisoned(capacity, np.float32)
         self.threshold = np.zeros((), np.float32)
 
-    def merge(self, found, lost) -> None:
+    def merge(self, found, lost, first_row) -> None:
         kept = self.offsets, self.latents, self.values
-        merged = select.select_batch(*kept, self.count, found, lost)
+        merged = select.select_batch(*kept, self.count, found, lost, first_row)
         self.offsets, self.latents, self.values, self.bound, self.threshold = merged
 
 
@@ -112,7 +124,7 @@ def batchtopk(pre, k, capacity=None, scan=None):
     (scan or Scan(pre)).run(best)
     room = int(best.offsets[-1]) if capacity is None else capacity
     kept = best.offsets, best.latents, best.values
-    written = select.write_batch(*kept, d_sae, d_sae, room)
+    written = select.write_batch(*kept, [d_sae], d_sae, room)
     return tensors([*written, best.threshold]) + NO_VIEW
 
 

@@ -263,10 +263,11 @@ def test_tiles_of_a_range_of_latents(dtype):
     found.check(candidates(pre, bound, 256, 650))
 
 
-def test_more_groups_of_column_blocks_than_a_warp_has_lanes():
-    x, W, bias, _, pre = encoder(3, 2, 16 * 32 * 32 + 700)
+@pytest.mark.parametrize("n", [3, 17])
+def test_more_groups_of_column_blocks_than_a_warp_has_lanes(n):
+    x, W, bias, _, pre = encoder(n, 2, 16 * 32 * 32 + 700)
     theta = pre.flatten().sort().values[-2000].expand(len(bias)).clone()
-    found = run(testing.cuda_encode_tiles, x, W, "float32:small", bias, theta, arena=3 * len(bias))
+    found = run(testing.cuda_encode_tiles, x, W, "float32:small", bias, theta, arena=n * len(bias))
     found.check(jumprelu_support(pre, theta, 0.0))
 
 
@@ -276,10 +277,111 @@ def test_row_blocks_that_sweep_the_latents_together():
     found.check(jumprelu_support(pre, theta, 0.0))
 
 
-# ---- the kernel of Hopper GPUs: its rings, its swizzle, its descriptors, its way for few hits
+# ---- the kernel of few tokens: its swizzle, its order of k, its partial sums, its limits
 
 
 HALVES = ["bfloat16", "float16"]
+
+
+def assert_same_bits(found, expected):
+    for name in ("offsets", "indices", "values", "gate"):
+        ours, theirs = getattr(found, name), getattr(expected, name)
+        assert ours.numpy().tobytes() == theirs.numpy().tobytes(), name
+    assert found.needed == expected.needed
+
+
+@pytest.mark.parametrize("n", range(1, 17))
+def test_few_tokens_get_what_tiles_give_them(n):
+    d, d_sae = 8 * n + 3, 60 + 17 * n
+    x, W, bias, theta, pre = encoder(n, d, d_sae, seed=n)
+    for dtype in HALVES:
+        args = x, W, dtype + ":few", bias, theta
+        found = run(testing.cuda_encode_tiles, *args, arena=n * d_sae, window=1.0, seed=n)
+        found.check(jumprelu_support(pre, theta, 2.0))
+        tiled = run(
+            *(testing.cuda_encode_tiles, x, W, dtype + ":small", bias, theta),
+            **{"arena": n * d_sae, "window": 1.0},
+        )
+        assert_same_bits(found, tiled)
+
+
+@pytest.mark.parametrize("n, d, d_sae", [(1, 1, 1), (16, 0, 70), (7, 128, 64), (16, 1000, 257)])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_few_tokens_of_any_size(n, d, d_sae, dtype):
+    x, W, bias, theta, pre = encoder(n, d, d_sae)
+    for seed in range(2):
+        args = x, W, dtype + ":few", bias, theta
+        found = run(testing.cuda_encode_tiles, *args, arena=n * d_sae, seed=seed)
+        found.check(jumprelu_support(pre, theta, 0.0))
+
+
+@pytest.mark.parametrize("window", [0.0, 0.25])
+def test_few_tokens_at_the_last_place_of_the_threshold(window):
+    x, W, bias, _, pre = encoder(16, 130, 96)
+    at = pre[torch.arange(96) % 16, torch.arange(96)]  # pre of a token of each latent
+    lower = at + window
+    for theta in (lower, lower.nextafter(torch.tensor(INF)), lower.nextafter(torch.tensor(-INF))):
+        args = x, W, "bfloat16:few", bias, theta
+        found = run(testing.cuda_encode_tiles, *args, arena=16 * 96, window=window)
+        found.check(jumprelu_support(pre, theta, 2 * window))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_few_tokens_with_invalid_numbers(seed):
+    x, W, bias, theta, pre = encoder(13, 40, 150, seed=seed)
+    draw = torch.Generator().manual_seed(seed)
+    for tensor in (bias, theta):
+        at = torch.randint(150, (9,), generator=draw)
+        tensor[at] = EXTREMES[torch.randint(len(EXTREMES), at.shape, generator=draw)]
+    x[5, 7], x[2, 1] = NAN, INF
+    pre = x @ W.t() + bias  # exact where finite, and no sum of these overflows
+    for arena in (7, 13 * 150):
+        args = x, W, "bfloat16:few", bias, theta
+        found = run(testing.cuda_encode_tiles, *args, arena=arena, window=0.5, seed=seed)
+        found.check(jumprelu_support(pre, theta, 1.0))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_few_tokens_again_where_records_are_missing(dtype):
+    x, W, bias, theta, pre = encoder(16, 17, 520)
+    theta -= 20
+    x[9, 3] = NAN
+    pre[9] = NAN
+    expected = jumprelu_support(pre, theta, 0.0)
+    records = int(expected[0].sum()) - 1  # the token with NaN has an entry, but no record
+    for arena in (0, 1000, records - 1):  # none, some, all but one of the blocks are skipped
+        args = x, W, dtype + ":few", bias, theta
+        found = run(testing.cuda_encode_tiles, *args, arena=arena, seed=arena)
+        assert found.reserved == records
+        found.check(expected)
+
+
+@pytest.mark.parametrize("latents", [(0, 700), (256, 650), (512, 513), (512, 600)])
+def test_candidates_of_few_tokens(latents):
+    x, W, bias, _, pre = encoder(11, 20, 700)
+    bound = torch.arange(11.0) / 3
+    found = run(
+        *(testing.cuda_encode_tiles, x, W, "float16:few", bias, bound),
+        **{"per_token": True, "latents": latents, "arena": 11 * 700},
+    )
+    found.check(candidates(pre, bound, *latents))
+
+
+def test_few_tokens_have_the_same_bits_in_every_order_of_threads():
+    draw = torch.Generator().manual_seed(1)
+    x, W = (torch.randn(rows, 300, generator=draw).bfloat16().float() for rows in (16, 130))
+    bias, theta = torch.randn(130, generator=draw), torch.zeros(130)
+    args = x, W, "bfloat16:few", bias, theta
+    runs = [run(testing.cuda_encode_tiles, *args, arena=2080, seed=seed) for seed in range(4)]
+    for other in runs[1:]:
+        assert_same_bits(other, runs[0])
+    pre = x.double() @ W.double().t() + bias
+    stored = runs[0].indices.long()
+    rows = torch.repeat_interleave(torch.arange(16), runs[0].offsets.diff())
+    assert (runs[0].values - pre[rows, stored]).abs().max() < 300 * 2**-22 * pre.abs().max()
+
+
+# ---- the kernel of Hopper GPUs: its rings, its swizzle, its descriptors, its way for few hits
 
 
 @pytest.mark.parametrize("dtype", HALVES)

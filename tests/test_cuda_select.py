@@ -77,6 +77,14 @@ def test_batchtopk_is_exact(name):
         assert_batchtopk(pre, k)
 
 
+@pytest.mark.parametrize("name", matrices())
+def test_batchtopk_in_blocks_of_rows(name):
+    pre = matrices()[name]
+    for together, k in ((1, 7.5), (3, 7.5), (6, 0.2)):
+        testing.cuda_seed(together)
+        assert_batchtopk(pre, k, Scan(pre, 64, together))
+
+
 @pytest.mark.parametrize("k", [2000, 2500, 5000])
 def test_thousands_per_row(k):
     # 4 k rounded up is one chunk here; the kernel keeps 8,192 keys in shared memory.
@@ -123,6 +131,34 @@ def test_after_an_overflow_the_scan_goes_on_from_there(encode):
     assert all(chunk.needed <= scan.capacity for chunk in scan.chunks[5:])
 
 
+def test_after_an_overflow_only_the_rows_that_lost_are_scanned_again():
+    # As above in the last three rows; the others fall, so that their later chunks find nothing.
+    pre = torch.where(torch.arange(D_SAE) < 128, 1.0, torch.arange(D_SAE)).repeat(N, 1)
+    pre[:4] = torch.arange(D_SAE, 0, -1) / D_SAE
+    scan = Scan(pre, together=4)
+    assert_batchtopk(pre, 5, scan)
+    chunks = [(0, 32), (32, 64), (64, 128), (128, 256), (256, 300)]
+    assert [chunk[:2] for chunk in scan.chunks] == [
+        *[chunk for chunk in chunks for _ in range(2)],
+        *[(start, min(start + 32, 300)) for start in range(128, 300, 32)],
+    ]
+
+
+@pytest.mark.parametrize("capacity", [0, 5, 10**4])
+@pytest.mark.parametrize("block", [0, 1, 700])
+def test_lost_candidates_are_told(capacity, block):
+    # While a graph is captured nothing can be scanned again.
+    lost = np.full(701, D_SAE)
+    lost[block] = 64
+    kept = [0, 2, 3], np.array([1, 9, 4]), np.array([3.0, 2.0, 1.0])
+    offsets, _, values, _, needed = select.write_batch(*kept, lost, D_SAE, capacity)
+    assert needed > capacity and needed >= 2 * D_SAE and np.isnan(values).all()
+    assert offsets.tolist() == [0, min(2, capacity), min(3, capacity)]
+    lost[block] = D_SAE
+    _, _, values, _, needed = select.write_batch(*kept, lost, D_SAE, capacity)
+    assert needed == 3 and np.isnan(values).any() == (0 < capacity < 3)
+
+
 def test_more_rows_than_one_block_scans():
     pre = torch.randn(2500, 40)
     assert_batchtopk(pre, 0.7, Scan(pre, 16))
@@ -149,11 +185,12 @@ class Encoder(Scan):
         super().__init__(x @ W.T + bias, 256)
         self.encoder = x.numpy(), W.numpy(), "bfloat16", bias.numpy()
 
-    def candidates(self, bound, first, last):
+    def candidates(self, rows, bound, first, last):
         window, room = 0.0, self.capacity
         selection = np.asarray(bound), True, window, (first, last), room, room
+        x, *weights = self.encoder
         offsets, latents, values, _, needed, _ = testing.cuda_encode_tiles(
-            *self.encoder, *selection
+            x[rows], *weights, *selection
         )
         self.chunks.append(Chunk(first, last, needed))
         return offsets, latents, values, needed, room, first
@@ -187,10 +224,11 @@ def test_an_encoder_whose_candidates_do_not_fit():
 
 def test_prefixes_double_and_cover_every_latent_once():
     borders = [0, 32, 64, 128, 256, 300]
-    assert select.prefixes(300, 32) == list(zip(borders, borders[1:], strict=False))
-    assert select.prefixes(32, 32) == [(0, 32)]
-    assert select.prefixes(5, 32) == [(0, 5)]
-    assert select.prefixes(0, 32) == []
+    assert select.prefixes(300, 32, 2) == list(zip(borders, borders[1:], strict=False))
+    assert select.prefixes(300, 32, 8) == [(0, 32), (32, 256), (256, 300)]
+    assert select.prefixes(32, 32, 2) == [(0, 32)]
+    assert select.prefixes(5, 32, 2) == [(0, 5)]
+    assert select.prefixes(0, 32, 2) == []
     assert select.equal_chunks(64, 130, 32) == [(64, 96), (96, 128), (128, 130)]
     assert select.equal_chunks(300, 300, 32) == []
 
@@ -207,3 +245,23 @@ def test_a_first_prefix_holds_k_and_all_chunks_fit_the_same_room():
             rows = select.rows_at_once(n, width)
             assert width % 256 == 0 and width >= 4 * k
             assert rows == n or rows * width <= 2**24 or rows == 64
+
+
+def test_prefixes_of_few_rows_grow_until_a_chunk_fills_half_of_its_room():
+    assert select.prefix_growth(17, 1, 4096) == select.prefix_growth(8192, 64, 512) == 2
+    assert select.prefix_growth(16, 64, 4096) == 32
+    assert select.prefixes(65536, 4096, 32) == [(0, 4096), (4096, 65536)]
+    for n, k in ((1, 0), (1, 1), (3, 100), (16, 1024), (16, 5000)):
+        width = select.first_prefix(n, k)
+        growth = select.prefix_growth(n, k, width)
+        assert growth >= 2 and (growth == 2 or 2 * growth * k <= width)
+
+
+@pytest.mark.parametrize("growth", [4, 32])
+def test_prefixes_that_grow_faster_give_the_same_entries(growth):
+    for pre in matrices().values():
+        assert_topk(pre, 3, scan=Scan(pre, growth=growth))
+        assert_batchtopk(pre, 3, Scan(pre, growth=growth))
+    scan = Scan(ascending(), growth=growth)
+    assert_topk(ascending(), 3, scan=scan)
+    assert scan.chunks[1].needed > scan.capacity

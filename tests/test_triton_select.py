@@ -197,7 +197,9 @@ def test_while_a_graph_is_captured_an_overflow_is_nan_and_nothing_is_read(encode
         monkeypatch.setattr(module, "capturing", lambda x: True)
     for pre, fails in ((torch.randn(N, D_SAE), False), (ascending(), True)):
         encoder.calls.clear()
-        for values in (topk(pre, 4)[2], batchtopk(pre, 4.0, 1.0, 4 * N)[2]):
+        found = batchtopk(pre, 4.0, 1.0, 4 * N)
+        assert (found[4] > 4 * N) == fails
+        for values in (found[2], topk(pre, 4)[2]):
             assert values.shape == (4 * N,) and values.isnan().all() == fails
             assert values.isnan().any() == fails
         assert [call[0] for call in encoder.calls] == 2 * [0, 32, 64, 128, 256]

@@ -4,12 +4,13 @@
 //   x [n, d_in], W_enc [d_in, d_sae], b_enc [d_sae]
 //
 // Source: BatchTopK sparse autoencoders, arXiv 2412.06410.
-// Algorithm: as topk_encode.cu, with one selection over the batch for all rows (select_batch_kernel.cuh). A guess of the
-// threshold replaces the scan by one chunk, when what exceeds it is at least `count` entries and fits.
-// The host waits for the number of candidates that a guess found. Without a guess, or after one that failed, it waits once
-// for the number of entries (without max_nnz) and for whether a chunk overflowed (d_sae more than twice the first prefix).
-// While a CUDA graph is captured (with max_nnz) it does not wait and ignores the guess; lost candidates make all values NaN
-// there. More entries than max_nnz always do.
+// Algorithm: as topk_encode.cu, with one selection over the batch for all rows (select_batch_kernel.cuh), into which
+// the blocks of rows go one after another. A guess of the threshold replaces the prefixes by one chunk, when what
+// exceeds it is at least `count` entries and fits.
+// The host waits for what a guess found. Without a guess, or after one that failed, it waits once for the number of
+// entries (without max_nnz) and for whether a chunk overflowed (d_sae more than twice the first prefix).
+// While a CUDA graph is captured (with max_nnz) it does not wait and ignores the guess; lost candidates make all values
+// NaN there, and `needed` larger than max_nnz. More entries than max_nnz always do.
 // Bound: the product, 2 n d_in d_sae operations.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -20,6 +21,7 @@
 #include <limits>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "cuda/by_feature.h"
 #include "cuda/encode_tiles.h"
@@ -44,19 +46,25 @@ struct Csr {
   Tensor offsets, latents, values;
 };
 
-// The best entries of a batch so far, and what their selection works with.
+// The best entries of a batch so far, and what their selection works with. Blocks of `together` rows are scanned one
+// after another.
 struct Best {
-  int64_t n, d_sae, count;  // of `count` entries wanted there are at most n * d_sae
-  int64_t room;             // entries
-  int64_t width, capacity;  // of the first prefix, and for the candidates of any
+  int64_t n, d_sae, count;     // of `count` entries wanted there are at most n * d_sae
+  int64_t room;                // entries
+  int64_t width, growth;       // of the first prefix, and from each to the next
+  int64_t together, capacity;  // for the candidates of any chunk
   Csr kept, next;
   Tensor bound, threshold, lost;
   Tensor histograms, cuts, above, equal;
 
   Best(const EncodeInputs& in, int64_t wanted)
       : n(in.n()), d_sae(in.d_sae()), count(wanted), room(std::min(wanted, n * d_sae)) {
-    width = first_prefix(n, n > 0 ? (room + n - 1) / n : 0);
-    capacity = n * std::min(width, d_sae);
+    const int64_t each = n > 0 ? (room + n - 1) / n : 0;
+    width = first_prefix(n, each);
+    growth = prefix_growth(n, each, width);
+    const int64_t chunk = std::min(width, d_sae);
+    together = std::max<int64_t>(rows_at_once(n, std::max<int64_t>(chunk, 1)), 1);
+    capacity = std::min(together, n) * chunk;
     const auto of = [&](int64_t size, ScalarType dtype) {
       return torch::stable::new_empty(in.bias, {size}, dtype);
     };
@@ -67,16 +75,25 @@ struct Best {
     }
     bound = torch::stable::new_zeros(in.bias, {n}, ScalarType::Float);
     threshold = torch::stable::new_zeros(in.bias, {}, ScalarType::Float);
-    lost = of(1, ScalarType::Long);
+    lost = of(blocks(), ScalarType::Long);
     torch::stable::fill_(lost, static_cast<double>(d_sae));
     histograms = of(kBatchLevels * kBatchBins, ScalarType::Long);
     cuts = of(2 * (kBatchLevels + 1), ScalarType::Long);
     above = of(n, ScalarType::Long);
     equal = of(n, ScalarType::Long);
   }
+
+  int64_t blocks() const { return (n + together - 1) / together; }
+
+  // Nothing kept, nothing lost.
+  void forget() {
+    torch::stable::zero_(kept.offsets);
+    torch::stable::zero_(bound);
+    torch::stable::fill_(lost, static_cast<double>(d_sae));
+  }
 };
 
-SelectBatch merge_arguments(const Best& best, const EncodeCsr& csr, int64_t first) {
+SelectBatch merge_arguments(const Best& best, int64_t block, const EncodeCsr& csr, int64_t first) {
   SelectBatch p;
   p.found.offsets = data<int64_t>(csr.offsets);
   p.found.latents = data<int32_t>(csr.indices);
@@ -84,7 +101,9 @@ SelectBatch merge_arguments(const Best& best, const EncodeCsr& csr, int64_t firs
   p.found.needed = data<int64_t>(csr.needed);
   p.found.capacity = best.capacity;
   p.found.first = first;
-  p.found.lost = data<int64_t>(best.lost);
+  p.found.lost = data<int64_t>(best.lost) + block;
+  p.first_row = block * best.together;
+  p.rows = csr.offsets.size(0) - 1;
   p.n = best.n;
   p.rank = best.count;
   p.kept_offsets = data<int64_t>(best.kept.offsets);
@@ -102,8 +121,8 @@ SelectBatch merge_arguments(const Best& best, const EncodeCsr& csr, int64_t firs
   return p;
 }
 
-void merge(Best& best, const EncodeCsr& csr, int64_t first, cudaStream_t stream) {
-  const SelectBatch p = merge_arguments(best, csr, first);
+void merge(Best& best, int64_t block, const EncodeCsr& csr, int64_t first, cudaStream_t stream) {
+  const SelectBatch p = merge_arguments(best, block, csr, first);
   const size_t bytes = sizeof(unsigned long long) * kBatchLevels * kBatchBins;
   check_cuda(kOp, "clearing histograms", cudaMemsetAsync(p.histograms, 0, bytes, stream));
   // Blocks enough to fill the device, few enough that adding up their histograms costs little.
@@ -123,19 +142,20 @@ void merge(Best& best, const EncodeCsr& csr, int64_t first, cudaStream_t stream)
 }
 
 struct Seen {
-  int64_t candidates = 0, lost = 0, entries = 0;
+  std::vector<int64_t> lost;
+  int64_t entries = 0;
 };
 
-// Waits for the device. `csr` may be null.
-Seen look(const Best& best, const EncodeCsr* csr, cudaStream_t stream) {
+// Waits for the device.
+Seen look(const Best& best, cudaStream_t stream) {
   Seen seen;
-  const auto copy = [&](int64_t& to, const void* from) {
+  seen.lost.resize(static_cast<size_t>(best.blocks()));
+  const auto copy = [&](int64_t* to, const int64_t* from, size_t count) {
     check_cuda(kOp, "reading a size",
-               cudaMemcpyAsync(&to, from, sizeof(to), cudaMemcpyDeviceToHost, stream));
+               cudaMemcpyAsync(to, from, count * sizeof(*to), cudaMemcpyDeviceToHost, stream));
   };
-  if (csr != nullptr) copy(seen.candidates, csr->needed.data_ptr());
-  copy(seen.lost, best.lost.data_ptr());
-  copy(seen.entries, data<int64_t>(best.kept.offsets) + best.n);
+  copy(seen.lost.data(), data<int64_t>(best.lost), seen.lost.size());
+  copy(&seen.entries, data<int64_t>(best.kept.offsets) + best.n, 1);
   check_cuda(kOp, "waiting for the encoder", cudaStreamSynchronize(stream));
   return seen;
 }
@@ -146,37 +166,54 @@ bool capturing(cudaStream_t stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
+// Merges what latents of `chunk` exceed `bound` in one block of rows.
+void scan(const EncodeInputs& in, Best& best, int64_t block, const Tensor& bound, Prefix chunk,
+          cudaStream_t stream) {
+  const int64_t begin = block * best.together, rows = std::min(best.together, best.n - begin);
+  const EncodeCsr csr =
+      encode_candidates(kOp, in.of_rows(begin, rows), tokens_of(bound, begin, rows), chunk.first,
+                        chunk.last, best.capacity, stream);
+  merge(best, block, csr, chunk.first, stream);
+}
+
 // Selects among what exceeds a little less than the guessed threshold; false, and nothing kept, if that fails.
 bool follow(double guess, const EncodeInputs& in, Best& best, cudaStream_t stream) {
   if (!(guess > 0) || !std::isfinite(guess)) return false;
   const Tensor bound = torch::stable::new_empty(in.bias, {best.n}, ScalarType::Float);
   const double lowered = std::min<double>(kMargin * guess, std::numeric_limits<float>::max());
   torch::stable::fill_(bound, lowered);
-  const EncodeCsr csr = encode_candidates(kOp, in, bound, 0, best.d_sae, best.capacity, stream);
-  const int64_t found = look(best, &csr, stream).candidates;
-  if (found < best.count || found > best.capacity) return false;
-  merge(best, csr, 0, stream);
-  return true;
-}
-
-void scan(const EncodeInputs& in, Best& best, Prefix chunk, cudaStream_t stream) {
-  const EncodeCsr csr =
-      encode_candidates(kOp, in, best.bound, chunk.first, chunk.last, best.capacity, stream);
-  merge(best, csr, chunk.first, stream);
+  for (int64_t block = 0; block < best.blocks(); ++block) {
+    scan(in, best, block, bound, {0, best.d_sae}, stream);
+  }
+  const Seen seen = look(best, stream);
+  const auto whole = [&best](int64_t lost) { return lost >= best.d_sae; };
+  if (seen.entries == best.count && std::all_of(seen.lost.begin(), seen.lost.end(), whole)) {
+    return true;
+  }
+  best.forget();
+  return false;
 }
 
 // The number of entries; 0 without a look at the device where `fixed`, since it is not needed then.
 int64_t scan_all(const EncodeInputs& in, Best& best, bool fixed, cudaStream_t stream) {
-  for (const Prefix chunk : prefixes(best.d_sae, best.width)) scan(in, best, chunk, stream);
+  for (const Prefix chunk : prefixes(best.d_sae, best.width, best.growth)) {
+    for (int64_t block = 0; block < best.blocks(); ++block) {
+      scan(in, best, block, best.bound, chunk, stream);
+    }
+  }
   const bool may_overflow = best.d_sae > 2 * best.width && !capturing(stream);
   if (fixed && !may_overflow) return 0;
-  const Seen seen = look(best, nullptr, stream);
-  if (seen.lost >= best.d_sae) return seen.entries;
+  const Seen seen = look(best, stream);
   torch::stable::fill_(best.lost, static_cast<double>(best.d_sae));
-  for (const Prefix chunk : equal_chunks(seen.lost, best.d_sae, best.width)) {
-    scan(in, best, chunk, stream);
+  bool again = false;
+  for (int64_t block = 0; block < best.blocks(); ++block) {
+    const int64_t begin = seen.lost[static_cast<size_t>(block)];
+    for (const Prefix chunk : equal_chunks(begin, best.d_sae, best.width)) {
+      scan(in, best, block, best.bound, chunk, stream);
+      again = true;
+    }
   }
-  return fixed ? 0 : look(best, nullptr, stream).entries;
+  return again && !fixed ? look(best, stream).entries : seen.entries;
 }
 
 // k n, cut off where more can never be selected.
@@ -218,6 +255,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch
   p.kept_latents = data<int32_t>(best.kept.latents);
   p.kept_values = data<float>(best.kept.values);
   p.lost = data<int64_t>(best.lost);
+  p.blocks = best.blocks();
   p.n = best.n;
   p.d_sae = best.d_sae;
   p.offsets = data<int64_t>(offsets);

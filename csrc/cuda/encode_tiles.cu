@@ -6,6 +6,8 @@
 #include <cub/device/device_scan.cuh>
 #include <limits>
 
+#include "cuda/encode_few.h"
+#include "cuda/encode_few_kernel.cuh"
 #include "cuda/encode_limit_kernel.cuh"
 #include "cuda/encode_sm90.h"
 #include "cuda/encode_tile_kernel.cuh"
@@ -87,6 +89,10 @@ bool prefers_portable() {
   return choice != nullptr && std::strcmp(choice, "portable") == 0;
 }
 
+bool uses_few(const EncodeTiles& p, Dtype dtype, Limit limit) {
+  return !prefers_portable() && encode_few_serves(p, dtype, limit);
+}
+
 bool uses_sm90(const EncodeTiles& p, Dtype dtype, Limit limit) {
   if (limit == Limit::kScreened) return true;
   return !is_small(p) && !prefers_portable() && encode_sm90_serves(p, dtype, limit);
@@ -127,18 +133,25 @@ void set_limit(const char* op, EncodeHits& hits, const EncodeInputs& in, const E
     }
     return;
   }
-  hits.limit = latent_limits(op, in.bias, limit.values, limit.window, stream);
+  if (!uses_few(p, in.dtype, limit.kind)) {
+    hits.limit = latent_limits(op, in.bias, limit.values, limit.window, stream);
+    p.limit = data<float>(hits.limit);
+  }
   hits.invalid = empty(in.bias, p.n, ScalarType::Int);
   torch::stable::fill_(hits.invalid, static_cast<double>(p.d_sae));
   p.threshold = data<float>(limit.values);
   p.window = limit.window;
-  p.limit = data<float>(hits.limit);
   p.invalid = data<int32_t>(hits.invalid);
 }
 
 // Counts to exclusive sums, and the offsets of all tokens.
 void scan_counts(const char* op, const EncodeHits& hits, cudaStream_t stream) {
   const PlaceHits p = place_arguments(hits);
+  if (p.tiles.n <= kStripTokens) {
+    scan_few_kernel<<<1, kPlaceThreads, 0, stream>>>(p);
+    check_launch(op);
+    return;
+  }
   const int64_t items = p.groups() * p.tokens() / 2, size = p.tiles.n + 1;
   if (items > 0) {
     scan_counts_kernel<<<place_blocks(items), kPlaceThreads, 0, stream>>>(p);
@@ -189,6 +202,17 @@ void check_encode(const char* op, const Tensor& x, const Tensor& W_enc, const Te
   }
 }
 
+Tensor tokens_of(const Tensor& t, int64_t begin, int64_t rows) {
+  Tensor whole = t;
+  return torch::stable::narrow(whole, 0, begin, rows);
+}
+
+EncodeInputs EncodeInputs::of_rows(int64_t begin, int64_t rows) const {
+  EncodeInputs part = *this;
+  part.x = tokens_of(x, begin, rows);
+  return part;
+}
+
 EncodeInputs encode_inputs(const Tensor& x, const Tensor& W_enc, const Tensor& b_enc) {
   const ScalarType dtype =
       x.scalar_type() == W_enc.scalar_type() ? x.scalar_type() : ScalarType::Float;
@@ -201,6 +225,7 @@ EncodeInputs encode_inputs(const Tensor& x, const Tensor& W_enc, const Tensor& b
 }
 
 int encode_width(const EncodeTiles& p, Dtype dtype, Limit limit) {
+  if (uses_few(p, dtype, limit)) return kFewWidth;
   if (uses_sm90(p, dtype, limit)) return 256;
   return is_small(p) ? SmallTile::kWidth : LargeTile::kWidth;
 }
@@ -254,7 +279,9 @@ void pad_csr(const char* op, const EncodeCsr& csr, cudaStream_t stream) {
 void encode_tiles(const char* op, const EncodeTiles& p, Dtype dtype, Limit limit,
                   cudaStream_t stream) {
   if (p.n == 0 || p.last == p.first) return;
-  if (uses_sm90(p, dtype, limit)) {
+  if (uses_few(p, dtype, limit)) {
+    check_cuda(op, "launch of the encoder's tiles (few)", encode_few(p, dtype, limit, stream));
+  } else if (uses_sm90(p, dtype, limit)) {
     check_cuda(op, "launch of the encoder's tiles (sm_90a)", encode_sm90(p, dtype, limit, stream));
   } else if (is_small(p)) {
     encode_portable<SmallTile>(op, p, dtype, limit, stream);
@@ -300,16 +327,10 @@ EncodeCsr place_hits(const char* op, EncodeHits& hits, int64_t capacity, cudaStr
   const bool gated = hits.kind == Limit::kPerLatent;
   const EncodeCsr out = new_csr(op, hits.offsets, capacity, gated, stream);
   const PlaceHits p = csr_arguments(place_arguments(hits), out);
-  const int64_t runs = p.column_blocks * p.strips();
-  if (runs > 0 && capacity > 0) {
-    place_kernel<<<place_blocks(runs * kRunLanes), kPlaceThreads, 0, stream>>>(p);
-    check_launch(op);
-  }
-  if (runs > 0 && capacity > 0 && gated) {
-    insert_invalid_kernel<<<place_blocks(p.tiles.n), kPlaceThreads, 0, stream>>>(p);
-    check_launch(op);
-  }
-  pad_csr(op, out, stream);
+  if (capacity == 0) return out;
+  const int64_t runs = p.column_blocks * p.strips(), others = gated ? capacity : 0;
+  place_kernel<<<place_blocks(std::max(runs * kRunLanes, others)), kPlaceThreads, 0, stream>>>(p);
+  check_launch(op);
   return out;
 }
 

@@ -43,7 +43,7 @@ struct EncodeTiles {
 
   // kPerLatent. limit[j] is the largest float whose sum with bias[j], rounded once, is <= threshold[j] - window:
   // exactly `acc > limit[j]` is stored. It is NaN where the threshold is NaN or the bias is not finite.
-  const float* limit;      // [d_sae]
+  const float* limit;      // [d_sae]; null for kernels that find it themselves
   const float* threshold;  // [d_sae]
   float window;            // bandwidth / 2, or 0: no window entries
 

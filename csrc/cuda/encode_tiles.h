@@ -27,7 +27,9 @@ struct EncodeInputs {
   Dtype dtype;  // of x and W; float32 where they differed
   int64_t n() const { return x.size(0); }
   int64_t d_sae() const { return W.size(0); }
+  EncodeInputs of_rows(int64_t begin, int64_t rows) const;
 };
+Tensor tokens_of(const Tensor& t, int64_t begin, int64_t rows);
 EncodeInputs encode_inputs(const Tensor& x, const Tensor& W_enc, const Tensor& b_enc);
 
 // What to keep of latents [first, last). `first` is a multiple of 256.

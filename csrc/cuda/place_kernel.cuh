@@ -4,8 +4,9 @@
 //
 // scan_counts_kernel turns the counts of each group of kScanBlocks column blocks into exclusive sums, in place, and
 // adds the group up; scan_groups_kernel does the same with the groups, and leaves each token's total. CUB sums the
-// totals to offsets (encode_tiles.cu). place_kernel moves every record; an entry behind its token's first invalid
-// latent moves up by one, and insert_invalid_kernel fills the gap. pad_kernel writes what lies behind the entries.
+// totals to offsets (encode_tiles.cu). scan_few_kernel is all three for at most 16 tokens. place_kernel moves every
+// record; an entry behind its token's first invalid latent moves up by one, and the gap is filled, as is what lies
+// behind the entries.
 // Bound by memory and latency: 4 bytes per count, and about 60 bytes of scattered traffic per entry.
 #pragma once
 
@@ -47,50 +48,79 @@ __device__ __forceinline__ int64_t grid_threads() {
   return static_cast<int64_t>(gridDim.x) * blockDim.x;
 }
 
-// One thread per group and pair of tokens: all loads are in flight at once, and a warp reads 128 bytes of each.
+// The counts of a group and a pair of tokens, by one thread: all loads are in flight at once.
+__device__ __forceinline__ void scan_group(const PlaceHits& p, int64_t group, int64_t pair) {
+  const int64_t pairs = p.tokens() / 2, first = group * kScanBlocks;
+  uint32_t* counts = reinterpret_cast<uint32_t*>(p.tiles.counts) + first * pairs + pair;
+  const int64_t left = p.column_blocks - first;
+  uint32_t count[kScanBlocks];
+#pragma unroll
+  for (int b = 0; b < kScanBlocks; ++b) count[b] = b < left ? counts[b * pairs] : 0;
+  uint32_t sum = 0;
+#pragma unroll
+  for (int b = 0; b < kScanBlocks; ++b) {
+    if (b < left) counts[b * pairs] = sum;
+    sum += count[b];
+  }
+  uint32_t* base = p.bases + group * 2 * pairs + 2 * pair;
+  base[0] = sum & 0xffff;
+  base[1] = sum >> 16;
+}
+
+// The groups of a token, by one warp: with few tokens there are many. Returns the token's entries; 0 beyond the last.
+__device__ __forceinline__ int64_t scan_token(const PlaceHits& p, int64_t token) {
+  if (token >= p.tiles.n) return 0;
+  const int64_t tokens = p.tokens(), groups = p.groups(), lane = threadIdx.x % 32;
+  uint32_t sum = 0;
+  for (int64_t first = 0; first < groups; first += 32) {
+    const int64_t group = first + lane;
+    uint32_t* base = p.bases + group * tokens + token;
+    const uint32_t count = group < groups ? *base : 0;
+    uint32_t up_to = count;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const uint32_t before = __shfl_up_sync(0xffffffffu, up_to, step);
+      if (lane >= step) up_to += before;
+    }
+    if (group < groups) *base = sum + up_to - count;
+    sum += __shfl_sync(0xffffffffu, up_to, 31);
+  }
+  const bool invalid = p.tiles.invalid != nullptr && p.tiles.invalid[token] < p.tiles.d_sae;
+  return static_cast<int64_t>(sum) + invalid;
+}
+
+// A warp reads 128 bytes of each column block.
 __global__ void __launch_bounds__(kPlaceThreads) scan_counts_kernel(PlaceHits p) {
   const int64_t pairs = p.tokens() / 2;
   for (int64_t item = grid_thread(); item < p.groups() * pairs; item += grid_threads()) {
-    const int64_t group = item / pairs, pair = item % pairs, first = group * kScanBlocks;
-    uint32_t* counts = reinterpret_cast<uint32_t*>(p.tiles.counts) + first * pairs + pair;
-    const int64_t left = p.column_blocks - first;
-    uint32_t count[kScanBlocks];
-#pragma unroll
-    for (int b = 0; b < kScanBlocks; ++b) count[b] = b < left ? counts[b * pairs] : 0;
-    uint32_t sum = 0;
-#pragma unroll
-    for (int b = 0; b < kScanBlocks; ++b) {
-      if (b < left) counts[b * pairs] = sum;
-      sum += count[b];
-    }
-    uint32_t* base = p.bases + group * 2 * pairs + 2 * pair;
-    base[0] = sum & 0xffff;
-    base[1] = sum >> 16;
+    scan_group(p, item / pairs, item % pairs);
   }
 }
 
-// One warp per token: with few tokens there are many groups.
 __global__ void __launch_bounds__(kPlaceThreads) scan_groups_kernel(PlaceHits p) {
-  const int64_t tokens = p.tokens(), groups = p.groups(), lane = threadIdx.x % 32;
   for (int64_t token = grid_thread() / 32; token <= p.tiles.n; token += grid_threads() / 32) {
-    uint32_t sum = 0;
-    for (int64_t first = 0; first < groups && token < p.tiles.n; first += 32) {
-      const int64_t group = first + lane;
-      uint32_t* base = p.bases + group * tokens + token;
-      const uint32_t count = group < groups ? *base : 0;
-      uint32_t up_to = count;
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const uint32_t before = __shfl_up_sync(0xffffffffu, up_to, step);
-        if (lane >= step) up_to += before;
-      }
-      if (group < groups) *base = sum + up_to - count;
-      sum += __shfl_sync(0xffffffffu, up_to, 31);
-    }
-    const bool invalid =
-        token < p.tiles.n && p.tiles.invalid != nullptr && p.tiles.invalid[token] < p.tiles.d_sae;
-    if (lane == 0) p.offsets[token] = static_cast<int64_t>(sum) + invalid;
+    const int64_t entries = scan_token(p, token);
+    if (threadIdx.x % 32 == 0) p.offsets[token] = entries;
   }
+}
+
+// One block, n <= 16: counts to offsets.
+__global__ void __launch_bounds__(kPlaceThreads) scan_few_kernel(PlaceHits p) {
+  __shared__ int64_t entries[kStripTokens];
+  const int64_t pairs = p.tokens() / 2;
+  for (int64_t item = threadIdx.x; item < p.groups() * pairs; item += kPlaceThreads) {
+    scan_group(p, item / pairs, item % pairs);
+  }
+  __syncthreads();
+  for (int64_t token = threadIdx.x / 32; token < kStripTokens; token += kPlaceThreads / 32) {
+    const int64_t own = scan_token(p, token);
+    if (threadIdx.x % 32 == 0) entries[token] = own;
+  }
+  __syncthreads();
+  if (threadIdx.x > p.tiles.n) return;
+  int64_t before = 0;
+  for (int64_t token = 0; token < threadIdx.x; ++token) before += entries[token];
+  p.offsets[threadIdx.x] = before;
 }
 
 __global__ void __launch_bounds__(kPlaceThreads) limit_offsets_kernel(PlaceHits p) {
@@ -134,8 +164,7 @@ __device__ __forceinline__ void place_record(const PlaceHits& p, uint64_t record
 }
 
 // A few lanes per run: most runs have a few records, and all that is read of one waits for the last.
-__global__ void __launch_bounds__(kPlaceThreads) place_kernel(PlaceHits p) {
-  if (*p.needed > p.capacity) return;
+__device__ __forceinline__ void place_runs(const PlaceHits& p) {
   const int64_t strips = p.strips(), lane = threadIdx.x % kRunLanes;
   for (int64_t index = grid_thread() / kRunLanes; index < p.column_blocks * strips;
        index += grid_threads() / kRunLanes) {
@@ -150,8 +179,7 @@ __global__ void __launch_bounds__(kPlaceThreads) place_kernel(PlaceHits p) {
 }
 
 // One thread per token; almost no token has an invalid latent.
-__global__ void __launch_bounds__(kPlaceThreads) insert_invalid_kernel(PlaceHits p) {
-  if (*p.needed > p.capacity) return;
+__device__ __forceinline__ void insert_invalid(const PlaceHits& p) {
   for (int64_t token = grid_thread(); token < p.tiles.n; token += grid_threads()) {
     const int64_t latent = p.tiles.invalid[token];
     if (latent >= p.tiles.d_sae) continue;
@@ -172,8 +200,7 @@ __global__ void __launch_bounds__(kPlaceThreads) insert_invalid_kernel(PlaceHits
   }
 }
 
-__global__ void __launch_bounds__(kPlaceThreads) pad_kernel(PlaceHits p) {
-  const bool lost = *p.needed > p.capacity;
+__device__ __forceinline__ void pad(const PlaceHits& p, bool lost) {
   if (p.gate == nullptr && !lost) return;  // candidates: nobody reads behind the last
   const int64_t begin = lost ? 0 : *p.needed;
   for (int64_t e = begin + grid_thread(); e < p.capacity; e += grid_threads()) {
@@ -181,6 +208,18 @@ __global__ void __launch_bounds__(kPlaceThreads) pad_kernel(PlaceHits p) {
     p.values[e] = lost ? __int_as_float(0x7fc00000) : 0.0f;
     if (p.gate != nullptr) p.gate[e] = lost ? 1.0f : 0.0f;
   }
+}
+
+__global__ void __launch_bounds__(kPlaceThreads) pad_kernel(PlaceHits p) {
+  pad(p, *p.needed > p.capacity);
+}
+
+// No two write the same entry: their order does not matter.
+__global__ void __launch_bounds__(kPlaceThreads) place_kernel(PlaceHits p) {
+  const bool lost = *p.needed > p.capacity;
+  if (!lost) place_runs(p);
+  if (!lost && p.tiles.invalid != nullptr) insert_invalid(p);
+  pad(p, lost);
 }
 
 // Grid for `size` items, one thread each; the kernels loop over the rest.

@@ -4,11 +4,11 @@
 //   offsets[i] = above_before(i) + min(equal_before(i), equal)
 //   bound[i]   = what a later latent has to exceed: the cut, or the value below it in rows that can still win a tie
 //
-// Algorithm: three histograms of the keys' digits, 11, 10 and 10 bits, find the cut; each launch reads the one before it, so
-// nothing is decided on the host. One warp per row counts its keys, one block scans the counts, one warp per row places.
-// All atomics add integers, so no result depends on their order.
-// Bound: memory, 28 bytes per candidate; launches. Exchangeable latents give about `rank` candidates per doubling of the
-// latents seen.
+// Algorithm: three histograms of the keys' digits, 11, 10 and 10 bits, find the cut; each launch reads the one before
+// it, so nothing is decided on the host. One warp per row counts its keys, one block scans the counts, one warp per row
+// places. All atomics add integers, so no result depends on their order.
+// Bound: memory, 28 bytes per candidate; launches. Exchangeable latents give about `rank` candidates per doubling of
+// the latents seen.
 #pragma once
 
 #include <stdint.h>
@@ -30,7 +30,8 @@ struct BatchCut {
 };
 
 struct SelectBatch {
-  Found found;
+  Found found;  // of rows [first_row, first_row + rows); the others found nothing
+  int64_t first_row, rows;
   int64_t n;
   int64_t rank;                 // >= 1
   const int64_t* kept_offsets;  // [n + 1]
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(kBatchThreads)
   __syncthreads();
   const int shift = digit_shift(level), bits = digit_bits(level);
   const int64_t kept = p.kept_offsets[p.n];
-  const int64_t total = kept + (dropped(p.found) ? 0 : p.found.offsets[p.n]);
+  const int64_t total = kept + (dropped(p.found) ? 0 : p.found.offsets[p.rows]);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kBatchThreads;
   for (int64_t at = static_cast<int64_t>(blockIdx.x) * kBatchThreads + threadIdx.x;
        at < total && cut.rank > 0; at += step) {
@@ -143,9 +144,11 @@ __global__ void __launch_bounds__(kBatchThreads)
 
 // Row i of a merge.
 __device__ inline Row batch_row(const SelectBatch& p, int64_t i, bool none_found) {
-  const int64_t old = p.kept_offsets[i], recent = none_found ? 0 : p.found.offsets[i];
-  const int64_t kept = p.kept_offsets[i + 1] - old;
-  const int64_t total = kept + (none_found ? 0 : p.found.offsets[i + 1] - recent);
+  const int64_t *kept_at = p.kept_offsets + i, *found_at = p.found.offsets + (i - p.first_row);
+  const bool none = none_found || i < p.first_row || i >= p.first_row + p.rows;
+  const int64_t old = kept_at[0], recent = none ? 0 : found_at[0];
+  const int64_t kept = kept_at[1] - old;
+  const int64_t total = kept + (none ? 0 : found_at[1] - recent);
   return {p.kept_latents + old,    p.found.latents + recent,    p.kept_values + old,
           p.found.values + recent, static_cast<uint32_t>(kept), static_cast<uint32_t>(total)};
 }
@@ -217,13 +220,13 @@ __global__ void __launch_bounds__(kBatchThreads) select_batch_place_kernel(Selec
 }
 
 // The result in arrays of `capacity` elements. More entries than that clamp the offsets; then, or where candidates were
-// lost, all values are NaN.
+// lost, all values are NaN. What was lost might have been anything, so `needed` is then that of all pairs.
 struct WriteBatch {
   const int64_t* kept_offsets;
   const int32_t* kept_latents;
   const float* kept_values;
-  const int64_t* lost;
-  int64_t n, d_sae, capacity;
+  const int64_t* lost;  // [blocks] below d_sae: candidates of these rows were lost
+  int64_t blocks, n, d_sae, capacity;
   int64_t* offsets;  // [n + 1]
   int32_t* latents;  // [capacity]
   float* values;     // [capacity]
@@ -233,10 +236,13 @@ struct WriteBatch {
 
 __global__ void __launch_bounds__(kBatchThreads) write_batch_kernel(WriteBatch p) {
   const int64_t needed = p.kept_offsets[p.n];
-  const bool failed = needed > p.capacity || *p.lost < p.d_sae;
+  bool lost = false;
+  for (int64_t b = threadIdx.x; b < p.blocks; b += kBatchThreads) lost |= p.lost[b] < p.d_sae;
+  lost = __syncthreads_or(lost) != 0;
+  const bool failed = lost || needed > p.capacity;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kBatchThreads;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kBatchThreads + threadIdx.x;
-  if (thread == 0) *p.needed = needed;
+  if (thread == 0) *p.needed = lost ? max(p.n * p.d_sae, p.capacity + 1) : needed;
   for (int64_t i = thread; i <= p.n; i += step) p.offsets[i] = min(p.kept_offsets[i], p.capacity);
   for (int64_t e = thread; e < p.capacity; e += step) {
     const bool used = e < needed;

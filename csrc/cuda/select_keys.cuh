@@ -1,8 +1,8 @@
 // Selection by rank, device side: order-preserving keys, rows in two parts, compaction of a row in order.
 //
 // A value that can be selected is positive or NaN; its key is its bits, and NaN has one key, the largest, so that NaNs
-// tie. Anything else has key 0 and is never selected. A row is what was kept of earlier latents followed by what a chunk
-// of later latents found: its latents ascend, and of equal keys the earlier position is the smaller latent.
+// tie. Anything else has key 0 and is never selected. A row is what was kept of earlier latents followed by what a
+// chunk of later latents found: its latents ascend, and of equal keys the earlier position is the smaller latent.
 #pragma once
 
 #include <stdint.h>
@@ -109,8 +109,8 @@ __device__ inline Ranks rank(bool above, bool equal, uint32_t* words) {
 }
 
 // Writes the keys above `cut` and the first `room` of those equal to it, in order; returns the smallest key that this
-// thread wrote, or kNaNKey. A position's target is never behind it and its source is read before anything of its step is
-// written, so the output may be the row's kept part itself. `words`: 2 kWarps words of shared memory.
+// thread wrote, or kNaNKey. A position's target is never behind it and its source is read before anything of its step
+// is written, so the output may be the row's kept part itself. `words`: 2 kWarps words of shared memory.
 template <int kWarps, typename KeyAt>
 __device__ inline uint32_t compact(const Row& row, const KeyAt& key_at, uint32_t cut, uint32_t room,
                                    int32_t* latents, float* values, uint32_t* words) {

@@ -1,14 +1,15 @@
 // Device code of topk_encode's selection: the k best of each row, exact, and the rows of exactly k entries at the end.
 //
 //   best(i) = the k largest of best(i) followed by found(i), ties to the earlier position, in latent order
-//   bound[i] = the k-th largest, 0 while there are fewer: a later latent enters only above it (it loses ties), or as NaN
+//   bound[i] = the k-th largest, 0 while there are fewer: a later latent enters only above it (it loses ties) or as NaN
 //
-// Algorithm: keys go to shared memory, where rows fit. Their range is cut into 256 equal bins, a histogram names the bin of
-// the k-th largest, whose range is next: at most four passes for 31 bits, one or two as a rule, since it ends as soon as
-// exactly k keys lie above. Bins of the range that is left spread the keys, so that few atomics collide. One warp per row
-// for short rows, a block of 8 for long ones; what does not fit is read from memory in each pass.
-// Bound: latency. The traffic is 8 bytes per candidate. Exchangeable latents give about k candidates per row and doubling
-// of the latents seen, so k log2(d_sae / first) in all, and the first chunk's positive entries, about first / 2.
+// Algorithm: keys go to shared memory, where rows fit. Their range is cut into 256 equal bins, a histogram names the
+// bin of the k-th largest, whose range is next: at most four passes for 31 bits, one or two as a rule, since it ends as
+// soon as exactly k keys lie above. Bins of the range that is left spread the keys, so that few atomics collide. One
+// warp per row for short rows, a block of 8 for long ones; what does not fit is read from memory in each pass.
+// Bound: latency. The traffic is 8 bytes per candidate. Exchangeable latents give about k candidates per row and
+// doubling of the latents seen, so k log2(d_sae / first) in all, and the first chunk's positive entries, about first /
+// 2.
 #pragma once
 
 #include <stdint.h>
@@ -191,8 +192,8 @@ __global__ void __launch_bounds__(32 * kWarps * kTeams) select_rows_kernel(Selec
 }
 
 // Rows of exactly k entries: with m best entries a row takes the k - m smallest other latents, at value 0. Entry e, at
-// latent l, has l - e other latents below it, so it lies at e + min(l - e, k - m). The positions left hold fillers, and a
-// filler lies at the position that is its own latent: all latents below it are in the row.
+// latent l, has l - e other latents below it, so it lies at e + min(l - e, k - m). The positions left hold fillers, and
+// a filler lies at the position that is its own latent: all latents below it are in the row.
 struct FillRows {
   const int32_t* latents;  // [n, k]
   const float* values;     // [n, k]

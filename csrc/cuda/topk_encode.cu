@@ -4,10 +4,11 @@
 //   x [n, d_in], W_enc [d_in, d_sae], b_enc [d_sae]
 //
 // Source: Scaling and evaluating sparse autoencoders, arXiv 2406.04093, section 2.3.
-// Algorithm: the latents in prefixes that double (select_prefixes.h); a chunk emits what exceeds the row's k-th best so far
-// (encode_tiles.h), and an exact selection per row merges it (select_rows_kernel.cuh).
-// The host waits once, where d_sae is more than twice the first prefix, to see whether a chunk overflowed; then those rows
-// go on from there in chunks that cannot. While a CUDA graph is captured it does not wait, and their values are NaN.
+// Algorithm: the latents in growing prefixes (select_prefixes.h); a chunk emits what exceeds the row's k-th best so
+// far (encode_tiles.h), and an exact selection per row merges it (select_rows_kernel.cuh).
+// The host waits once, where d_sae is more than twice the first prefix, to see whether a chunk overflowed; then those
+// rows go on from there in chunks that cannot. While a CUDA graph is captured it does not wait, and their values are
+// NaN.
 // Bound: the product, 2 n d_in d_sae operations.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -36,7 +37,7 @@ T* data(const Tensor& t) {
 
 // The k best entries of each row so far. Blocks of `together` rows are scanned one after another.
 struct Best {
-  int64_t n, k, d_sae, width, together;
+  int64_t n, k, d_sae, width, growth, together;
   Tensor latents, values;  // [n, k]
   Tensor counts, bound;    // [n]
   Tensor lost;             // [blocks]
@@ -46,6 +47,7 @@ struct Best {
         k(k_),
         d_sae(in.d_sae()),
         width(first_prefix(n, k)),
+        growth(prefix_growth(n, k, width)),
         together(rows_at_once(n, std::min(width, d_sae))) {
     using torch::stable::new_empty;
     latents = new_empty(in.bias, {n, k}, ScalarType::Int);
@@ -58,11 +60,6 @@ struct Best {
 
   int64_t blocks() const { return (n + together - 1) / together; }
 };
-
-Tensor rows_of(const Tensor& t, int64_t begin, int64_t rows) {
-  Tensor whole = t;
-  return torch::stable::narrow(whole, 0, begin, rows);
-}
 
 void merge(const Best& best, int64_t begin, int64_t rows, const Found& found, cudaStream_t stream) {
   SelectRows p;
@@ -87,11 +84,10 @@ void merge(const Best& best, int64_t begin, int64_t rows, const Found& found, cu
 void scan(const EncodeInputs& in, const Best& best, int64_t block, Prefix chunk,
           cudaStream_t stream) {
   const int64_t begin = block * best.together, rows = std::min(best.together, best.n - begin);
-  EncodeInputs part = in;
-  part.x = rows_of(in.x, begin, rows);
   const int64_t capacity = rows * std::min(best.width, best.d_sae);
-  const EncodeCsr csr = encode_candidates(kOp, part, rows_of(best.bound, begin, rows), chunk.first,
-                                          chunk.last, capacity, stream);
+  const EncodeCsr csr =
+      encode_candidates(kOp, in.of_rows(begin, rows), tokens_of(best.bound, begin, rows),
+                        chunk.first, chunk.last, capacity, stream);
   Found found;
   found.offsets = data<int64_t>(csr.offsets);
   found.latents = data<int32_t>(csr.indices);
@@ -111,7 +107,7 @@ bool capturing(cudaStream_t stream) {
 
 void select(const EncodeInputs& in, const Best& best, cudaStream_t stream) {
   for (int64_t block = 0; block < best.blocks(); ++block) {
-    for (const Prefix chunk : prefixes(best.d_sae, best.width))
+    for (const Prefix chunk : prefixes(best.d_sae, best.width, best.growth))
       scan(in, best, block, chunk, stream);
   }
   if (best.d_sae <= 2 * best.width || capturing(stream)) return;

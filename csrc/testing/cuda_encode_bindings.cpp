@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/encode_few_kernel.cuh"
 #include "cuda/encode_limit_kernel.cuh"
 #include "cuda/encode_sm90_kernel.cuh"
 #include "cuda/encode_tile_kernel.cuh"
@@ -68,6 +69,20 @@ void run_tiles(const EncodeTiles& p, Limit limit) {
   } else {
     cuda_on_cpu::launch<encode_tile_kernel<T, Limit::kPerToken, Shape>>(tiles, Shape::kThreads,
                                                                         Shape::kShared, p);
+  }
+}
+
+template <class T>
+void run_few(const EncodeTiles& p, Limit limit) {
+  EncodeTiles own = p;
+  own.limit = nullptr;
+  const unsigned blocks = static_cast<unsigned>((p.last - p.first + kFewLatents - 1) / kFewLatents);
+  if (limit == Limit::kPerLatent) {
+    cuda_on_cpu::launch<encode_few_kernel<T, Limit::kPerLatent>>(blocks, kFewThreads, kFewShared,
+                                                                 own);
+  } else {
+    cuda_on_cpu::launch<encode_few_kernel<T, Limit::kPerToken>>(blocks, kFewThreads, kFewShared,
+                                                                own);
   }
 }
 
@@ -162,6 +177,10 @@ struct Hits {
   }
 
   void scan() {
+    if (p.tiles.n <= kStripTokens) {
+      cuda_on_cpu::launch<scan_few_kernel>(1, kPlaceThreads, 0, p);
+      return;
+    }
     const unsigned blocks = std::min(place_blocks(p.groups() * p.tokens() / 2), 2u);
     cuda_on_cpu::launch<scan_counts_kernel>(blocks, kPlaceThreads, 0, p);
     cuda_on_cpu::launch<scan_groups_kernel>(1, kPlaceThreads, 0, p);
@@ -192,8 +211,6 @@ struct Hits {
     p.gate = gated ? gate.mutable_data() : nullptr;
     cuda_on_cpu::launch<limit_offsets_kernel>(1, kPlaceThreads, 0, p);
     cuda_on_cpu::launch<place_kernel>(2, kPlaceThreads, 0, p);
-    if (gated) cuda_on_cpu::launch<insert_invalid_kernel>(1, kPlaceThreads, 0, p);
-    cuda_on_cpu::launch<pad_kernel>(2, kPlaceThreads, 0, p);
     py::array_t<int64_t> out(static_cast<py::ssize_t>(offsets.size()), offsets.data());
     return py::make_tuple(out, indices, values, gate, needed, reserved);
   }
@@ -258,22 +275,27 @@ py::tuple encode_product(const Array<float>& x, const Array<float>& W, const Sel
 
 template <class T>
 py::tuple encode_tiled(const Array<float>& x, const Array<float>& W, const Selection& s,
-                       bool small) {
-  if (small) return encode_product<T>(x, W, s, &run_tiles<T, SmallTile>, SmallTile::kWidth);
+                       const std::string& tile) {
+  if constexpr (sizeof(T) == 2) {
+    if (tile == ":few") return encode_product<T>(x, W, s, &run_few<T>, kFewWidth);
+  }
+  if (tile == ":small") {
+    return encode_product<T>(x, W, s, &run_tiles<T, SmallTile>, SmallTile::kWidth);
+  }
+  if (!tile.empty()) throw py::value_error(tile);
   return encode_product<T>(x, W, s, &run_tiles<T, LargeTile>, LargeTile::kWidth);
 }
 
-// dtype: that of x and W, with ":small" behind it for the small tile.
+// dtype: that of x and W, with ":small" behind it for the small tile, ":few" for the kernel of few tokens.
 py::tuple encode_tiles(const Array<float>& x, const Array<float>& W, const std::string& dtype,
                        const Array<float>& bias, const Array<float>& values, bool per_token,
                        float window, std::pair<int64_t, int64_t> range, int64_t arena,
                        int64_t capacity) {
   const Selection s = selection(bias, values, per_token, window, range, arena, capacity);
-  const std::string type = dtype.substr(0, dtype.find(':'));
-  const bool small = type != dtype;
-  if (type == "bfloat16") return encode_tiled<__nv_bfloat16>(x, W, s, small);
-  if (type == "float16") return encode_tiled<__half>(x, W, s, small);
-  return encode_tiled<float>(x, W, s, small);
+  const std::string type = dtype.substr(0, dtype.find(':')), tile = dtype.substr(type.size());
+  if (type == "bfloat16") return encode_tiled<__nv_bfloat16>(x, W, s, tile);
+  if (type == "float16") return encode_tiled<__half>(x, W, s, tile);
+  return encode_tiled<float>(x, W, s, tile);
 }
 
 py::tuple encode_sm90(const Array<float>& x, const Array<float>& W, const std::string& dtype,

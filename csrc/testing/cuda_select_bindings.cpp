@@ -1,5 +1,5 @@
-// The selection kernels of topk_encode and batchtopk_encode on the CPU (cuda_on_cpu.h), over numpy arrays: one merge or one
-// output pass each. Candidates, and how many there were, are the test's choice.
+// The selection kernels of topk_encode and batchtopk_encode on the CPU (cuda_on_cpu.h), over numpy arrays: one merge or
+// one output pass each. Candidates, and how many there were, are the test's choice.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -107,14 +107,15 @@ py::tuple fill_rows(const In<int32_t>& latents, const In<float>& values, const I
   return py::make_tuple(offsets, out_latents, out_values, gate);
 }
 
+// The candidates are those of rows first_row and on.
 py::tuple select_batch(const In<int64_t>& kept_offsets, const In<int32_t>& kept_latents,
                        const In<float>& kept_values, int64_t rank, const py::tuple& candidates,
-                       InOut<int64_t> lost) {
+                       InOut<int64_t> lost, int64_t first_row) {
   FoundArrays arrays(candidates, lost);
   const py::ssize_t n = kept_offsets.size() - 1;
-  const py::ssize_t capacity = kept_latents.size();
-  require(kept_values.size() == capacity && arrays.offsets.size() == n + 1 &&
-              std::min(rank, kept_offsets.at(n) + arrays.offsets.at(n)) <= capacity,
+  const py::ssize_t capacity = kept_latents.size(), rows = arrays.offsets.size() - 1;
+  require(kept_values.size() == capacity && first_row >= 0 && first_row + rows <= n &&
+              std::min(rank, kept_offsets.at(n) + arrays.offsets.at(rows)) <= capacity,
           "room for what is selected");
   std::vector<unsigned long long> histograms(kBatchLevels * kBatchBins);
   auto above = poisoned<int64_t>({n}), equal = poisoned<int64_t>({n});
@@ -125,6 +126,8 @@ py::tuple select_batch(const In<int64_t>& kept_offsets, const In<int32_t>& kept_
        threshold = poisoned<float>({});
   SelectBatch p;
   p.found = arrays.found;
+  p.first_row = first_row;
+  p.rows = rows;
   p.n = n;
   p.rank = rank;
   p.kept_offsets = kept_offsets.data();
@@ -149,7 +152,8 @@ py::tuple select_batch(const In<int64_t>& kept_offsets, const In<int32_t>& kept_
 }
 
 py::tuple write_batch(const In<int64_t>& kept_offsets, const In<int32_t>& kept_latents,
-                      const In<float>& kept_values, int64_t lost, int64_t d_sae, int64_t capacity) {
+                      const In<float>& kept_values, const In<int64_t>& lost, int64_t d_sae,
+                      int64_t capacity) {
   const py::ssize_t n = kept_offsets.size() - 1;
   auto offsets = poisoned<int64_t>({n + 1}), needed = poisoned<int64_t>({});
   auto latents = poisoned<int32_t>({capacity});
@@ -158,7 +162,8 @@ py::tuple write_batch(const In<int64_t>& kept_offsets, const In<int32_t>& kept_l
   p.kept_offsets = kept_offsets.data();
   p.kept_latents = kept_latents.data();
   p.kept_values = kept_values.data();
-  p.lost = &lost;
+  p.lost = lost.data();
+  p.blocks = lost.size();
   p.n = n;
   p.d_sae = d_sae;
   p.capacity = capacity;
@@ -185,7 +190,10 @@ const BindLater later([](py::module_& module) {
   m.def("write_batch", &write_batch);
   m.def("first_prefix", &first_prefix, py::arg("n"), py::arg("k"));
   m.def("rows_at_once", &rows_at_once, py::arg("n"), py::arg("width"));
-  m.def("prefixes", [](int64_t d_sae, int64_t width) { return borders(prefixes(d_sae, width)); });
+  m.def("prefix_growth", &prefix_growth, py::arg("n"), py::arg("k"), py::arg("width"));
+  m.def("prefixes", [](int64_t d_sae, int64_t width, int64_t growth) {
+    return borders(prefixes(d_sae, width, growth));
+  });
   m.def("equal_chunks", [](int64_t begin, int64_t d_sae, int64_t width) {
     return borders(equal_chunks(begin, d_sae, width));
   });

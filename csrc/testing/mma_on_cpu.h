@@ -81,6 +81,8 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   }
 }
 
+inline void load_words(uint32_t (&v)[4], SharedAddress at) { memcpy(v, at, 16); }
+
 inline float4 load_shared(SharedAddress at) {
   float4 v;
   memcpy(&v, at, 16);
