@@ -3,7 +3,8 @@
 The maths of each row is in `reference.py`, its gradient in `autograd.py`, its native code in
 `csrc/cpu/<op>.cpp`, `csrc/cuda/<op>.cu` and `kernels/<op>.py`. Two namespaces carry the table:
 `NAMESPACE`, served by the fastest implementation of each device, and `REFERENCE`, always the
-plain-PyTorch one (float64, comparison, last resort).
+plain-PyTorch one (float64, comparison, last resort). `TRITON` is for the compiled CUDA kernels to
+call where dense products are faster.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from .fakes import FAKES
 
 NAMESPACE = "gemmascope_fast"
 REFERENCE = "gemmascope_fast_reference"
+TRITON = "gemmascope_fast_triton"
 
 SCHEMAS: dict[str, str] = {
     "jumprelu_encode": (
@@ -199,6 +201,21 @@ def _register_triton(key: str) -> None:
             _triton.add((name, key))
 
 
+def _offer_triton() -> None:
+    """Let compiled CUDA kernels hand ops to Triton (`csrc/cuda/dense_products.h`)."""
+    if not torch._C._dispatch_has_kernel(f"{TRITON}::set_rates"):
+        return  # compiled without CUDA
+    library: Any = torch.library.Library(TRITON, "FRAGMENT")  # type: ignore[no-untyped-call]
+    _libraries.append(library)
+    for op in TABLE.values():
+        if _has_kernel(op.name, "CUDA") and (op.name, "CUDA") not in _triton:
+            launcher = triton_launchers.launcher(op.name)
+            if launcher is not None:
+                library.define(op.name + op.schema)
+                library.impl(op.name, _outside_autocast(launcher), "CUDA")
+    torch.ops.gemmascope_fast_triton.set_rates(triton_launchers.dense_rates())
+
+
 def _has_kernel(name: str, key: str) -> bool:
     found: bool = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
     return found
@@ -226,6 +243,7 @@ def _start() -> str:
         raise ImportError(f"GEMMASCOPE_FAST_BACKEND=native: {missing}")
     if triton_launchers.FOUND and not BACKEND:
         _register_triton("CUDA")
+        _offer_triton()
     return missing
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,29 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 TUNE = os.environ.get("GEMMASCOPE_FAST_TUNE") == "1"
 """Measure configurations at the first call with a new shape class."""
+
+
+RATES = (
+    "TERAFLOPS_16",
+    "TERAFLOPS_32",
+    "GIGABYTES",
+    "NATIVE_TOKEN_GIGABYTES",
+    "NATIVE_LATENT_GIGABYTES",
+)
+"""What `csrc/common/dense_work.h` weighs passes and products by, per architecture."""
+
+
+def dense_rates() -> list[float]:
+    """Rows of `configs/dense.json` as (architecture, *RATES) in one list; the default is 0."""
+    path = Path(__file__).parent / "kernels" / "configs" / "dense.json"
+    targets = {
+        name.removeprefix("sm_"): rows for name, rows in json.loads(path.read_text()).items()
+    }
+    numbers: list[float] = []
+    for name, rows in targets.items():
+        architecture = 0.0 if name == "default" else float(name)
+        numbers += [architecture, *(float(rows[0]["config"][rate]) for rate in RATES)]
+    return numbers
 
 
 def _writes(name: str) -> bool:

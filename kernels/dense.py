@@ -12,15 +12,28 @@ matrix they are split into bfloat16 terms: P = 2 for a 16-bit result (2^-17 of e
 lost), 3 for a float32 one (nothing is). Sums over a float16 matrix are products in float32: float16
 has no exponents for coefficients as small as gradients are.
 With what else a product moves (`sum_work`, `dots_work`), both should take as long at these entries
-per token, for n = 8192, d = 5376, 790 TFLOP/s (float32: 50), 3.0 TB/s (in brackets 4.3); `MARGIN`
+per token, for n = 8192, d = 5376, 690 TFLOP/s (float32: 50), 3.0 TB/s (in brackets 4.3); `MARGIN`
 times as many are asked for:
 
     F                         1,024      4,096       16,384
-    decode bfloat16         18 (21)    46 (59)    159 (213)
-      into float32          26 (31)    67 (88)    238 (319)
-    d_W_dec bfloat16        14 (17)    44 (57)    162 (216)
-    dot products bfloat16     6 (7)    21 (28)     87 (114)
+    decode bfloat16         19 (23)    50 (66)    177 (239)
+      into float32          28 (34)    74 (97)    265 (358)
+    d_W_dec bfloat16        15 (19)    48 (64)    180 (242)
+    dot products bfloat16     6 (8)    23 (31)     96 (127)
     decode float32          34 (48)  129 (183)    514 (728)
+
+Measured on an H200: 690 TFLOP/s in bfloat16, copies at 4.3 TB/s. Other rates in
+`configs/dense.json` are estimates, but for those of the compiled passes on sm_90.
+
+The compiled CUDA kernels hand an op over to these launchers by the same model in C++
+(`csrc/common/dense_work.h`), with the rates of their own passes: in token order 9.0 TB/s, since
+slabs of columns stay in the L2 (5.6 GB in 0.60 ms at F = 16,384 on an H200; 5.7 TB/s at 65,536 and
+uniform use: there the choice comes late), in latent order 3.9 TB/s (`sae_backward` in 3.06 ms at
+F = 16,384). With 0.1 ms for the launches of each product they ask for so many entries per token:
+
+    F                         1,024      4,096       16,384
+    decode bfloat16             100        242          818
+    sae_backward bfloat16        45        126          455
 
 The choice rests on shapes, with the capacity for nnz: no waiting. With a fixed capacity nnz is
 overestimated. Only stored entries count, as everywhere: rows of M that are not finite become zeros

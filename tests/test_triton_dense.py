@@ -249,10 +249,10 @@ def h100(monkeypatch):
     ("F", "dtype", "few", "many"),
     [
         (1024, torch.bfloat16, 25, 30),
-        (4096, torch.bfloat16, 65, 72),
-        (16384, torch.bfloat16, 235, 245),
+        (4096, torch.bfloat16, 70, 78),
+        (16384, torch.bfloat16, 260, 270),
         (4096, torch.float32, 190, 200),
-        (65536, torch.bfloat16, 900, 1100),
+        (65536, torch.bfloat16, 1000, 1200),
     ],
 )
 def test_dense_from_so_many_entries_per_token(h100, F, dtype, few, many):

@@ -1,5 +1,5 @@
-// Argument checks shared by the host wrappers of every device. Messages name the op, the argument, what was expected and
-// what came. One function per property.
+// Argument checks shared by the host wrappers of every device. Messages name the op, the argument, what was expected
+// and what came. One function per property.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -57,11 +57,14 @@ inline void check_dtype(const char* op, const char* name, const Tensor& t, Scala
 }
 
 // float32, bfloat16 or float16: what x, W_enc, W_dec and recon may be.
-inline void check_float(const char* op, const char* name, const Tensor& t) {
-  const ScalarType s = t.scalar_type();
+inline void check_float(const char* op, const char* name, ScalarType s) {
   if (s != ScalarType::Float && s != ScalarType::BFloat16 && s != ScalarType::Half) {
     fail(op, name, " must be float32, bfloat16 or float16, got ", toString(s));
   }
+}
+
+inline void check_float(const char* op, const char* name, const Tensor& t) {
+  check_float(op, name, t.scalar_type());
 }
 
 }  // namespace gemmascope_fast

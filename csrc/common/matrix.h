@@ -7,8 +7,8 @@ namespace gemmascope_fast {
 
 enum class Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-inline Dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
+inline Dtype dtype_of(ScalarType type) {
+  switch (type) {
     case ScalarType::BFloat16:
       return Dtype::kBFloat16;
     case ScalarType::Half:
@@ -17,6 +17,8 @@ inline Dtype dtype_of(const Tensor& t) {
       return Dtype::kFloat32;
   }
 }
+
+inline Dtype dtype_of(const Tensor& t) { return dtype_of(t.scalar_type()); }
 
 inline int64_t element_size(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 

@@ -3,9 +3,11 @@
 //   d_values[e] = <W_dec[j], d_recon[i]>,  d_W_dec[j] = sum_e values[e] d_recon[i],  d_b_dec = sum_i d_recon[i]
 //
 // d_values alone in token order; with d_W_dec from one feature-major pass, which reads a row of d_recon once for both.
-// Never waits. Bound by reading nnz rows of d_recon (or of W_dec), and by writing d_W_dec.
+// Dense products take over where they pay (dense_products.h). Never waits. Bound by reading nnz rows of d_recon
+// (or of W_dec), and by writing d_W_dec.
 #include <torch/csrc/stable/library.h>
 
+#include "cuda/dense_products.h"
 #include "cuda/feature_pass.h"
 #include "cuda/token_pass.h"
 
@@ -14,11 +16,11 @@ namespace {
 
 constexpr const char* kOp = "decode_backward";
 
-Tensor weight_gradient(const FeatureEntries& entries, const Tensor& W_dec, const Tensor& d_recon,
+Tensor weight_gradient(FeatureEntries& entries, const Tensor& W_dec, const Tensor& d_recon,
                        const Tensor& d_values) {
   const Tensor weights = adjacent_columns(W_dec), g = adjacent_columns(d_recon);
   RowGradient d_W_dec(W_dec, false);
-  FeaturePass p = feature_pass_of(entries, W_dec.size(0));
+  FeaturePass p = feature_pass_of(kOp, entries, W_dec.size(0));
   p.decoder = 1;
   p.g = rows_of(g);
   if (d_values.numel() > 0) {
@@ -32,6 +34,18 @@ Tensor weight_gradient(const FeatureEntries& entries, const Tensor& W_dec, const
   return d_W_dec.finish();
 }
 
+std::vector<DenseWork> works(const DeviceEntries& entries, const Tensor& W_dec,
+                             const Tensor& d_recon, bool need_values, bool need_W_dec) {
+  std::vector<DenseWork> found;
+  // Beside d_W_dec the dot products read nothing of their own.
+  if (need_values) found.push_back(dots_work(need_W_dec ? 0 : entries.capacity, W_dec, d_recon));
+  if (need_W_dec) {
+    found.push_back(
+        sum_work(Walk::kLatents, entries.capacity, W_dec.size(0), d_recon, dtype_of(W_dec)));
+  }
+  return found;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> decode_backward_cuda(
@@ -43,18 +57,25 @@ std::tuple<Tensor, Tensor, Tensor> decode_backward_cuda(
   const DeviceGuard guard(W_dec.get_device_index());
   const DeviceEntries entries = entries_of(kOp, offsets, indices, W_dec);
   check_shape(kOp, "d_recon", d_recon, {entries.n, W_dec.size(1)});
+  numbers_of(kOp, "values", values, entries);
+  FeatureEntries in;
+  if (need_W_dec) {
+    in = feature_entries(kOp, entries, W_dec.size(0), feature_offsets, permutation, values,
+                         std::nullopt, std::nullopt, std::nullopt);
+  }
+  if (dense_pays(W_dec, works(entries, W_dec, d_recon, need_values, need_W_dec))) {
+    return call_op(&decode_backward_cuda, "gemmascope_fast_triton::decode_backward", d_recon,
+                   offsets, indices, values, W_dec, feature_offsets, permutation, need_values,
+                   need_W_dec, need_b_dec);
+  }
   Tensor d_values = new_floats(W_dec, 0), d_W_dec = new_floats(W_dec, 0),
          d_b_dec = new_floats(W_dec, 0);
   if (need_W_dec) {
     // Entries that are in no segment have no gradient.
     if (need_values)
       d_values = torch::stable::new_zeros(W_dec, {entries.capacity}, ScalarType::Float);
-    const FeatureEntries in =
-        feature_entries(kOp, entries, W_dec.size(0), feature_offsets, permutation, values,
-                        std::nullopt, std::nullopt, std::nullopt);
     d_W_dec = weight_gradient(in, W_dec, d_recon, d_values);
   } else if (need_values) {
-    numbers_of(kOp, "values", values, entries);
     d_values = dot_tokens_cuda(kOp, entries, W_dec, d_recon);
   }
   if (need_b_dec) d_b_dec = sum_rows(d_recon);

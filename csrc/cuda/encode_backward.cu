@@ -4,9 +4,11 @@
 //   d_threshold[j] = -(1 / bandwidth) sum_e in_window[e] (threshold[j] d_values[e] + d_gate[e])
 //
 // d_x is a sum in token order, the gradients of parameters are one feature-major pass (arXiv 2407.14435, section 3).
-// Never waits. Bound by reading nnz rows of W_enc and of x, and by writing d_W_enc.
+// Dense products take over where they pay (dense_products.h). Never waits. Bound by reading nnz rows of W_enc and
+// of x, and by writing d_W_enc.
 #include <torch/csrc/stable/library.h>
 
+#include "cuda/dense_products.h"
 #include "cuda/feature_pass.h"
 #include "cuda/token_pass.h"
 
@@ -32,6 +34,19 @@ Tensor input_gradient(const DeviceEntries& entries, const std::optional<Tensor>&
   return d_x;
 }
 
+std::vector<DenseWork> works(const DeviceEntries& entries, const Tensor& x, const Tensor& W_enc,
+                             bool need_x, bool need_W_enc) {
+  std::vector<DenseWork> found;
+  if (need_x) {
+    found.push_back(
+        sum_work(Walk::kTokens, entries.capacity, entries.n, transposed(W_enc), dtype_of(x)));
+  }
+  if (need_W_enc) {
+    found.push_back(sum_work(Walk::kLatents, entries.capacity, W_enc.size(1), x, dtype_of(W_enc)));
+  }
+  return found;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> encode_backward_cuda(
@@ -50,16 +65,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> encode_backward_cuda(
   const Tensor gates = *numbers_of(kOp, "gate", gate, entries);
   Tensor theta;
   if (need_threshold) theta = check_threshold(threshold, bandwidth, d_sae, x);
+  const bool by_latent = need_W_enc || need_b_enc || need_threshold;
+  FeatureEntries in;
+  if (by_latent) {
+    in = feature_entries(kOp, entries, d_sae, feature_offsets, permutation, values, gates,
+                         d_numbers, d_gate);
+  }
+  if (dense_pays(x, works(entries, x, W_enc, need_x, need_W_enc))) {
+    return call_op(&encode_backward_cuda, "gemmascope_fast_triton::encode_backward", d_values,
+                   d_gate, x, W_enc, threshold, bandwidth, offsets, indices, values, gate,
+                   feature_offsets, permutation, need_x, need_W_enc, need_b_enc, need_threshold);
+  }
 
   Tensor d_x = torch::stable::new_empty(x, {0}), d_W_enc = torch::stable::new_empty(x, {0});
   Tensor d_b_enc = new_floats(x, need_b_enc ? d_sae : 0);
   Tensor d_threshold = new_floats(x, need_threshold ? d_sae : 0);
   if (need_x) d_x = input_gradient(entries, d_numbers, gates, x, W_enc);
-  if (need_W_enc || need_b_enc || need_threshold) {
-    const FeatureEntries in = feature_entries(kOp, entries, d_sae, feature_offsets, permutation,
-                                              values, gates, d_numbers, d_gate);
+  if (by_latent) {
     const Tensor x_rows = adjacent_columns(x);
-    FeaturePass p = feature_pass_of(in, d_sae);
+    FeaturePass p = feature_pass_of(kOp, in, d_sae);
     p.d_b_enc = mutable_floats(d_b_enc);
     if (need_threshold) want_threshold(&p, theta, bandwidth, d_threshold);
     StoreGradients gradients = {};

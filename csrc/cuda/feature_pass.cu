@@ -77,11 +77,11 @@ FeatureEntries feature_entries(const char* op, const DeviceEntries& entries, int
     std::tie(in.feature_offsets, in.permutation) =
         by_feature_cuda(entries.offsets, entries.indices, d_sae);
   }
-  in.records = sorted_records(op, in, d_sae);
   return in;
 }
 
-FeaturePass feature_pass_of(const FeatureEntries& entries, int64_t d_sae) {
+FeaturePass feature_pass_of(const char* op, FeatureEntries& entries, int64_t d_sae) {
+  entries.records = sorted_records(op, entries, d_sae);
   FeaturePass p = {};
   p.feature_offsets = static_cast<const int64_t*>(entries.feature_offsets.data_ptr());
   p.permutation = static_cast<const int64_t*>(entries.permutation.data_ptr());

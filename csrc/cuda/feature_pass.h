@@ -11,10 +11,10 @@ struct FeatureEntries {
   DeviceEntries rows;
   Tensor feature_offsets, permutation;  // contiguous
   std::optional<Tensor> values, gate, d_values, d_gate;
-  Tensor records;  // [capacity][4]: Record
+  Tensor records;  // [capacity][4]: Record, of feature_pass_of
 };
 
-// Checks the view, or makes it when the caller passed none, and sorts the numbers by latent.
+// Checks the numbers and the view, or makes the view when the caller passed none.
 FeatureEntries feature_entries(const char* op, const DeviceEntries& entries, int64_t d_sae,
                                const std::optional<Tensor>& feature_offsets,
                                const std::optional<Tensor>& permutation,
@@ -23,8 +23,8 @@ FeatureEntries feature_entries(const char* op, const DeviceEntries& entries, int
                                const std::optional<Tensor>& d_values,
                                const std::optional<Tensor>& d_gate);
 
-// A pass over all latents without parts; the caller adds what it wants.
-FeaturePass feature_pass_of(const FeatureEntries& entries, int64_t d_sae);
+// A pass over all latents without parts; the caller adds what it wants. Sorts the numbers by latent.
+FeaturePass feature_pass_of(const char* op, FeatureEntries& entries, int64_t d_sae);
 
 void want_threshold(FeaturePass* p, const Tensor& threshold, double bandwidth,
                     const Tensor& d_threshold);

@@ -3,12 +3,14 @@
 //   d_W_dec[j], d_W_enc[:, j], d_b_enc, d_threshold, d_b_dec as sae_backward;  adam_step_ on row j
 //
 // A launch per group of latents. Rows that do not fit in the registers of a block go through float32 gradients and
-// adam_step_. Both give the bits of the two ops apart. Never waits. Bound by reading nnz rows of S and of x and, per element
-// of a touched row, 16 bytes in float32, 6 with bfloat16 weights and 8-bit moments.
+// adam_step_. Both give the bits of the two ops apart. Dense products take over where sae_backward's do. Never waits.
+// Bound by reading nnz rows of S and of x and, per element of a touched row, 16 bytes in float32, 6 with bfloat16
+// weights and 8-bit moments.
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/adam_matrix.h"
 #include "cuda/adam_step.h"
+#include "cuda/dense_products.h"
 #include "cuda/fused_sparse_step_kernel.cuh"
 #include "cuda/sae_inputs.h"
 #include "cuda/token_pass.h"
@@ -61,18 +63,24 @@ std::tuple<Tensor, Tensor, Tensor> fused_sparse_step_cuda(
     std::vector<int64_t> encoder_rule, std::vector<int64_t> decoder_rule) {
   check_matrix(kOp, "x", x, x);
   const DeviceGuard guard(x.get_device_index());
-  const SaeInputs in =
+  SaeInputs in =
       sae_inputs_cuda(kOp, x, W_enc, threshold, bandwidth, W_dec, d_recon, group_ends, offsets,
                       indices, values, gate, d_values, d_gate, feature_offsets, permutation);
   AdamFinish finish;
   adam_view(kOp, "W_enc", transposed(W_enc), encoder_state, encoder_rates, encoder_rule,
             &finish.encoder);
   adam_view(kOp, "W_dec", W_dec, decoder_state, decoder_rates, decoder_rule, &finish.decoder);
+  if (sae_dense_pays(in, W_dec)) {
+    return call_op(&fused_sparse_step_cuda, "gemmascope_fast_triton::fused_sparse_step", x, W_enc,
+                   threshold, bandwidth, W_dec, d_recon, group_ends, offsets, indices, values, gate,
+                   d_values, d_gate, feature_offsets, permutation, encoder_state, decoder_state,
+                   encoder_rates, decoder_rates, encoder_rule, decoder_rule);
+  }
   const Tensor d_b_enc = new_floats(x, in.d_sae);
   const Tensor d_threshold = new_floats(x, bandwidth > 0 ? in.d_sae : 0);
   const Tensor d_b_dec = sum_rows(d_recon);
 
-  FeaturePass pass = sae_pass(in, d_b_enc, d_threshold);
+  FeaturePass pass = sae_pass(kOp, in, d_b_enc, d_threshold);
   pass.g = rows_of(torch::stable::select(d_recon, 0, 0));
   if (group_ends.size() > 1) pass.g.dtype = kFloat32;  // the widest S
   if (shape_of(pass).K != 0) {

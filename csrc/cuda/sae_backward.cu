@@ -4,10 +4,11 @@
 //   d_W_dec[j] = sum_e values[e] S_g[r],  d_W_enc[:, j] = sum_e q gate x[r % n],  d_b_enc, d_threshold, d_x as
 //   encode_backward does with d_values = q;  d_b_dec = sum over g and r of d_recon[g][r]
 //
-// A launch per group, then the sum in token order for d_x. Never waits. Bound by reading nnz rows of S and of x, as
-// many of W_enc for d_x, and by writing d_W_enc and d_W_dec.
+// A launch per group, then the sum in token order for d_x. Dense products take over where they pay (dense_products.h).
+// Never waits. Bound by reading nnz rows of S and of x, as many of W_enc for d_x, and by writing d_W_enc and d_W_dec.
 #include <torch/csrc/stable/library.h>
 
+#include "cuda/dense_products.h"
 #include "cuda/sae_inputs.h"
 #include "cuda/token_pass.h"
 
@@ -26,9 +27,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sae_backward_cuda(
     const Tensor& permutation, bool need_x) {
   check_matrix(kOp, "x", x, x);
   const DeviceGuard guard(x.get_device_index());
-  const SaeInputs in =
+  SaeInputs in =
       sae_inputs_cuda(kOp, x, W_enc, threshold, bandwidth, W_dec, d_recon, group_ends, offsets,
                       indices, values, gate, d_values, d_gate, feature_offsets, permutation);
+  if (sae_dense_pays(in, W_dec)) {
+    return call_op(&sae_backward_cuda, "gemmascope_fast_triton::sae_backward", x, W_enc, threshold,
+                   bandwidth, W_dec, d_recon, group_ends, offsets, indices, values, gate, d_values,
+                   d_gate, feature_offsets, permutation, need_x);
+  }
   const Tensor d_b_enc = new_floats(x, in.d_sae);
   const Tensor d_threshold = new_floats(x, bandwidth > 0 ? in.d_sae : 0);
   // Entries that are in no segment have no gradient.
@@ -36,7 +42,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sae_backward_cuda(
       torch::stable::new_zeros(x, {need_x ? in.entries.rows.capacity : 0}, ScalarType::Float);
   RowGradient d_W_enc(W_enc, true), d_W_dec(W_dec, false);
 
-  FeaturePass p = sae_pass(in, d_b_enc, d_threshold);
+  FeaturePass p = sae_pass(kOp, in, d_b_enc, d_threshold);
   p.d_pre = mutable_floats(d_pre);
   const StoreGradients gradients{d_W_enc.target(), d_W_dec.target()};
   for_groups(kOp, in, p,

@@ -1,3 +1,4 @@
+#include "cuda/dense_products.h"
 #include "cuda/group_sums_kernel.cuh"
 #include "cuda/sae_inputs.h"
 
@@ -79,8 +80,20 @@ SaeInputs sae_inputs_cuda(const char* op, const Tensor& x, const Tensor& W_enc,
   return in;
 }
 
-FeaturePass sae_pass(const SaeInputs& in, const Tensor& d_b_enc, const Tensor& d_threshold) {
-  FeaturePass p = feature_pass_of(in.entries, in.d_sae);
+// The pass reads S once for two of the three. With stacked entry sets a token would occur in a latent once per set.
+bool sae_dense_pays(const SaeInputs& in, const Tensor& W_dec) {
+  if (in.sets != 1) return false;
+  const int64_t capacity = in.entries.rows.capacity;
+  const Dtype result = dtype_of(W_dec);
+  const Tensor g = group_of(in.d_recon, in.d_recon.size(0) - 1);
+  return dense_pays(
+      W_dec, {dots_work(0, W_dec, g), sum_work(Walk::kLatents, capacity, in.d_sae, g, result),
+              sum_work(Walk::kLatents, capacity, in.d_sae, in.x, result)});
+}
+
+FeaturePass sae_pass(const char* op, SaeInputs& in, const Tensor& d_b_enc,
+                     const Tensor& d_threshold) {
+  FeaturePass p = feature_pass_of(op, in.entries, in.d_sae);
   p.decoder = p.dots = p.encoder = 1;
   p.n = in.n;
   p.x = rows_of(in.x);

@@ -28,8 +28,12 @@ SaeInputs sae_inputs_cuda(const char* op, const Tensor& x, const Tensor& W_enc,
                           const std::optional<Tensor>& d_gate, const Tensor& feature_offsets,
                           const Tensor& permutation);
 
+// Whether both weight gradients and the dot products are clearly faster as dense products (dense_products.h).
+bool sae_dense_pays(const SaeInputs& in, const Tensor& W_dec);
+
 // The pass with both parts; d_b_enc [d_sae], d_threshold [d_sae] with a bandwidth.
-FeaturePass sae_pass(const SaeInputs& in, const Tensor& d_b_enc, const Tensor& d_threshold);
+FeaturePass sae_pass(const char* op, SaeInputs& in, const Tensor& d_b_enc,
+                     const Tensor& d_threshold);
 
 // run(p) for the latents between two ends, the last ones first, with p.first, p.last and p.g set: S, the sum of
 // d_recon[g] over the groups that hold them. S is d_recon itself for the last group, then one float32 buffer.
