@@ -1,7 +1,7 @@
 // Adam on four adjacent columns of a row, by one thread: loads, update, rounding, stores; and the sums over a row.
 //
-// Every lane of a warp must come along, also those beyond the row: the warp's 128 columns share an exponent of the 8-bit
-// second moments, and a sum.
+// Every lane of a warp must come along, also those beyond the row: the warp's 128 columns share an exponent of the
+// 8-bit second moments, and a sum.
 #pragma once
 
 #include "cuda/adam_element.cuh"

@@ -1,7 +1,8 @@
 // Adam on every row of a matrix that has a gradient or is live: device code of adam_step_.
 //
 // One block per row reads its gradient once, into shared memory (adam_row.cuh). Rows beyond 8,192 columns (biases,
-// decoders of crosscoders) are cut into slabs, a block each, and what the whole row decides is found by launches before:
+// decoders of crosscoders) are cut into slabs, a block each, and what the whole row decides is found by launches
+// before:
 //
 //   look      whether the row has a gradient; touched_at before this step
 //   sums      <g, w> and <w, w>, with remove_parallel

@@ -1,5 +1,5 @@
-// What device code includes instead of the CUDA headers: nvcc compiles it for GPUs, and a C++ compiler for the tests, where
-// its kernels run on the CPU (testing/cuda_on_cpu.h).
+// What device code includes instead of the CUDA headers: nvcc compiles it for GPUs, and a C++ compiler for the tests,
+// where its kernels run on the CPU (testing/cuda_on_cpu.h).
 #pragma once
 
 #include <stdint.h>

@@ -1,8 +1,9 @@
 // emit_strip for the usual strip, in which no thread has more than three hits: the same result in fewer instructions.
 //
-// emit_strip visits all blocks of the strip, whose code is unrolled. Here a thread picks its hits out of its accumulators, by
-// a tree of selections (127 for 256 columns, as registers have no index), and finds their ranks from the masks of the four
-// lanes that share its tokens. Strips with more hits, NaN or latents without a limit, and second passes, go to emit_strip.
+// emit_strip visits all blocks of the strip, whose code is unrolled. Here a thread picks its hits out of its
+// accumulators, by a tree of selections (127 for 256 columns, as registers have no index), and finds their ranks from
+// the masks of the four lanes that share its tokens. Strips with more hits, NaN or latents without a limit, and second
+// passes, go to emit_strip.
 #pragma once
 
 #include "cuda/emit_strip.cuh"

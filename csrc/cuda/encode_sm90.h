@@ -9,8 +9,8 @@
 namespace gemmascope_fast {
 inline namespace on_cuda {
 
-// Whether encode_sm90 can be called: the current device, what this library was built for, the 16-bit `dtype` of both x and
-// W, alignment to 16 bytes, sizes. The column blocks of its output are 256 latents wide.
+// Whether encode_sm90 can be called: the current device, what this library was built for, the 16-bit `dtype` of both x
+// and W, alignment to 16 bytes, sizes. The column blocks of its output are 256 latents wide.
 // With Limit::kScreened x and W are int8 codes, and the dtype is not looked at.
 bool encode_sm90_serves(const EncodeTiles& p, Dtype dtype, Limit limit);
 

@@ -1,9 +1,10 @@
 // The encoder's tiles on Hopper: pre = x W^T in the accumulators of wgmma, never in memory, and emit_strip at the end.
 //
-// A tile is 128 tokens x 256 latents. A persistent CTA has three warpgroups: in the first, one thread brings blocks of 64
-// columns of x and W through a ring of stages (tensor copies, 128-byte swizzle) and one warp brings the biases and limits of
-// the tile to come; the other two multiply, 64 tokens x 256 latents each, and emit their strips. Nothing but the ring joins
-// the groups: copies for the next tile arrive while a strip is emitted, and one group may emit while the other multiplies.
+// A tile is 128 tokens x 256 latents. A persistent CTA has three warpgroups: in the first, one thread brings blocks of
+// 64 columns of x and W through a ring of stages (tensor copies, 128-byte swizzle) and one warp brings the biases and
+// limits of the tile to come; the other two multiply, 64 tokens x 256 latents each, and emit their strips. Nothing but
+// the ring joins the groups: copies for the next tile arrive while a strip is emitted, and one group may emit while the
+// other multiplies.
 // Bound by the tensor cores, 2 n d F operations; at small d the emitting shows.
 #pragma once
 
@@ -36,8 +37,8 @@ template <typename T>
 using Sm90Sum = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
 constexpr int32_t kSm90Zero = 0x4B400000;
 
-// Order of the tiles: `group` rows of tiles sweep the columns together, so that x of these rows and W of a few columns stay
-// in L2. rows * columns < 2^31 and group <= rows.
+// Order of the tiles: `group` rows of tiles sweep the columns together, so that x of these rows and W of a few columns
+// stay in L2. rows * columns < 2^31 and group <= rows.
 struct Sm90Raster {
   uint32_t rows, columns, group;
 };
@@ -78,8 +79,8 @@ struct Sm90Ring {
   }
 };
 
-// A place is full when its data is there, and empty when all its readers are done. Who fills a place waits for the phase
-// before (phase ^ 1): complete from the start the first time round.
+// A place is full when its data is there, and empty when all its readers are done. Who fills a place waits for the
+// phase before (phase ^ 1): complete from the start the first time round.
 struct Sm90Barriers {
   uint64_t full[kSm90Stages];   // one arrival, and the bytes of a stage
   uint64_t empty[kSm90Stages];  // each multiplying warp
@@ -179,8 +180,8 @@ __device__ __forceinline__ void sm90_release(const Sm90Place& at, uint32_t place
   if (at.lane == 0) sm90::barrier_arrive(at.empty(place));
 }
 
-// A warpgroup: acc = 64 tokens x 256 latents of the next `blocks` stages. A stage is released once the products that read it
-// are done, while those of the next one run.
+// A warpgroup: acc = 64 tokens x 256 latents of the next `blocks` stages. A stage is released once the products that
+// read it are done, while those of the next one run.
 template <typename T>
 __device__ __forceinline__ void sm90_multiply(const Sm90Place& at, int group, int blocks,
                                               Sm90Ring<kSm90Stages>& ring,

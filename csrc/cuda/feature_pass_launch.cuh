@@ -7,8 +7,8 @@
 
 namespace gemmascope_fast {
 
-// What dynamic shared memory a kernel may ask for. Always the most that any pass takes, as the limit is the kernel's: another
-// thread may launch it between the call and the launch.
+// What dynamic shared memory a kernel may ask for. Always the most that any pass takes, as the limit is the kernel's:
+// another thread may launch it between the call and the launch.
 inline cudaError_t raise_shared_limit(const void* kernel) {
   int device = 0, per_block = 0;
   cudaError_t status = cudaGetDevice(&device);

@@ -33,8 +33,8 @@ __device__ inline Slots feature_slots(const FeaturePass& p, uint4* shared) {
   return s;
 }
 
-// Whether all three rows are bfloat16, wide, equally long, and reach every thread's chunk K - 1 or end in it: nothing is
-// asked about an entry then.
+// Whether all three rows are bfloat16, wide, equally long, and reach every thread's chunk K - 1 or end in it: nothing
+// is asked about an entry then.
 template <int K>
 __device__ inline bool even_rows(const FeaturePass& p) {
   const auto same = [&](const Rows& m) {

@@ -1,9 +1,9 @@
 // What fused_sparse_step makes of a latent's sums: Adam on row j of W_dec and of W_enc.t(), without gradient buffers.
 //
-// Both rows of sums are laid out in the shared memory that the pass is done with, which frees their registers: the update
-// needs fewer than the walk. What it reads besides is on its way, and its powers are computed, while the walk waits for
-// its first rows. A latent without entries whose rows are not live costs two loads. Bits are those of sae_backward and
-// adam_step_: the same walk, the same update.
+// Both rows of sums are laid out in the shared memory that the pass is done with, which frees their registers: the
+// update needs fewer than the walk. What it reads besides is on its way, and its powers are computed, while the walk
+// waits for its first rows. A latent without entries whose rows are not live costs two loads. Bits are those of
+// sae_backward and adam_step_: the same walk, the same update.
 #pragma once
 
 #include "cuda/adam_row.cuh"

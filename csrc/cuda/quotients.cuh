@@ -5,8 +5,8 @@
 //   y ~ 1 / b:  y += y (1 - b y);  q = a y;  q -= (b q - a) y;  q -= (b q - a) y
 //
 // The root is right from every y within 3 units in the last place: tried on all mantissas. So is the quotient within 2,
-// but for four divisors just below a power of two: with b in [1, 2) no quotient is closer to the middle between two floats
-// than 2^-24 / b units, and b |1 - b y| < 2^-23 was tried on all mantissas. A GPU's y is within 2.2 and 1.
+// but for four divisors just below a power of two: with b in [1, 2) no quotient is closer to the middle between two
+// floats than 2^-24 / b units, and b |1 - b y| < 2^-23 was tried on all mantissas. A GPU's y is within 2.2 and 1.
 // Source: Markstein 1990, IBM J. Res. Dev. 34(1), "Computation of elementary functions on the IBM RISC System/6000".
 #pragma once
 

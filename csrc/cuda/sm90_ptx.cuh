@@ -18,10 +18,10 @@ namespace gemmascope_fast {
 inline namespace on_cuda {
 namespace sm90 {
 
-// A K-major operand under the 128-byte swizzle: rows of 128 bytes, 8 rows to an atom of 1024 bytes on a 1024-byte boundary.
-// Bits 0-13: address / 16; 16-29: leading offset / 16, not used with a swizzle; 32-45: bytes from atom to atom / 16;
-// 49-51: base offset, 0 as atoms are aligned; 62-63: 1 = 128-byte swizzle. Columns 16 further on, within the 128 bytes,
-// begin 32 bytes further on: the hardware swizzles the address bits, so the descriptor grows by 2.
+// A K-major operand under the 128-byte swizzle: rows of 128 bytes, 8 rows to an atom of 1024 bytes on a 1024-byte
+// boundary. Bits 0-13: address / 16; 16-29: leading offset / 16, not used with a swizzle; 32-45: bytes from atom to
+// atom / 16; 49-51: base offset, 0 as atoms are aligned; 62-63: 1 = 128-byte swizzle. Columns 16 further on, within the
+// 128 bytes, begin 32 bytes further on: the hardware swizzles the address bits, so the descriptor grows by 2.
 __device__ __forceinline__ uint64_t descriptor(uint32_t address) {
   constexpr uint64_t kFixed =
       (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 16);
@@ -73,7 +73,8 @@ __device__ __forceinline__ void barrier_arrive_expecting(uint32_t barrier, uint3
                : "memory");
 }
 
-// Returns once the phase of this parity is complete. A new barrier is in phase 0, and phase -1, of parity 1, is complete.
+// Returns once the phase of this parity is complete. A new barrier is in phase 0, and phase -1, of parity 1, is
+// complete.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   do {
@@ -89,8 +90,8 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
   } while (done == 0);
 }
 
-// ---- Tensor copies, global to shared; `column` and `row` are the box's first element, in elements. What lies outside the
-// tensor arrives as zeros and counts as bytes.
+// ---- Tensor copies, global to shared; `column` and `row` are the box's first element, in elements. What lies outside
+// the tensor arrives as zeros and counts as bytes.
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -120,9 +121,9 @@ __device__ __forceinline__ void product_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// acc [64 x 256] = A [64 x 16] B^T [256 x 16] (+ acc where `accumulate`). Warp w of the warpgroup holds rows 16 w .. 16 w +
-// 15; acc[j] is the m16n8 block of columns 8 j .. 8 j + 7: [0], [1] in row lane / 4 at columns 2 (lane % 4) and the next,
-// [2], [3] the same in row lane / 4 + 8.
+// acc [64 x 256] = A [64 x 16] B^T [256 x 16] (+ acc where `accumulate`). Warp w of the warpgroup holds rows 16 w .. 16
+// w + 15; acc[j] is the m16n8 block of columns 8 j .. 8 j + 7: [0], [1] in row lane / 4 at columns 2 (lane % 4) and the
+// next, [2], [3] the same in row lane / 4 + 8.
 #define GSF_ACC(j) \
   GSF_REGISTER(acc[j][0]), GSF_REGISTER(acc[j][1]), GSF_REGISTER(acc[j][2]), GSF_REGISTER(acc[j][3])
 #define GSF_PRODUCT(INSTRUCTION, SIGNS)                                                            \

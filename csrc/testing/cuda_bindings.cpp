@@ -1,5 +1,5 @@
-// The device code of csrc/cuda on the CPU (cuda_on_cpu.h), over numpy arrays. Each op's host code is repeated here in its
-// shortest form; outputs begin full of 0xAB, as memory that an allocator hands out is full of anything.
+// The device code of csrc/cuda on the CPU (cuda_on_cpu.h), over numpy arrays. Each op's host code is repeated here in
+// its shortest form; outputs begin full of 0xAB, as memory that an allocator hands out is full of anything.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 

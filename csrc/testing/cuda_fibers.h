@@ -1,5 +1,5 @@
-// The machine under cuda_on_cpu.h: runs a kernel's blocks one after another on the calling thread, each CUDA thread on a
-// stack of its own. A thread runs until it reaches a collective; the next one is chosen by the seed: in order (0), at
+// The machine under cuda_on_cpu.h: runs a kernel's blocks one after another on the calling thread, each CUDA thread on
+// a stack of its own. A thread runs until it reaches a collective; the next one is chosen by the seed: in order (0), at
 // random (odd), or by priorities that are drawn once (even), so that some threads run ahead as far as they can.
 #pragma once
 
@@ -45,7 +45,8 @@ struct Current {
 };
 extern Current current;
 
-// Runs call(arguments) once per thread of the grid; throws std::runtime_error when threads wait for each other for good.
+// Runs call(arguments) once per thread of the grid; throws std::runtime_error when threads wait for each other for
+// good.
 void run_grid(const char* kernel, const Shape& shape, void (*call)(const void*),
               const void* arguments);
 

@@ -1,11 +1,13 @@
-// CUDA's language for a C++ compiler: enough of it to run the kernels of csrc/cuda/*_kernel.cuh on a CPU, for their tests.
+// CUDA's language for a C++ compiler: enough of it to run the kernels of csrc/cuda/*_kernel.cuh on a CPU, for their
+// tests.
 //
 //   cuda_on_cpu::launch<kernel>(grid, block, shared_bytes, arguments...)
 //
 // runs a grid to its end (cuda_fibers.h says how). Collectives are checked: every lane named in the mask, or every live
-// thread of the block, must arrive at the same call, else launch() throws and says who waits where. Shared memory is full
-// of 0xFF (NaN) when a block begins. Atomics give way to other threads. What one thread does between two collectives
-// nobody interrupts; a spinning wait for another thread never ends; multiplications and additions are not fused.
+// thread of the block, must arrive at the same call, else launch() throws and says who waits where. Shared memory is
+// full of 0xFF (NaN) when a block begins. Atomics give way to other threads. What one thread does between two
+// collectives nobody interrupts; a spinning wait for another thread never ends; multiplications and additions are not
+// fused.
 //
 // A collective of another kind (a matrix instruction, say) consists of lanes(): what each lane of the warp hands in.
 #pragma once
@@ -25,8 +27,8 @@
 #define __align__(n) alignas(n)
 #define __constant__ static const
 #define __grid_constant__
-// One block runs at a time, so a block's variables are those of the process. Being of the calling thread tells them from
-// all others: cuda_fibers.cpp fills every thread_local variable of the library, and restores it after the launch.
+// One block runs at a time, so a block's variables are those of the process. Being of the calling thread tells them
+// from all others: cuda_fibers.cpp fills every thread_local variable of the library, and restores it after the launch.
 #define __shared__ static thread_local
 
 #define GSF_DYNAMIC_SHARED(type, name) \

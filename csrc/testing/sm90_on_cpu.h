@@ -1,8 +1,8 @@
 // cuda/sm90_ptx.cuh for cuda_on_cpu.h: one CTA. An address is an offset in the dynamic shared memory, whose
 // begin counts as a multiple of 1024.
 //
-// Nothing happens before it must: a copy arrives when a thread waits for a barrier in vain, a product is computed when its
-// group is waited for. A stage that is released too early, or sums that are read too early, give wrong results.
+// Nothing happens before it must: a copy arrives when a thread waits for a barrier in vain, a product is computed when
+// its group is waited for. A stage that is released too early, or sums that are read too early, give wrong results.
 #pragma once
 
 #include <deque>
