@@ -18,6 +18,7 @@ from gemmascope_fast import doctor, ops
 
 from .context import ROOT, Context, Shape, Skip
 from .encoders import device_of
+from .few import portable
 from .passes import sparse_step
 from .problem import Problem, problem
 from .sanitized import moved_to
@@ -28,11 +29,13 @@ def smoke(ctx: Context) -> None:
     device = device_of(ctx)
     for name in ops.TABLE:
         _check(ctx, f"self-test {name}", lambda name=name: _self_test(name, device))
+    _check(ctx, "few tokens", lambda: _few_tokens(ctx))
     _check(ctx, "run-to-run bits", lambda: _bits(ctx))
     _check(ctx, "run-to-run bits, whole step", lambda: _step_bits(ctx))
     _check(ctx, "side stream", lambda: _side_stream(ctx))
     _check(ctx, "two streams", lambda: _two_streams(ctx))
     _check(ctx, "CUDA graph", lambda: _graph(ctx))
+    _check(ctx, "CUDA graph with a loss", lambda: _lossy_graph(ctx))
     _check(ctx, "beyond 2^31 pairs", lambda: _many_pairs(ctx))
     _check(ctx, "beyond 2^31 weights", lambda: _many_weights(ctx))
 
@@ -58,6 +61,36 @@ def _self_test(name: str, device: torch.device) -> str:
     told = doctor.self_test(name, device.type)
     assert told == "pass", told
     return f"{ops.implementation(name, device.type)}, equal to the reference on whole numbers"
+
+
+def _few_tokens(ctx: Context) -> str:
+    """1 to 17 tokens of whole numbers: the entries of the reference, with either kernel."""
+    device = device_of(ctx)
+    g = torch.Generator(device).manual_seed(0)
+    whole = lambda *shape: torch.randint(-2, 3, shape, generator=g, device=device)  # noqa: E731
+    d, d_sae, k = (40, 200, 7) if ctx.settings.quick else (2304, 16_411, 40)
+    bias, theta = whole(d_sae).float(), whole(d_sae).float() + (16 if ctx.settings.quick else 150)
+    for dtype in (torch.bfloat16, torch.float16):
+        x, W = whole(17, d).to(dtype), whole(d_sae, d).to(dtype).t()
+        for n in range(1, 18):
+            encoder = x[:n], W, bias
+            calls = {
+                "jumprelu_encode": [
+                    (*encoder, theta, 2.0, room, True) for room in (None, n * 2000)
+                ],
+                "topk_encode": [(*encoder, k, True)],
+                "batchtopk_encode": [
+                    (*encoder, k - 0.5, None, room, True) for room in (None, n * k)
+                ],
+            }
+            for name, variants in calls.items():
+                for args in variants:
+                    wanted = list(getattr(getattr(torch.ops, ops.REFERENCE), name)(*args))
+                    op = getattr(getattr(torch.ops, ops.NAMESPACE), name)
+                    assert _same(list(op(*args)), wanted), f"{name}, n={n}, {dtype}"
+                    with portable():
+                        assert _same(list(op(*args)), wanted), f"{name}, n={n}, {dtype}, tiles"
+    return "equal to the reference on whole numbers, and so are the tiles"
 
 
 # ---- the same bits
@@ -183,6 +216,26 @@ def _graph(ctx: Context) -> str:
         assert int(expected[2]) <= capacity, "the capacity is meant to suffice"
         assert _same(list(captured), list(expected)), f"replay {seed} differs from the eager call"
     return "3 replays equal to eager calls"
+
+
+def _lossy_graph(ctx: Context) -> str:
+    """Latents that rise overflow a chunk: eager calls scan again, a graph says so."""
+    device = device_of(ctx)
+    _cuda_only(device)
+    n, d_sae, k = 32, 65_536, 4
+    x = torch.ones(n, 16, device=device)
+    W = torch.arange(d_sae, device=device).float()[:, None].expand(-1, 16).contiguous()
+    bias = torch.zeros(d_sae, device=device)
+    with torch.no_grad():
+        acts = gsf.batchtopk_encode(x, W.t(), bias, k, max_nnz=k * n)
+        assert acts.indices.tolist() == [*range(d_sae - k, d_sae)] * n
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = gsf.batchtopk_encode(x, W.t(), bias, k, max_nnz=k * n)
+    graph.replay()
+    assert captured.needed is not None
+    assert bool(captured.values.isnan().all()) and int(captured.needed) > k * n
+    return "all values NaN, needed says so"
 
 
 def _seeded(device: torch.device, seed: int) -> torch.Generator:

@@ -33,9 +33,11 @@ PARTS: dict[str, str] = {
     "encode": "encoders",
     "screened": "encoders",
     "topk": "encoders",
+    "few": "few",
     "decode": "passes",
     "backward": "passes",
     "step": "passes",
+    "handover": "few",
     "train_1m": "train",
 }
 """Part and the module whose function of that name it is, in the order they run."""
