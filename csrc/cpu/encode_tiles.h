@@ -36,6 +36,14 @@ class EncodeTiles {
   using Visit = std::function<void(int64_t row, int64_t latent, int64_t count,
                                    const int32_t* position, const float* pre)>;
 
+  // An entry that the int8 product could not rule out, relative to its task.
+  struct Proposal {
+    uint16_t row, latent;
+    int32_t product;
+  };
+  // Called with what a row's entries in one block are at least, but for luck: see `propose`.
+  using Estimate = std::function<void(int64_t row, const float* values, int64_t count)>;
+
   // Neither side of a task exceeds this, so that 16 bits hold a position inside it.
   static constexpr int64_t kMaxSide = 65536;
 
@@ -45,6 +53,7 @@ class EncodeTiles {
   ~EncodeTiles();
 
   int64_t rows() const { return n_; }
+  int64_t latents() const { return d_sae_; }
   int64_t row_blocks() const { return row_blocks_; }
   int64_t row_block() const { return row_block_; }
   int64_t ranges() const { return ranges_; }
@@ -54,6 +63,14 @@ class EncodeTiles {
   int64_t slots() const { return slots_; }
   Task task(int64_t index) const;
   void run(const Task& task, int64_t slot, const EncodeLimits& limits, const Visit& visit);
+
+  // The same in two passes, for limits by row that rise while the first one runs: what the int8 products propose, then
+  // canonical dots of the proposals that the final limits leave. Between them the caller holds 8 bytes a proposal.
+  bool proposes() const { return why_direct_ == nullptr && packed_.has_value(); }
+  void propose(const Task& task, int64_t slot, const EncodeLimits& limits, const Estimate& estimate,
+               std::vector<Proposal>& proposals);
+  void decide(const Task& task, int64_t slot, const EncodeLimits& limits,
+              const std::vector<Proposal>& proposals, const Visit& visit);
 
  private:
   struct Candidate {
@@ -67,7 +84,10 @@ class EncodeTiles {
     LatentScratch latents;
     std::vector<Candidate> candidates;
     std::vector<Candidate> sorted;
-    std::vector<int32_t> rows, fine_dots;
+    std::vector<int32_t> fine_dots;
+    std::vector<const uint8_t*> fine_w;
+    std::vector<const int8_t*> fine_x;
+    std::vector<const float*> pair_x, pair_w;
     std::vector<uint8_t> code_rows;
     ScreenLatents bounds;
     LatentBlock block;
@@ -81,10 +101,12 @@ class EncodeTiles {
   void run_screened(const Task& task, Scratch& scratch, const EncodeLimits& limits,
                     const Visit& visit);
   LatentBlock latent_block(int64_t begin, int64_t count, Scratch& scratch);
+  // all: also where they are too many to be worth their rescoring.
   bool find_candidates(const Task& task, int64_t begin, int64_t count, Scratch& scratch,
-                       const EncodeLimits& limits);
-  int64_t refine(const Task& task, int64_t latent, const Candidate* found, int64_t size,
-                 Scratch& scratch, const EncodeLimits& limits);
+                       const EncodeLimits& limits, bool all);
+  void refine(const Task& task, Scratch& scratch, const EncodeLimits& limits);
+  static void sort_candidates(Scratch& scratch);
+  void pair_rows(const Task& task, int64_t begin, int64_t count, Scratch& scratch);
   void rescore(const Task& task, int64_t begin, int64_t count, Scratch& scratch,
                const EncodeLimits& limits, const Visit& visit);
 

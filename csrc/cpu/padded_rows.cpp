@@ -104,13 +104,16 @@ void PaddedRows::convert(int64_t begin, int64_t count, float* target) const {
   }
 }
 
+Stretch PaddedRows::stretch(int64_t begin, int64_t count) const {
+  if (m_.col_stride != 1 || m_.row_stride != m_.cols) return {nullptr, 0};
+  return {static_cast<const char*>(m_.row(begin)), count * m_.cols * element_size(m_.dtype)};
+}
+
 void PaddedRows::prefetch(int64_t begin, int64_t count, int64_t share, int64_t shares) const {
-  if (!in_place_ || m_.row_stride != m_.cols) return;
-  const char* base = static_cast<const char*>(m_.row(begin));
-  const int64_t lines = divide_up(count * m_.cols * 4, 64);
-  const int64_t end = lines * (share + 1) / shares;
+  const Stretch all = stretch(begin, count);
+  const int64_t lines = divide_up(all.bytes, 64), end = lines * (share + 1) / shares;
   for (int64_t line = lines * share / shares; line < end; ++line) {
-    __builtin_prefetch(base + line * 64, 0, 2);
+    __builtin_prefetch(all.at + line * 64, 0, 2);
   }
 }
 

@@ -32,6 +32,11 @@ class FloatBuffer {
   float* aligned_ = nullptr;
 };
 
+struct Stretch {
+  const char* at;
+  int64_t bytes;
+};
+
 // Rows of a matrix as zero-padded contiguous float32, in place where they already are.
 class PaddedRows {
  public:
@@ -44,8 +49,9 @@ class PaddedRows {
   bool transposed() const { return transposed_; }
   // Rows [begin, begin + count), *stride floats apart, in place or written to buffer.
   const float* rows(int64_t begin, int64_t count, FloatBuffer& buffer, int64_t* stride) const;
-  // Starts the read of a share of what rows(begin, count) would touch, if that is a plain stretch
-  // of memory.
+  // The memory that rows(begin, count) reads, if that is one stretch; else empty.
+  Stretch stretch(int64_t begin, int64_t count) const;
+  // Starts the read of a share of it.
   void prefetch(int64_t begin, int64_t count, int64_t share, int64_t shares) const;
   void convert(int64_t begin, int64_t count, float* target) const;
   // The same transposed, 16 rows wide: target[k * 16 + r] for k < cols, zeros where r >= count <= 16.

@@ -78,7 +78,15 @@ class ScreenedTokens {
   std::vector<FineToken> fine_;
 };
 
-// False where entry (i, j) cannot pass its limit: product = q . p, fine = f . (p + 128).
+// False where entry (i, j), i row r of the tile, cannot pass its limit: product = q . p. As the tile compares.
+inline bool may_pass(const ScreenTokens& tokens, int64_t r, float limit,
+                     const ScreenLatents& latents, int64_t j, int32_t product) {
+  const float margin = tokens.a[r] * latents.alpha[j] + tokens.b[r] * latents.beta[j];
+  const float base = limit * latents.slope[j] + latents.base[j];
+  return !(static_cast<float>(product) <= tokens.inverse[r] * base - margin);
+}
+
+// The same in the second stage: fine = f . (p + 128).
 bool may_pass(const FineToken& token, float limit, const ScreenLatents& latents, int64_t j,
               int32_t product, int32_t fine);
 

@@ -181,10 +181,12 @@ double screen_rate(Target target, int64_t threads) {
     const std::vector<int8_t> x(kGroupRows * kWidth, 1);
     const ScreenLatents latents = {};
     const ScreenTokens tokens = {};
+    const ReadAhead nothing = {reinterpret_cast<const char*>(x.data()), 0};
     uint64_t masks[kScreenRows];
     int32_t products[kScreenRows * kScreenBlock];
     for (int64_t i = 0; i < kTiles; ++i) {
-      table.tile(w.data(), x.data(), kScreenRows, kWidth, latents, tokens, masks, products);
+      table.tile(w.data(), x.data(), kScreenRows, kWidth, latents, tokens, nothing, masks,
+                 products);
     }
   };
   double best = 0;

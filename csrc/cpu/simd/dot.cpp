@@ -197,45 +197,46 @@ static void panel(const float* x, int64_t x_stride, int64_t rows, const float* w
   }
 }
 
-// kRows scattered rows against one w: as many loads as fma, so the more rows in flight the better a far cache is hidden.
-template <int kRows>
-static inline void gather_rows(const float* x, int64_t x_stride, const int32_t* rows,
-                               const int32_t* next, const float* w, int64_t d, float* out) {
-  const float* row[kRows];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    row[r] = x + rows[r] * x_stride;
-    __builtin_prefetch(x + next[r] * x_stride);
-    __builtin_prefetch(x + next[r] * x_stride + kLanes);
-  }
-  Vec acc[kRows][kParts];
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows * kParts; ++i) acc[i / kParts][i % kParts] = zero_vec();
-  for (int64_t k = 0; k < d; k += kLanes) {
+// One dot is a chain of fma, each waiting for the one before: several go side by side. Those at `next` are read meanwhile.
+template <int kPairs>
+static inline void pair_dots(const float* const* x, const float* const* w, int64_t next, int64_t d,
+                             float* out) {
+  const float *xs[kPairs], *ws[kPairs], *xn[kPairs], *wn[kPairs];
+  Vec acc[kPairs][kParts];
+#pragma GCC unroll 4
+  for (int i = 0; i < kPairs; ++i) {
+    xs[i] = x[i];
+    ws[i] = w[i];
+    xn[i] = x[next + i];
+    wn[i] = w[next + i];
 #pragma GCC unroll 2
-    for (int part = 0; part < kParts; ++part) {
-      Vec wv = load_vec(w + k + part * kWidth);
-      pin(wv);
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        acc[r][part] = fma_vec(load_vec(row[r] + k + part * kWidth), wv, acc[r][part]);
-      }
+    for (int part = 0; part < kParts; ++part) acc[i][part] = zero_vec();
+  }
+  for (int64_t k = 0; k < d; k += kWidth * kParts) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kPairs; ++i) {
+      __builtin_prefetch(xn[i] + k, 0, 2);
+      __builtin_prefetch(wn[i] + k, 0, 2);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kPairs * kParts; ++i) {
+      const int64_t at = k + i % kParts * kWidth;
+      Vec& own = acc[i / kParts][i % kParts];
+      own = fma_vec(load_vec(xs[i / kParts] + at), load_vec(ws[i / kParts] + at), own);
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) out[r] = reduce(lanes(acc[r]));
+#pragma GCC unroll 4
+  for (int i = 0; i < kPairs; ++i) out[i] = reduce(lanes(acc[i]));
 }
 
-static void gather(const float* x, int64_t x_stride, const int32_t* rows, int64_t count,
-                   const float* w, int64_t d, float* out) {
-  constexpr int kRows = kParts == 1 ? 8 : 4;
+static void pairs(const float* const* x, const float* const* w, int64_t count, int64_t d,
+                  float* out) {
+  constexpr int kPairs = 4;
   int64_t i = 0;
-  for (; i + kRows <= count; i += kRows) {
-    const int32_t* next = i + 2 * kRows <= count ? rows + i + kRows : rows + i;
-    gather_rows<kRows>(x, x_stride, rows + i, next, w, d, out + i);
+  for (; i + kPairs <= count; i += kPairs) {
+    pair_dots<kPairs>(x + i, w + i, i + 2 * kPairs <= count ? kPairs : 0, d, out + i);
   }
-  for (; i + 2 <= count; i += 2) gather_rows<2>(x, x_stride, rows + i, rows + i, w, d, out + i);
-  if (i < count) gather_rows<1>(x, x_stride, rows + i, rows + i, w, d, out + i);
+  for (; i < count; ++i) pair_dots<1>(x + i, w + i, 0, d, out + i);
 }
 
 static int64_t above(const float* dots, const float* bias, const float* limit, int64_t limit_stride,
@@ -267,7 +268,7 @@ static int64_t above(const float* dots, const float* bias, const float* limit, i
 }
 
 extern const DotTable kDotTable;
-const DotTable kDotTable = {kTileRows, panel, gather, above, widen, transpose};
+const DotTable kDotTable = {kTileRows, panel, pairs, above, widen, transpose};
 
 }  // namespace GSF_TARGET
 }  // namespace gemmascope_fast

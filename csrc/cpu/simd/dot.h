@@ -17,9 +17,8 @@ struct DotTable {
   void (*panel)(const float* x, int64_t x_stride, int64_t rows, const float* w, int64_t w_stride,
                 int64_t latents, int64_t d, float* state, float* out, int64_t out_stride);
 
-  // out[i] = <x row rows[i], w> for i < count, the same bits as `panel`.
-  void (*gather)(const float* x, int64_t x_stride, const int32_t* rows, int64_t count,
-                 const float* w, int64_t d, float* out);
+  // out[i] = <x[i], w[i]> for i < count, the same bits as `panel`.
+  void (*pairs)(const float* const* x, const float* const* w, int64_t count, int64_t d, float* out);
 
   // With pre = dots[j] + bias[j]: lists the j (ascending) for which pre <= limit[j * limit_stride]
   // does not hold (so NaN is listed), with their pre. Both lists need room for count + 16 elements.

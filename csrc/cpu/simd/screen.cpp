@@ -30,8 +30,8 @@ static inline uint64_t candidates(const float (&products)[kScreenBlock],
 }
 
 static void tile(const uint8_t* w, const int8_t* x, int64_t rows, int64_t d,
-                 const ScreenLatents& latents, const ScreenTokens& tokens, uint64_t* masks,
-                 int32_t* products) {
+                 const ScreenLatents& latents, const ScreenTokens& tokens, ReadAhead,
+                 uint64_t* masks, int32_t* products) {
   for (int64_t r = 0; r < rows; ++r) {
     int32_t* sums = products + r * kScreenBlock;
     for (int j = 0; j < kScreenBlock; ++j) sums[j] = -128 * tokens.sum[r];
@@ -50,12 +50,11 @@ static void tile(const uint8_t* w, const int8_t* x, int64_t rows, int64_t d,
   }
 }
 
-static void fine_dots(const uint8_t* w, const int8_t* x, const int32_t* rows, int64_t count,
-                      int64_t d, int32_t* out) {
+static void fine_dots(const uint8_t* const* w, const int8_t* const* x, int64_t count, int64_t d,
+                      int32_t* out) {
   for (int64_t i = 0; i < count; ++i) {
-    const int8_t* own = x + rows[i] * d;
     int32_t sum = 0;
-    for (int64_t k = 0; k < d; ++k) sum += int{w[k]} * int{own[k]};
+    for (int64_t k = 0; k < d; ++k) sum += int{w[i][k]} * int{x[i][k]};
     out[i] = sum;
   }
 }
@@ -71,7 +70,7 @@ static inline void dot4(__m512i& sum, __m512i w, __m512i x) {
 template <int kRows>
 static inline void tile_rows(const uint8_t* w, const int8_t* x, int64_t d,
                              const ScreenLatents& latents, const ScreenTokens& tokens,
-                             uint64_t* masks, int32_t* products) {
+                             ReadAhead ahead, uint64_t* masks, int32_t* products) {
   __m512i acc[kRows][kScreenGroups];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -79,6 +78,8 @@ static inline void tile_rows(const uint8_t* w, const int8_t* x, int64_t d,
     for (int g = 0; g < kScreenGroups; ++g) acc[r][g] = _mm512_set1_epi32(-128 * tokens.sum[r]);
   }
   for (int64_t k = 0; k < d * 16; k += 64) {
+    __builtin_prefetch(ahead.at, 0, 2);
+    ahead.at += ahead.step;
     __m512i wv[kScreenGroups];
 #pragma GCC unroll 3
     for (int g = 0; g < kScreenGroups; ++g) wv[g] = _mm512_loadu_si512(w + g * d * 16 + k);
@@ -113,38 +114,43 @@ static inline void tile_rows(const uint8_t* w, const int8_t* x, int64_t d,
 }
 
 static void tile_vnni(const uint8_t* w, const int8_t* x, int64_t rows, int64_t d,
-                      const ScreenLatents& latents, const ScreenTokens& tokens, uint64_t* masks,
-                      int32_t* products) {
-  if (rows == 1) return tile_rows<1>(w, x, d, latents, tokens, masks, products);
-  if (rows <= 2) return tile_rows<2>(w, x, d, latents, tokens, masks, products);
-  if (rows <= 4) return tile_rows<4>(w, x, d, latents, tokens, masks, products);
-  tile_rows<8>(w, x, d, latents, tokens, masks, products);
+                      const ScreenLatents& latents, const ScreenTokens& tokens, ReadAhead ahead,
+                      uint64_t* masks, int32_t* products) {
+  if (rows == 1) return tile_rows<1>(w, x, d, latents, tokens, ahead, masks, products);
+  if (rows <= 2) return tile_rows<2>(w, x, d, latents, tokens, ahead, masks, products);
+  if (rows <= 4) return tile_rows<4>(w, x, d, latents, tokens, ahead, masks, products);
+  tile_rows<8>(w, x, d, latents, tokens, ahead, masks, products);
 }
 
-template <int kRows>
-static inline void fine_rows(const uint8_t* w, const int8_t* x, const int32_t* rows, int64_t d,
-                             int32_t* out) {
-  const int8_t* own[kRows];
-  __m512i acc[kRows];
+// The last pair again and again where there are fewer than kPairs.
+template <int kPairs>
+static inline void fine_pairs(const uint8_t* const* w, const int8_t* const* x, int64_t count,
+                              int64_t d, int32_t* out) {
+  const uint8_t* ws[kPairs];
+  const int8_t* xs[kPairs];
+  __m512i acc[kPairs];
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    own[r] = x + rows[r] * d;
-    acc[r] = _mm512_setzero_si512();
+  for (int i = 0; i < kPairs; ++i) {
+    ws[i] = w[i < count ? i : count - 1];
+    xs[i] = x[i < count ? i : count - 1];
+    acc[i] = _mm512_setzero_si512();
   }
   for (int64_t k = 0; k < d; k += 64) {
-    const __m512i wv = _mm512_loadu_si512(w + k);
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) dot4(acc[r], wv, _mm512_loadu_si512(own[r] + k));
+    for (int i = 0; i < kPairs; ++i) {
+      dot4(acc[i], _mm512_loadu_si512(ws[i] + k), _mm512_loadu_si512(xs[i] + k));
+    }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) out[r] = _mm512_reduce_add_epi32(acc[r]);
+  for (int i = 0; i < kPairs; ++i) {
+    const int32_t sum = _mm512_reduce_add_epi32(acc[i]);
+    if (i < count) out[i] = sum;
+  }
 }
 
-static void fine_dots_vnni(const uint8_t* w, const int8_t* x, const int32_t* rows, int64_t count,
+static void fine_dots_vnni(const uint8_t* const* w, const int8_t* const* x, int64_t count,
                            int64_t d, int32_t* out) {
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) fine_rows<8>(w, x, rows + i, d, out + i);
-  for (; i < count; ++i) fine_rows<1>(w, x, rows + i, d, out + i);
+  for (int64_t i = 0; i < count; i += 4) fine_pairs<4>(w + i, x + i, count - i, d, out + i);
 }
 
 extern const ScreenTable kVnniScreenTable;

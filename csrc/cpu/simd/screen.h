@@ -44,6 +44,12 @@ struct ScreenTokens {
   int32_t sum[kScreenRows];  // of the codes
 };
 
+// Memory that later code wants, read on the way: a byte in each of d / 4 places `step` bytes apart.
+struct ReadAhead {
+  const char* at;
+  int64_t step;
+};
+
 struct ScreenTable {
   // True when the processor multiplies int8 at several times its float32 rate.
   bool fast;
@@ -56,12 +62,12 @@ struct ScreenTable {
   // masks[r] bit j: entry (token r, latent j) of the block is a candidate; products[r * kScreenBlock + j] is its q . p. w: kScreenGroups groups of latents, each d * 16
   // bytes, codes + 128; x: a group of tokens, shifted to the tile's first row (4 bytes a row).
   void (*tile)(const uint8_t* w, const int8_t* x, int64_t rows, int64_t d,
-               const ScreenLatents& latents, const ScreenTokens& tokens, uint64_t* masks,
-               int32_t* products);
+               const ScreenLatents& latents, const ScreenTokens& tokens, ReadAhead ahead,
+               uint64_t* masks, int32_t* products);
 
-  // out[i] = sum_k w[k] x[rows[i] * d + k], i < count: one latent's codes + 128 against fine codes of tokens.
-  void (*fine_dots)(const uint8_t* w, const int8_t* x, const int32_t* rows, int64_t count,
-                    int64_t d, int32_t* out);
+  // out[i] = sum_k w[i][k] x[i][k], i < count: codes + 128 against fine codes.
+  void (*fine_dots)(const uint8_t* const* w, const int8_t* const* x, int64_t count, int64_t d,
+                    int32_t* out);
 };
 
 const ScreenTable& screen_table(SimdTarget target);
