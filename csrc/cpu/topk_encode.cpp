@@ -8,6 +8,8 @@
 // Algorithm: the k-th best value seen so far bounds a row from below, even when stale; only what
 // exceeds it becomes a candidate. Threads gather a few per row before they merge them into the row's
 // k best, under a lock. A last pass orders each row and fills up with zeros at the smallest latents.
+// A packed encoder is screened in two passes: the int8 products alone estimate each row's k-th best value, and dots are
+// computed only of what can exceed the final estimate. k entries that reach it prove it; else the pass above follows.
 // Bound: the dot products (fma ports); at n = 1 the read of W_enc.
 #include <torch/csrc/stable/library.h>
 
@@ -20,12 +22,16 @@
 
 #include "cpu/encode_output.h"
 #include "cpu/encode_tiles.h"
+#include "cpu/leaders.h"
 #include "cpu/parallel.h"
 
 namespace gemmascope_fast {
 namespace {
 
 constexpr char kOp[] = "topk_encode";
+constexpr int64_t kHeld = int64_t{4} << 20;  // proposals, 8 bytes each, that are always affordable
+constexpr int64_t kFew =
+    16;  // latents per selected one, from which a first pass rules enough of them out
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
@@ -41,6 +47,9 @@ bool better(const Candidate& a, const Candidate& b) {
   return a.latent < b.latent;
 }
 
+// The largest float below a bound, where that is positive.
+float below(float bound) { return bound > 0 ? std::nextafter(bound, 0.0f) : 0.0f; }
+
 // The k best entries of every row so far, whoever found them. The order is total, so the outcome does not depend on the
 // schedule; the k-th value bounds the row from below.
 class BestEntries {
@@ -48,15 +57,23 @@ class BestEntries {
   BestEntries(int64_t n, int64_t k)
       : k_(k),
         best_(static_cast<size_t>(n * k)),
-        size_(static_cast<size_t>(n), 0),
+        size_(static_cast<size_t>(n)),
         bounds_(static_cast<size_t>(n)) {
-    for (auto& bound : bounds_) bound.store(0.0f, std::memory_order_relaxed);
+    start([](int64_t) { return 0.0f; });
+  }
+
+  // Forgets all entries; what comes is known to be at least bound(row).
+  template <typename Bound>
+  void start(const Bound& bound) {
+    for (size_t row = 0; row < size_.size(); ++row) {
+      size_[row] = 0;
+      bounds_[row].store(bound(static_cast<int64_t>(row)), std::memory_order_relaxed);
+    }
   }
 
   // What does not exceed this can no longer be selected. An entry equal to the k-th may have a smaller latent.
   float limit(int64_t row) const {
-    const float bound = bounds_[static_cast<size_t>(row)].load(std::memory_order_relaxed);
-    return bound > 0 ? std::nextafter(bound, 0.0f) : 0.0f;
+    return below(bounds_[static_cast<size_t>(row)].load(std::memory_order_relaxed));
   }
 
   void merge(int64_t row, const Candidate* found, int64_t count, std::vector<Candidate>& work) {
@@ -130,18 +147,74 @@ class Collector {
   std::vector<int64_t> size_;
 };
 
-void collect(EncodeTiles& tiles, const float* bias, int64_t k, BestEntries& best) {
+using Run =
+    std::function<void(int64_t task, int64_t slot, const EncodeLimits&, const EncodeTiles::Visit&)>;
+
+// Merges what `run` visits, task by task.
+void collect(const EncodeTiles& tiles, const float* bias, int64_t k, BestEntries& best,
+             const Run& run) {
   std::vector<std::unique_ptr<Collector>> collectors(static_cast<size_t>(tiles.slots()));
   const EncodeLimits limits = {bias, nullptr, [&](int64_t row) { return best.limit(row); }};
   parallel_tasks(tiles.tasks(), tiles.slots(), [&](int64_t t, int64_t slot) {
     auto& collector = collectors[static_cast<size_t>(slot)];
     if (!collector) collector = std::make_unique<Collector>(tiles, k, best);
     collector->start(tiles.task(t));
-    tiles.run(tiles.task(t), slot, limits,
-              [&](int64_t row, int64_t latent, int64_t count, const int32_t* position,
-                  const float* pre) { collector->visit(row, latent, count, position, pre); });
+    run(t, slot, limits,
+        [&](int64_t row, int64_t latent, int64_t count, const int32_t* position, const float* pre) {
+          collector->visit(row, latent, count, position, pre);
+        });
     collector->finish();
   });
+}
+
+using Proposals = std::vector<std::vector<EncodeTiles::Proposal>>;
+
+// What the int8 products propose against each row's estimate, which rises meanwhile. Empty when that is too much to hold.
+Proposals propose(EncodeTiles& tiles, const float* bias, Leaders& leaders) {
+  const int64_t most = std::max(kHeld, tiles.rows() * tiles.latents() / 8);
+  Proposals proposals(static_cast<size_t>(tiles.tasks()));
+  std::atomic<int64_t> held{0};
+  const EncodeLimits limits = {bias, nullptr,
+                               [&](int64_t row) { return below(leaders.bound(row)); }};
+  const auto estimate = [&](int64_t row, const float* values, int64_t count) {
+    leaders.add(row, values, count);
+  };
+  parallel_tasks(tiles.tasks(), tiles.slots(), [&](int64_t t, int64_t slot) {
+    if (held > most) return;
+    auto& own = proposals[static_cast<size_t>(t)];
+    tiles.propose(tiles.task(t), slot, limits, estimate, own);
+    held += static_cast<int64_t>(own.size());
+  });
+  leaders.finish();
+  if (held > most) proposals.clear();
+  return proposals;
+}
+
+// Only what can exceed the final estimates becomes a dot. False where that does not settle it: too much was proposed, or a
+// row's estimate was too high, so that less than k entries reach it.
+bool collect_proposed(EncodeTiles& tiles, const float* bias, int64_t k, BestEntries& best) {
+  Leaders leaders(tiles.rows(), k);
+  const Proposals proposals = propose(tiles, bias, leaders);
+  if (proposals.empty()) return false;
+  best.start([&](int64_t row) { return leaders.bound(row); });
+  collect(tiles, bias, k, best,
+          [&](int64_t t, int64_t slot, const EncodeLimits& limits, const auto& visit) {
+            tiles.decide(tiles.task(t), slot, limits, proposals[static_cast<size_t>(t)], visit);
+          });
+  for (int64_t row = 0; row < tiles.rows(); ++row) {
+    if (leaders.bound(row) > 0 && best.end(row) - best.begin(row) < k) return false;
+  }
+  return true;
+}
+
+void select(EncodeTiles& tiles, const float* bias, int64_t k, BestEntries& best) {
+  const bool few = k <= tiles.latents() / kFew;
+  if (few && tiles.proposes() && collect_proposed(tiles, bias, k, best)) return;
+  best.start([](int64_t) { return 0.0f; });
+  collect(tiles, bias, k, best,
+          [&](int64_t t, int64_t slot, const EncodeLimits& limits, const auto& visit) {
+            tiles.run(tiles.task(t), slot, limits, visit);
+          });
 }
 
 // Ascending latents; zeros at the smallest free latents where there are fewer than k.
@@ -189,7 +262,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_encode_cpu(
     const FloatVector bias(b_enc);
     EncodeTiles tiles(kOp, matrix_of(x), features(W_enc), packed_encoder(kOp, packed, W_enc));
     BestEntries best(n, k);
-    collect(tiles, bias.data(), k, best);
+    select(tiles, bias.data(), k, best);
     write_entries(best, n, k, out);
   }
   auto [feature_offsets, permutation] = feature_view(by_feature, x, offsets, out.indices, d_sae);

@@ -1,0 +1,64 @@
+// Screening in two passes: proposals by int8 products against rising limits, canonical dots against the final ones.
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/encode_tiles.h"
+
+namespace gemmascope_fast {
+
+void EncodeTiles::propose(const Task& task, int64_t slot, const EncodeLimits& limits,
+                          const Estimate& estimate, std::vector<Proposal>& proposals) {
+  Scratch& scratch = scratch_[static_cast<size_t>(slot)];
+  // The errors of d codes on either side add up like independent ones, to margin / sqrt(2 d) or so: six times that.
+  const float luck = std::min(1.0f, 4.25f / std::sqrt(static_cast<float>(tokens_->d())));
+  for (int64_t j = task.latent_begin; j < task.latent_end; j += kScreenBlock) {
+    const int64_t count = std::min(kScreenBlock, task.latent_end - j);
+    find_candidates(task, j, count, scratch, limits, true);
+    ++scratch.screened_blocks;
+    scratch.candidate_count += static_cast<int64_t>(scratch.candidates.size());
+    const std::vector<Candidate>& found = scratch.candidates;
+    const ScreenLatents& latents = scratch.bounds;
+    float unit[kScreenBlock];
+    for (int64_t l = 0; l < kScreenBlock; ++l) unit[l] = 1 / latents.slope[l];
+    for (size_t i = 0; i < found.size();) {
+      const int64_t row = task.row_begin + found[i].row, r = row % kScreenRows;
+      const ScreenTokens& tokens = tokens_->tokens(row - r);
+      const float a = luck * tokens.a[r], b = luck * tokens.b[r], own = 1 / tokens.inverse[r];
+      float values[kScreenBlock];
+      int64_t size = 0;
+      for (const int32_t same = found[i].row; i < found.size() && found[i].row == same; ++i) {
+        const int32_t l = found[i].latent;
+        const float margin = a * latents.alpha[l] + b * latents.beta[l];
+        const float product = static_cast<float>(found[i].product) - margin;
+        values[size++] = (product * own - latents.base[l]) * unit[l];
+        proposals.push_back({static_cast<uint16_t>(same),
+                             static_cast<uint16_t>(j + l - task.latent_begin), found[i].product});
+      }
+      estimate(row, values, size);
+    }
+  }
+}
+
+void EncodeTiles::decide(const Task& task, int64_t slot, const EncodeLimits& limits,
+                         const std::vector<Proposal>& proposals, const Visit& visit) {
+  Scratch& scratch = scratch_[static_cast<size_t>(slot)];
+  const Proposal* next = proposals.data();
+  const Proposal* end = next + proposals.size();
+  for (int64_t j = task.latent_begin; j < task.latent_end; j += kScreenBlock) {
+    const int64_t count = std::min(kScreenBlock, task.latent_end - j);
+    const int64_t first = j - task.latent_begin;
+    scratch.block = latent_block(j, count, scratch);
+    scratch.bounds = screen_latents(limits, scratch.block.stats, j, count, tokens_->d());
+    scratch.candidates.clear();
+    for (; next < end && next->latent < first + count; ++next) {
+      const int64_t row = task.row_begin + next->row, l = next->latent - first;
+      const ScreenTokens& tokens = tokens_->tokens(row / kScreenRows * kScreenRows);
+      if (may_pass(tokens, row % kScreenRows, limits.row(row), scratch.bounds, l, next->product)) {
+        scratch.candidates.push_back({next->row, static_cast<int32_t>(l), next->product});
+      }
+    }
+    rescore(task, j, count, scratch, limits, visit);
+  }
+}
+
+}  // namespace gemmascope_fast
