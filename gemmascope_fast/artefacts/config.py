@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +17,7 @@ LATENTS = "latents"  # which latents of the published dictionary these are
 DEPTH_LIMIT = 16  # nesting; published ones have 1
 SINGLE_LAYER = ("sae", "transcoder")
 MULTI_LAYER = ("crosscoder", "clt")
+METADATA = ("l0", "model_name", "hf_hook_point_in", "hf_hook_point_out", LATENTS)
 STRUCTURE = ("type", "architecture", "width", "affine_connection")  # what the weights decide
 ORDER = (
     *("type", "architecture", "width", "l0", "affine_connection", "model_name"),
@@ -38,7 +39,7 @@ def _count(value: Any) -> bool:
 
 def _number(value: Any) -> bool:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value is None or (number and 0 <= value < math.inf)
+    return value is None or (number and 0 <= value <= sys.float_info.max)
 
 
 def _range(value: Any) -> bool:
@@ -72,10 +73,20 @@ def parse(data: bytes, where: str) -> dict[str, Any]:
         ValueError: it is not what `parse_object` reads, or a value is outside the schema.
     """
     config = parse_object(data, where)
-    for key, (valid, expected) in _SCHEMA.items():
+    check(config, where, _SCHEMA)
+    return config
+
+
+def check(config: Mapping[str, Any], where: str, keys: Iterable[str]) -> None:
+    """Values under these keys are within the schema.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for key in keys:
+        valid, expected = _SCHEMA[key]
         if key in config and not valid(config[key]):
             raise ValueError(f"{where}: {key} must be {expected}, got {shown(config[key])}")
-    return config
 
 
 def parse_object(data: bytes, where: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from . import config as configs
 from . import files
 from .gemma_scope_2 import CONFIG_KEY, PARAMS, SafetensorsFile
 from .layer_files import layers_of
-from .validate import SKIP, Region, Sizes, Spec
+from .validate import SKIP, Region, Sizes, Spec, finite
 
 CONFIG = "cfg.json"
 
@@ -101,10 +101,14 @@ class PeerFile:
         theirs = self._peer.names[name]
         if name not in self._peer.transposed:
             for index, block in self._file.blocks(theirs, region):
-                yield index, block.clamp_min(0) if name == "threshold" else block
+                yield index, self._rectified(block) if name == "threshold" else block
             return
         for index, block in self._file.blocks(theirs, region[::-1]):
             yield index[::-1], block.t()
+
+    def _rectified(self, thresholds: Tensor) -> Tensor:
+        """Thresholds below 0 as 0; -inf is damage and must not become a number."""
+        return finite(f"load: {self.path}", "threshold", thresholds, thresholds.dtype).clamp_min(0)
 
     def default_dtype(self) -> torch.dtype:
         """The dtype of the encoder."""
@@ -138,7 +142,9 @@ def open_peer(
         path = files.member(folder, name)
         if path is not None:
             file = opened.enter_context(SafetensorsFile(path))
-            peer = reader(*_config(folder, file))
+            config, where = _config(folder, file)
+            peer = reader(config, where)
+            configs.check(peer.config, where, configs.METADATA)
             return PeerFile(file, peer), peer
     return None
 

@@ -19,6 +19,7 @@ TRANSCODERS = (
     *("transcoder", "skip_transcoder"),
     *("jumprelu_transcoder", "jumprelu_skip_transcoder"),
 )
+OLD = ("0", "1", "2", "3", "4", "5")  # versions whose configs have another form
 STRUCTURE = {  # fields of the config that are no metadata
     *("architecture", "d_in", "d_sae", "d_out", "dtype", "device", "k", "metadata"),
     *("apply_b_dec_to_input", "normalize_activations", "reshape_activations", "activation_fn"),
@@ -75,7 +76,10 @@ def _modern(config: dict[str, Any], where: str) -> dict[str, Any]:
     """
     metadata = config.get("metadata")
     inner = metadata if isinstance(metadata, dict) else {}
-    if (config.get("sae_lens_version") or inner.get("sae_lens_version") or "0")[0] not in "012345":
+    version = config.get("sae_lens_version") or inner.get("sae_lens_version") or "0"
+    if not isinstance(version, str):
+        raise ValueError(f"{where}: sae_lens_version must be a string, got {shown(version)}")
+    if version.partition(".")[0] not in OLD:
         return config
     activation = config.get("activation_fn_str") or config.get("activation_fn") or "relu"
     made = {**config, "architecture": config.get("architecture", "standard")}

@@ -51,6 +51,7 @@ CASES = {  # name: bytes of config.json, the message that refuses them
     "width another": (text(width=16384), "width is 16384, but w_enc has 10"),
     "width of 4000 digits": (text(width=10**4000), "width must be an int >= 1, got 1000"),
     "l0 negative": (text(l0=-1), "l0 must be a number >= 0"),
+    "l0 beyond floats": (text(l0=10**400), "l0 must be a number >= 0, got 1000"),
     "l0 boolean": (text(l0=True), "l0 must be a number >= 0"),
     "l0 as text": (text(l0="20"), "l0 must be a number >= 0"),
     "affine as text": (text(affine_connection="yes"), "affine_connection must be true or false"),
