@@ -1,10 +1,11 @@
-"""Untrusted files of the other formats: SAELens, sparsify."""
+"""Untrusted files of the other formats: SAELens, sparsify, sparse activations."""
 
+import os
 import tracemalloc
 
 import pytest
 import torch
-from attacks import peers, write
+from attacks import acts, peers, write
 
 import gemmascope_fast as gsf
 
@@ -47,3 +48,36 @@ def test_versions_of_saelens_are_numbers(version, old, tmp_path):
         refused(gsf.load, tmp_path, "activation_fn must be relu or topk")
     else:
         assert gsf.load(tmp_path).d_sae == 10
+
+
+# sparse activations
+
+
+@pytest.mark.parametrize("name", acts.CASES)
+def test_attack_on_activations(name, tmp_path):
+    acts.make(name, tmp_path / "f")
+    refused(gsf.load_acts, tmp_path / "f", acts.CASES[name][1], "load_acts")
+
+
+def test_the_attacked_activations_are_valid_otherwise(tmp_path):
+    write(tmp_path / "f", acts.VALID)
+    found = gsf.load_acts(tmp_path / "f")
+    expected = torch.zeros(2, 10)
+    expected[0, 1], expected[0, 4], expected[1, 0] = 1, 2, 3
+    assert torch.equal(found.to_dense(), expected)
+    write(tmp_path / "g", acts.empty(0, 4, 10))
+    assert gsf.load_acts(tmp_path / "g").to_dense().shape == (0, 4, 10)
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "loop", "device", "long"])
+def test_activations_are_a_regular_file(kind, tmp_path):
+    """Opening a pipe would wait for ever."""
+    path = tmp_path / ("x" * 300 if kind == "long" else "f")
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind != "long":
+        path.symlink_to({"loop": path, "device": "/dev/zero"}[kind])
+    message = {"loop": "must be a path", "long": "must be a path: File name too long"}
+    refused(gsf.load_acts, path, message.get(kind, "must be a regular file, and is"), "load_acts")

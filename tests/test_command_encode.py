@@ -237,7 +237,7 @@ def test_a_file_that_is_good(tmp_path):
         ({"indices": torch.tensor([4, 4, 0], dtype=torch.int32)}, "ascend inside each token"),
         ({"indices": torch.tensor([1, 4, 0])}, "indices must be a int32 vector"),
         ({"shape": torch.tensor([-3, 5])}, "shape must hold sizes >= 0"),
-        ({"shape": torch.tensor([], dtype=torch.int64)}, "shape must hold sizes >= 0"),
+        ({"shape": torch.tensor([], dtype=torch.int64)}, "shape must hold 1 to 64 sizes"),
     ],
 )
 def test_files_that_load_acts_refuses(changes, message, tmp_path):

@@ -9,6 +9,7 @@ header's metadata say what made them.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -17,13 +18,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from ..sparse import SparseActs
 from . import files
+from .gemma_scope_2 import SafetensorsFile
+from .validate import Spec
 
 OP = "load_acts"
 KEYS = ("offsets", "indices", "values", "shape")
+DIMS = 64  # of a shape; torch's ops have no more
 _DTYPES = {
     "offsets": (torch.int64,),
     "indices": (torch.int32,),
@@ -76,22 +79,13 @@ def load_acts(path: str | os.PathLike[str]) -> SparseActs | list[SparseActs]:
         TypeError: `path` is no path.
         ValueError: the file is damaged, or its entries are not in order or out of range.
     """
-    target = files.as_path(OP, "path", path)
-    if not target.exists():
-        raise FileNotFoundError(f"{OP}: {target} does not exist")
-    try:
-        with safe_open(str(target), framework="pt") as file:
-            names = set(file.keys())
-            layers = _layers(target, names)
-            found = [
-                {key: file.get_tensor(prefix(layer) + key) for key in KEYS} for layer in layers
-            ]
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{OP}: {target} must be a complete safetensors file: {error}") from error
-    acts = [
-        _entries(f"{OP}: {target}", tensors, prefix(layer))
-        for layer, tensors in zip(layers, found, strict=True)
-    ]
+    target = files.existing(files.as_path(OP, "path", path), OP)
+    with SafetensorsFile(target, OP, {code: dtype for dtype, code in _CODES.items()}) as file:
+        layers = _layers(target, set(file.specs))
+        for layer in layers:
+            _check(f"{OP}: {target}", file.specs, prefix(layer))
+        acts = [_entries(file, prefix(layer)) for layer in layers]
+        file.finish()
     return acts[0] if layers == [None] else acts
 
 
@@ -114,7 +108,25 @@ def _layers(path: Path, names: set[str]) -> list[int | None]:
     return layers
 
 
-def _entries(where: str, tensors: dict[str, Tensor], before: str) -> SparseActs:
+def _check(where: str, specs: Mapping[str, Spec], before: str) -> None:
+    """The four tensors of a layer are vectors of their dtypes.
+
+    Raises:
+        ValueError: one is not, or shape has too many sizes.
+    """
+    for key, dtypes in _DTYPES.items():
+        shape, dtype = specs[before + key]
+        if len(shape) != 1 or dtype not in dtypes:
+            kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+            raise ValueError(
+                f"{where}: {before}{key} must be a {kinds} vector, got {dtype} of shape "
+                f"{list(shape)}"
+            )
+    if not 1 <= specs[before + "shape"].shape[0] <= DIMS:
+        raise ValueError(f"{where}: {before}shape must hold 1 to {DIMS} sizes")
+
+
+def _entries(file: SafetensorsFile, before: str) -> SparseActs:
     """The activations that four tensors describe.
 
     Raises:
@@ -123,27 +135,24 @@ def _entries(where: str, tensors: dict[str, Tensor], before: str) -> SparseActs:
 
     def require(valid: bool, key: str, expected: str) -> None:
         if not valid:
-            raise ValueError(f"{where}: {before}{key} must {expected}")
+            raise ValueError(f"{OP}: {file.path}: {before}{key} must {expected}")
 
-    for key, t in tensors.items():
-        kinds = " or ".join(str(d).removeprefix("torch.") for d in _DTYPES[key])
-        fits = t.dim() == 1 and t.dtype in _DTYPES[key]
-        require(fits, key, f"be a {kinds} vector, got {t.dtype} of shape {list(t.shape)}")
-    offsets, indices, values, shape = (tensors[key] for key in KEYS)
-    sizes = shape.tolist()
-    require(len(sizes) >= 1 and min(sizes) >= 0 and sizes[-1] < 2**31, "shape", "hold sizes >= 0")
-    n = 1
-    for size in sizes[:-1]:
-        n *= size
-    require(len(offsets) == n + 1, "offsets", f"have n + 1 = {n + 1} elements, got {len(offsets)}")
-    require(len(values) == len(indices), "values", f"have {len(indices)} elements, as indices")
-    ascending = int(offsets[0]) == 0 and int(offsets[-1]) == len(indices)
+    lengths = {key: file.specs[before + key].shape[0] for key in KEYS}
+    sizes = file.run(before + "shape", 0, lengths["shape"]).tolist()
+    small = min(sizes) >= 0 and math.prod(max(size, 1) for size in sizes) < 2**63
+    require(small and sizes[-1] < 2**31, "shape", "hold sizes >= 0, the last below 2^31")
+    n, nnz = math.prod(sizes[:-1]), lengths["indices"]
+    fits = f"have n + 1 = {n + 1} elements, got {lengths['offsets']}"
+    require(lengths["offsets"] == n + 1, "offsets", fits)
+    require(lengths["values"] == nnz, "values", f"have {nnz} elements, as indices")
+    offsets, indices, values = (file.run(before + k, 0, lengths[k]) for k in KEYS[:3])
+    ascending = int(offsets[0]) == 0 and int(offsets[-1]) == nnz
     ascending = ascending and bool((offsets[1:] >= offsets[:-1]).all())
-    require(ascending, "offsets", f"ascend from 0 to the {len(indices)} entries")
-    if len(indices):
+    require(ascending, "offsets", f"ascend from 0 to the {nnz} entries")
+    if nnz:
         low, high = (int(v) for v in torch.aminmax(indices))
         require(low >= 0 and high < sizes[-1], "indices", f"be in [0, d_sae={sizes[-1]})")
-        first = torch.zeros(len(indices) + 1, dtype=torch.bool)
+        first = torch.zeros(nnz + 1, dtype=torch.bool)
         first[offsets] = True  # where a token begins, the latent may be smaller than before
         falls = (indices[1:] <= indices[:-1]) & ~first[1:-1]
         require(not bool(falls.any()), "indices", "ascend inside each token")

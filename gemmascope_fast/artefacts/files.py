@@ -41,17 +41,17 @@ def member(folder: Path, name: str) -> Path | None:
     return regular(path)
 
 
-def regular(path: Path) -> Path:
+def regular(path: Path, op: str = "load") -> Path:
     """Return `path`, which must lead to a readable regular file."""
     try:
         mode = os.stat(path).st_mode
     except PermissionError as error:
-        raise _unreadable(path) from error
+        raise _unreadable(path, op) from error
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-        raise ValueError(f"load: {path} must be a regular file, and is {kind}")
+        raise ValueError(f"{op}: {path} must be a regular file, and is {kind}")
     if not os.access(path, os.R_OK):
-        raise _unreadable(path)
+        raise _unreadable(path, op)
     return path
 
 
@@ -93,8 +93,26 @@ def check_utf8(op: str, path: Path) -> None:
         ) from error
 
 
-def _unreadable(path: Path) -> PermissionError:
-    return PermissionError(f"load: {path} cannot be read: give yourself read permission")
+def _unreadable(path: Path, op: str) -> PermissionError:
+    return PermissionError(f"{op}: {path} cannot be read: give yourself read permission")
+
+
+def existing(path: Path, op: str) -> Path:
+    """Return `path`, which must lead to a readable regular file.
+
+    Raises:
+        FileNotFoundError: it leads nowhere.
+        PermissionError: it cannot be read.
+        ValueError: it is something else, or cannot be the path of a file.
+    """
+    try:
+        return regular(path, op)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"{op}: {path} does not exist") from error
+    except PermissionError:
+        raise
+    except OSError as error:  # too long, a loop of links
+        raise ValueError(f"{op}: {str(path):.80} must be a path: {error.strerror}") from error
 
 
 def _hub_blobs(root: Path) -> Path | None:

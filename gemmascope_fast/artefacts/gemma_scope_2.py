@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
@@ -44,13 +44,20 @@ def digest(data: bytes) -> str:
 class SafetensorsFile:
     """An open artefact; `TensorFile` says what it offers.
 
+    Args:
+        path: a regular file.
+        op: named by errors.
+        dtypes: of each code that the format knows.
+
     Raises:
         ValueError: the library finds the file damaged.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        files.check_utf8("load", path)
+    def __init__(
+        self, path: Path, op: str = "load", dtypes: Mapping[str, torch.dtype] = DTYPES
+    ) -> None:
+        self.path, self._op, self._dtypes = path, op, dtypes
+        files.check_utf8(op, path)
         self._held = open(path, "rb")  # while it is open, no other file gets its identity
         try:
             self._identity = _identity(self._held.fileno())
@@ -63,7 +70,7 @@ class SafetensorsFile:
         path, size = self.path, int.from_bytes(self._held.read(8), "little")
         if size > HEADER_LIMIT:
             raise ValueError(
-                f"load: {path}: the header must have at most {HEADER_LIMIT} bytes, got {size}"
+                f"{self._op}: {path}: the header must have at most {HEADER_LIMIT} bytes, got {size}"
             )
         self.specs: dict[str, Spec] = {}
         self._starts: dict[str, int] = {}
@@ -74,7 +81,7 @@ class SafetensorsFile:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 entry = file.get_slice(name)
                 code = entry.get_dtype()
-                self.specs[name] = Spec(tuple(entry.get_shape()), DTYPES.get(code, code))
+                self.specs[name] = Spec(tuple(entry.get_shape()), self._dtypes.get(code, code))
                 self._starts[name] = 8 + size + header[name]["data_offsets"][0]
 
     def _parse(self, header: bytes) -> dict[str, Any]:
@@ -82,13 +89,17 @@ class SafetensorsFile:
         try:
             found: dict[str, Any] = json.loads(header, object_pairs_hook=configs.unique)
         except ValueError as error:
-            raise ValueError(f"load: {self.path}: header: {error}") from error
+            raise ValueError(f"{self._op}: {self.path}: header: {error}") from error
         return found
 
     def own_config(self) -> dict[str, Any] | None:
         """The config that `save_pretrained` keeps beside the tensors, or None."""
         text = self.metadata.get(CONFIG_KEY)
-        return None if text is None else configs.parse(text.encode(), f"load: {self.path}: config")
+        return (
+            None
+            if text is None
+            else configs.parse(text.encode(), f"{self._op}: {self.path}: config")
+        )
 
     def supersedes(self, config: bytes) -> bool:
         """Whether `config` belongs to the artefact that this file replaced.
@@ -126,6 +137,12 @@ class SafetensorsFile:
             self._fill(row, name, index)
         return block
 
+    def run(self, name: str, start: int, stop: int) -> Tensor:
+        """`[stop - start]`: elements of a tensor in the order of the file."""
+        block = torch.empty(stop - start, dtype=self._dtype(name))
+        self._read(block, self._starts[name] + start * block.element_size())
+        return block
+
     def check_place(self) -> None:
         """Raise if the path leads to another file than this one by now."""
         with suppress(FileNotFoundError):
@@ -160,7 +177,9 @@ class SafetensorsFile:
     def _fill(self, block: Tensor, name: str, row: int, column: int = 0) -> None:
         """Read contiguous elements from the start of a row, or from a column of it."""
         width = math.prod(self.specs[name].shape[1:])
-        at = self._starts[name] + (row * width + column) * block.element_size()
+        self._read(block, self._starts[name] + (row * width + column) * block.element_size())
+
+    def _read(self, block: Tensor, at: int) -> None:
         view = block.view(torch.uint8).numpy().reshape(-1).data
         while len(view):
             count = os.preadv(self._held.fileno(), [view], at)
@@ -169,7 +188,7 @@ class SafetensorsFile:
             view, at = view[count:], at + count
 
     def _changed(self) -> files.Changed:
-        return files.Changed(f"load: {self.path} changed while it was read; load it again")
+        return files.Changed(f"{self._op}: {self.path} changed while it was read; load it again")
 
     def _open(self) -> Any:
         try:  # for torch it would map the file writably, which needs memory for all of it
@@ -177,7 +196,7 @@ class SafetensorsFile:
         except SafetensorError as error:
             self.check_place()
             raise ValueError(
-                f"load: {self.path} must be a complete safetensors file: {error}"
+                f"{self._op}: {self.path} must be a complete safetensors file: {error}"
             ) from error
 
 

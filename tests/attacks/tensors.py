@@ -7,6 +7,7 @@ import numpy as np
 from . import arrays, write
 
 CODES = {"float16": "F16", "float32": "F32", "float64": "F64", "int32": "I32"}
+CODES |= {"int64": "I64"}
 
 
 def safetensors(tensors, header=None, **codes):
