@@ -8,11 +8,13 @@ import time
 
 import pytest
 import torch
+from attacks.peers import duplicated
 from safetensors.torch import load_file, save_file
 
 import gemmascope_fast as gsf
 from gemmascope_fast import cli
 from gemmascope_fast.commands import spool
+from gemmascope_fast.commands.tokens import TokenFile
 
 
 @pytest.fixture
@@ -252,3 +254,141 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "f").write_text(json.dumps({}))
     with pytest.raises(ValueError, match="must be a complete safetensors file"):
         gsf.load_acts(tmp_path / "f")
+
+
+# ---- files that are not what they were, or never were
+
+
+def test_a_file_larger_than_memory(tmp_path):
+    """Tokens are read where they are asked for: a sparse file stands for 4 TiB."""
+    path, n, d = tmp_path / "x.safetensors", 1 << 28, 1 << 12
+    entry = {"dtype": "F32", "shape": [n // 4, 4, d], "data_offsets": [0, 4 * n * d]}
+    header = json.dumps({"x": entry}).encode()
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 4 * n * d)
+        file.seek(-4, os.SEEK_END)
+        file.write(torch.ones(1).numpy().tobytes())
+    last = TokenFile(path, "x", (d,)).rows(n - 3, n)
+    assert last.shape == (3, d) and last[2, -1] == 1 and last.sum() == 1
+
+
+def test_activations_that_change(folder):
+    """Another file in their place does no harm; other bytes in the file do."""
+    path = folder / "x.safetensors"
+    x = load_file(path)["x"].view(35, 8)
+    file = TokenFile(path, "x", (8,))
+    save_file({"x": x + 1}, folder / "new")
+    os.replace(folder / "new", path)
+    assert torch.equal(file.rows(30, 35), x[30:])
+    file = TokenFile(path, "x", (8,))
+    os.utime(path, ns=(0, 1))
+    with pytest.raises(ValueError, match="x.safetensors changed while it was read"):
+        file.rows(0, 1)
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "link", "key twice"])
+def test_activations_that_are_no_file(kind, folder, capsys):
+    path = folder / "x.safetensors"
+    data = path.read_bytes()
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)  # opening it would wait for ever
+    elif kind == "link":
+        path.symlink_to(path)
+    else:
+        path.write_bytes(duplicated(data, "x"))
+    assert run(folder) == 2
+    message = {"link": "must be a path", "key twice": "has a key twice"}
+    assert message.get(kind, "must be a regular file, and is") in capsys.readouterr().err
+
+
+def stopped(folder):
+    """What a run that was stopped after two blocks leaves."""
+    append = spool.Spool.append
+
+    def stop(self, acts):
+        append(self, acts)
+        if self.tokens >= 18:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(spool.Spool, "append", stop)
+        run(folder, "--block", "9")
+    return folder / "acts.safetensors.partial"
+
+
+COUNTS = '{"tokens": %s, "entries": [%s]}'
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("run.json", "{", "run.json is damaged: remove"),
+        ("run.json", "[3]", "was left by another run"),
+        ("done.json", "", "done.json is damaged: remove"),
+        ("done.json", "[]", "done.json is damaged"),
+        ("done.json", "[" * 20_000, "done.json is damaged"),
+        ("done.json", '{"tokens": 9}', "done.json is damaged"),
+        ("done.json", COUNTS % ('"9"', 1), "done.json is damaged"),
+        ("done.json", COUNTS % (-9, 1), "done.json is damaged"),
+        ("done.json", COUNTS % (9, "true"), "done.json is damaged"),
+        ("done.json", COUNTS % (9, "1, 2"), "done.json is damaged"),
+        ("done.json", COUNTS % (9, 1 << 61), "0.indices is shorter than"),
+        ("0.offsets", "\0" * 8 * 40, ".partial is damaged: remove it"),
+    ],
+)
+def test_a_damaged_state(name, text, message, folder, capsys):
+    partial = stopped(folder)
+    (partial / name).write_text(text)
+    if name == "0.offsets":
+        (partial / "done.json").write_text(COUNTS % (40, 0))
+    assert run(folder, "--block", "9") == 2
+    assert message in capsys.readouterr().err
+    assert run(folder, "--block", "9", "--restart") == 0
+    assert gsf.load_acts(folder / "acts.safetensors").n == 35
+
+
+@pytest.mark.parametrize("name", ["run.json", "done.json", "0.offsets", "done.tmp"])
+@pytest.mark.parametrize("kind", ["link", "fifo"])
+def test_a_state_that_leads_elsewhere(name, kind, folder, capsys):
+    """What a link leads to is neither read, cut nor written."""
+    path, other = stopped(folder) / name, folder / "precious"
+    other.write_bytes(b"x" * 5000)
+    path.unlink(missing_ok=True)
+    if kind == "link":
+        path.symlink_to(other)
+    else:
+        os.mkfifo(path)
+    assert run(folder, "--block", "9") == 2
+    assert "must be no link, and no pipe" in capsys.readouterr().err
+    assert other.read_bytes() == b"x" * 5000
+    assert run(folder, "--block", "9", "--restart") == 0 and other.exists()
+
+
+def test_a_state_that_is_a_link(folder, capsys):
+    partial = stopped(folder)
+    partial.rename(folder / "elsewhere")
+    partial.symlink_to("elsewhere")
+    assert run(folder, "--block", "9", "--restart") == 2
+    assert "must be no link" in capsys.readouterr().err
+    assert (folder / "elsewhere" / "run.json").exists()
+
+
+def test_a_restart_beside_a_run(folder, capsys):
+    """What another process works on is not removed."""
+    with spool.spool(folder / "acts.safetensors", {"values": "float32"}, [None]) as state:
+        assert run(folder, "--restart") == 2
+        assert "is in use: another process writes" in capsys.readouterr().err
+        assert (state.folder / "run.json").exists()
+
+
+def test_a_run_that_was_being_removed(folder):
+    """Its counts are not those of the next run, which has other tokens."""
+    (stopped(folder) / "run.json").unlink()
+    save_file({"x": torch.zeros(35, 8)}, folder / "x.safetensors")
+    assert run(folder, "--block", "9") == 0
+    expected = gsf.load(folder / "sae").encode(torch.zeros(35, 8))
+    same(gsf.load_acts(folder / "acts.safetensors"), expected)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..sparse import SparseActs
 from . import files
@@ -58,9 +57,9 @@ def header(
 def metadata(path: Path) -> dict[str, str]:
     """What the header of a file says beside its tensors; nothing where it is no such file."""
     try:
-        with safe_open(str(path), framework="pt") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError):
+        with SafetensorsFile(files.existing(path, OP), OP) as file:
+            return file.metadata
+    except (OSError, ValueError):
         return {}
 
 

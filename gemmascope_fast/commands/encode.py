@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,13 +68,13 @@ def _encode(args: argparse.Namespace) -> int:
     x = TokenFile(args.activations, args.key, width_of(module))
     work = Work(module, x, args.block, device)
     run = work.described()
-    if args.restart and partial(args.out).exists():
-        shutil.rmtree(partial(args.out))
     text = json.dumps(run, sort_keys=True)
     if not partial(args.out).exists() and acts_files.metadata(args.out).get(RUN) == text:
         print(f"{args.out}: complete already")
         return 0
-    with spool(args.out, run, work.layers) as state:
+    with spool(args.out, run, work.layers, restart=args.restart) as state:
+        if state.tokens > x.n:
+            raise ValueError(f"encode: {state.folder} is damaged: remove it")
         if state.tokens:
             print(f"encode: {state.tokens:,} tokens are there already", file=sys.stderr)
         with bar(x.n, args.progress) as shown:

@@ -14,10 +14,12 @@ last complete block, and the result is that of an uninterrupted run. The last st
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +34,7 @@ from ..sparse import SparseActs
 
 ARRAYS = {"offsets": torch.int64, "indices": torch.int32, "values": torch.float32}
 CHUNK = 8 << 20  # bytes copied at a time
+LIMIT = 1 << 20  # bytes of a small file
 
 
 class Spool:
@@ -40,9 +43,10 @@ class Spool:
     def __init__(self, folder: Path, run: dict[str, Any], layers: Sequence[int | None]) -> None:
         self.folder, self.layers, self.run = folder, layers, run
         self.dtypes = {**ARRAYS, "values": getattr(torch, run["values"])}
-        done = _read(folder / "done.json") or {"tokens": 0, "entries": [0] * len(layers)}
-        self.tokens: int = done["tokens"]
-        self.entries: list[int] = done["entries"]
+        done = _read(folder / "done.json")
+        if done is None:
+            done = {"tokens": 0, "entries": [0] * len(layers)}
+        self.tokens, self.entries = _counts(folder / "done.json", done, len(layers))
         for layer in range(len(layers)):
             for name in ARRAYS:
                 self._cut(layer, name)
@@ -63,7 +67,7 @@ class Spool:
 
     def finish(self, out: Path, shapes: Sequence[Sequence[int]], metadata: dict[str, str]) -> None:
         """Write the result, and remove what it was made from."""
-        with open(self.folder / "result", "wb") as file:
+        with open(self.folder / "result", "wb", opener=_inside) as file:
             file.write(acts_files.header(self._described(shapes), metadata))
             for layer, shape in enumerate(shapes):
                 file.write(_bytes(torch.zeros(1, dtype=torch.int64)))
@@ -94,7 +98,7 @@ class Spool:
         return self.folder / f"{layer}.{name}"
 
     def _append(self, layer: int, name: str, t: Tensor) -> None:
-        with open(self._path(layer, name), "ab") as file:
+        with open(self._path(layer, name), "ab", opener=_inside) as file:
             file.write(_bytes(t.to(self.dtypes[name])))
             _sync(file)
 
@@ -106,40 +110,49 @@ class Spool:
         """
         path, count = self._path(layer, name), self.entries[layer]
         size = (self.tokens if name == "offsets" else count) * self.dtypes[name].itemsize
-        path.touch()
-        if path.stat().st_size < size:
-            raise ValueError(f"{path} is shorter than {size} bytes: remove {self.folder}")
-        os.truncate(path, size)
+        with open(path, "ab", opener=_inside) as file:
+            if os.fstat(file.fileno()).st_size < size:
+                raise ValueError(f"{path} is shorter than {size} bytes: remove {self.folder}")
+            file.truncate(size)
 
     def _copy(self, layer: int, name: str, file: IO[bytes]) -> None:
-        with open(self._path(layer, name), "rb") as source:
+        with open(self._path(layer, name), "rb", opener=_inside) as source:
             shutil.copyfileobj(source, file, CHUNK)
 
 
 @contextmanager
-def spool(out: Path, run: dict[str, Any], layers: Sequence[int | None]) -> Iterator[Spool]:
+def spool(
+    out: Path, run: dict[str, Any], layers: Sequence[int | None], *, restart: bool = False
+) -> Iterator[Spool]:
     """The state of the run that writes `out`, kept from other processes.
 
     Args:
         out: the result.
         run: what is computed, in JSON types; `values` is their dtype.
         layers: None for one, or the number of each.
+        restart: whether what a run left is removed.
 
     Raises:
-        ValueError: another run left its state, or is at work.
+        ValueError: another run left its state or is at work, or the state is damaged.
     """
     folder = partial(out)
     folder.mkdir(exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = _inside(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"{folder} is in use: another process writes {out}") from error
+        if not folder.exists() or not os.path.samestat(os.fstat(descriptor), folder.stat()):
+            raise ValueError(f"{folder} is in use: another process wrote {out} just now")
+        for path in folder.iterdir() if restart else ():
+            path.unlink()
         found = _read(folder / "run.json")
         if found is None:
+            (folder / "done.json").unlink(missing_ok=True)  # of a run that was being removed
             _replace(folder / "run.json", run)
-        elif found != run:
+        elif not isinstance(found, dict) or found != run:
+            found = found if isinstance(found, dict) else {}
             keys = [key for key in run if found.get(key) != run[key]]
             raise ValueError(
                 f"{folder} was left by another run: {', '.join(keys)} differ; continue that run, "
@@ -160,13 +173,58 @@ def _bytes(t: Tensor) -> Any:
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None
+    """What a small file holds, None where there is none.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    if not os.path.lexists(path):
+        return None
+    with open(path, "rb", opener=_inside) as file:
+        try:
+            return json.loads(file.read(LIMIT))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged: remove {path.parent}") from error
+
+
+def _counts(path: Path, done: Any, layers: int) -> tuple[int, list[int]]:
+    """Tokens, and entries of each layer.
+
+    Raises:
+        ValueError: they are none.
+    """
+    found = done if isinstance(done, dict) else {}
+    tokens, entries = found.get("tokens"), found.get("entries")
+    counts = [tokens, *entries] if isinstance(entries, list) else []
+    good = all(type(count) is int and 0 <= count < 2**62 for count in counts)
+    if not good or len(counts) != 1 + layers:
+        raise ValueError(f"{path} is damaged: remove {path.parent}")
+    return counts[0], counts[1:]
+
+
+def _inside(path: Any, flags: int) -> int:
+    """Open what is itself in the folder: a link could lead to a file that is not ours to change.
+
+    Raises:
+        ValueError: it is a link, a pipe or a device.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
+            raise ValueError(f"{path} must be no link, and no pipe: remove it") from error
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        os.close(descriptor)
+        raise ValueError(f"{path} must be no link, and no pipe: remove it")
+    return descriptor
 
 
 def _replace(path: Path, value: Any) -> None:
     """Write a small file whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
+    with open(temporary, "wb", opener=_inside) as file:
         file.write(json.dumps(value).encode())
         _sync(file)
     os.replace(temporary, path)

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+from ..artefacts import files
+from ..artefacts.gemma_scope_2 import SafetensorsFile
+
+OP = "activations"
 
 
 class TokenFile:
@@ -32,15 +34,14 @@ class TokenFile:
 
     def __init__(self, path: Path, name: str, width: tuple[int, ...]) -> None:
         self.path, self.name, self.width = path, name, width
-        with _opened(path) as file:
-            names = sorted(file.keys())
-            if name not in names:
-                raise ValueError(f"{path} must hold {name}, and holds {', '.join(names)[:200]}")
-            entry = file.get_slice(name)
-            shape, code = tuple(entry.get_shape()), entry.get_dtype()
-        if code not in FLOATS:
-            raise ValueError(f"{path}: {name} must be floating point, 16 bits or more, got {code}")
-        self.dtype = FLOATS[code]
+        self._file = _opened(path)
+        if name not in self._file.specs:
+            names = ", ".join(sorted(self._file.specs))
+            raise ValueError(f"{path} must hold {name}, and holds {names:.200}")
+        shape, dtype = self._file.specs[name]
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{path}: {name} must be floating point, 16 bits or more, got {dtype}")
+        self.dtype = dtype
         self.batch = shape[: len(shape) - len(width)]
         if len(shape) < len(width) or shape[len(self.batch) :] != width:
             expected = ", ".join(map(str, width))
@@ -50,11 +51,13 @@ class TokenFile:
     def rows(self, start: int, stop: int) -> Tensor:
         """`[stop - start, *width]`: some tokens.
 
-        The file is opened each time: pages of a mapping count as resident while it is open.
+        Raises:
+            ValueError: the file was written to since it was opened; being replaced does no harm.
         """
-        with _opened(self.path) as file:
-            whole: Tensor = file.get_tensor(self.name)
-            return whole.view(-1, *self.width)[start:stop].clone()
+        size = math.prod(self.width)
+        block = self._file.run(self.name, start * size, stop * size)
+        self._file.finish()
+        return block.view(stop - start, *self.width)
 
     def blocks(self, size: int, start: int = 0) -> Iterator[Tensor]:
         """The tokens from `start` on, `size` at a time."""
@@ -65,7 +68,7 @@ class TokenFile:
 def has(path: Path, name: str) -> bool:
     """Whether a file holds a tensor of this name."""
     with _opened(path) as file:
-        return name in file.keys()  # noqa: SIM118 (not a dict)
+        return name in file.specs
 
 
 def width_of(module: Any) -> tuple[int, ...]:
@@ -74,15 +77,11 @@ def width_of(module: Any) -> tuple[int, ...]:
     return (module.d_in,) if layers is None else (layers, module.d_model)
 
 
-def _opened(path: Path) -> Any:
-    """Open a file through its library.
+def _opened(path: Path) -> SafetensorsFile:
+    """Open a regular file, read by `pread`: a mapping needs memory for all of it.
 
     Raises:
+        FileNotFoundError: it does not exist.
         ValueError: it is no complete safetensors file.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        return safe_open(str(path), framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} must be a complete safetensors file: {error}") from error
+    return SafetensorsFile(files.existing(path, OP), OP)
