@@ -10,7 +10,7 @@ from test_artefacts_saving import failing
 
 import gemmascope_fast as gsf
 from gemmascope_fast import cli
-from gemmascope_fast.artefacts import validate
+from gemmascope_fast.artefacts import files, validate
 
 SAELENS, SPARSIFY = "sae_weights.safetensors", "sae.safetensors"
 
@@ -219,6 +219,24 @@ def test_a_crash_leaves_no_config_beside_other_tensors(at, tmp_path, monkeypatch
     assert torch.equal(found.b_enc, expected.b_enc)
     new.save_pretrained(tmp_path, format="saelens")
     assert sorted(os.listdir(tmp_path)) == ["cfg.json", SAELENS]
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_config_that_a_save_removes_while_it_is_read(seen, tmp_path, monkeypatch):
+    """Just after it was found, and just before."""
+    made(activation=gsf.TopK(3)).save_pretrained(tmp_path, format="saelens")
+    name, step = ("regular", files.regular) if seen else ("lexists", os.path.lexists)
+
+    def then_removed(path):
+        found = step(path)
+        if os.path.basename(path) == "cfg.json":
+            monkeypatch.undo()
+            os.unlink(path)
+        return found
+
+    monkeypatch.setattr(files if seen else os.path, name, then_removed)
+    assert gsf.load(tmp_path).activation == gsf.TopK(3)
+    assert os.listdir(tmp_path) == [SAELENS]
 
 
 # ---- read

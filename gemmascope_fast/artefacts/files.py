@@ -33,6 +33,8 @@ def member(folder: Path, name: str) -> Path | None:
     try:
         target, root = path.resolve(strict=True), folder.resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, below Python 3.13
+        if not os.path.lexists(path):
+            return None  # removed just now
         raise ValueError(f"load: {path} is a link that leads nowhere") from error
     if not target.is_relative_to(root) and target.parent != _hub_blobs(root):
         raise ValueError(

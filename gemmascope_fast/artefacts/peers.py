@@ -8,7 +8,7 @@ under Gemma Scope 2's names and shapes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,16 +155,17 @@ def _config(folder: Path, file: SafetensorsFile) -> tuple[dict[str, Any], str]:
     Raises:
         FileNotFoundError: there is none.
     """
-    path = files.member(folder, CONFIG)
-    if path is None and CONFIG_KEY in file.metadata:
-        where = f"load: {file.path}: config"
-        return configs.parse_object(file.metadata[CONFIG_KEY].encode(), where), where
-    if path is None:
-        raise FileNotFoundError(f"load: {folder / CONFIG} is missing, beside {file.path.name}")
-    with open(path, "rb") as stream:
-        data = stream.read(files.CONFIG_LIMIT + 1)
+    data = None
+    with suppress(FileNotFoundError):  # a save removed it just now
+        if (path := files.member(folder, CONFIG)) is not None:
+            with open(path, "rb") as stream:
+                data = stream.read(files.CONFIG_LIMIT + 1)
     file.check_place()  # a save removes the old config first: these tensors are not older
-    where = f"load: {path}"
+    where = f"load: {folder / CONFIG}"
+    if data is None and CONFIG_KEY in file.metadata:
+        data, where = file.metadata[CONFIG_KEY].encode(), f"load: {file.path}: config"
+    if data is None:
+        raise FileNotFoundError(f"load: {folder / CONFIG} is missing, beside {file.path.name}")
     return configs.parse_object(data, where), where
 
 
