@@ -34,11 +34,20 @@ FOLDERS = {
 
 @st.composite
 def damages(draw):
-    """`change(data)`: a few bytes changed in the header or anywhere, the end cut off or not."""
+    """`change(data)`: bytes changed in the header or anywhere, an element not finite, the end cut.
+
+    Changed bytes alone hardly ever make a NaN.
+    """
     edits, cut, head = draw(EDITS), draw(CUTS), draw(st.booleans())
+    where = draw(st.floats(0, 1, exclude_max=True))
+    special = draw(st.sampled_from([b"", b"", b"\0\0\xc0\x7f", b"\0\0\x80\xff"]))  # NaN, -inf
 
     def change(data):
-        size = 8 + int.from_bytes(data[:8], "little") if head and data[:1] != b"{" else len(data)
+        start = 8 + int.from_bytes(data[:8], "little") if data[:1] != b"{" else len(data)
+        if special and start < len(data):
+            at = start + int(where * (len(data) - start)) // 4 * 4
+            return data[:at] + special + data[at + 4 :]
+        size = start if head else len(data)
         return mutate(data[:size], edits, 0) + data[size : max(size, len(data) - cut)]
 
     return change
