@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import ExitStack
 from typing import Any
 
@@ -78,6 +79,39 @@ def test_a_generation_is_joined_and_the_next_forgets_it(cache: Any) -> None:
         assert captured[sae].acts is not acts
     torch.testing.assert_close(generated, whole, atol=1e-4, rtol=1e-4)
     assert acts.shape == (2, 13, 96)
+
+
+def test_guesses_that_were_taken_back_are_forgotten() -> None:
+    """Assisted generation runs several tokens at once and crops the cache to those it accepts."""
+    model, ids, sae, lengths = gemmas.gemma(), gemmas.prompts(1), dictionary(), []
+    ids[:, 3:] = ids[:, 1:3].repeat(1, 3)
+    model.register_forward_pre_hook(
+        lambda _m, _a, given: lengths.append(given["input_ids"].shape[1]), with_kwargs=True
+    )
+    with torch.no_grad(), gsf.capture(model, {RESID: sae}) as captured:
+        options = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False}
+        made = model.generate(ids, prompt_lookup_num_tokens=3, **options)
+        generated, acts = captured[sae].x, captured[sae].acts
+        model(input_ids=made[:, :-1])
+        assert sum(lengths[:-1]) > generated.shape[1], "no guess was taken back"
+        torch.testing.assert_close(generated, captured[sae].x, atol=1e-4, rtol=1e-4)
+    assert acts.shape == (1, 17, 96)
+
+
+@pytest.mark.parametrize("lengths", [(5, 5), (5, 3)])
+def test_conversations_are_not_joined_to_one_another(lengths: tuple[int, int]) -> None:
+    model, sae = gemmas.gemma(), dictionary()
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    turns = [gemmas.prompts(1, n + 2, seed=n + i) for i, n in enumerate(lengths)]
+    with torch.no_grad(), gsf.capture(model, {RESID: sae}) as captured:
+        outs = [model(ids[:, :-2], use_cache=True) for ids in turns]
+        for at in (-2, -1):
+            for ids, out in zip(turns, outs, strict=True):
+                model(ids[:, [at]], **{name: out[name]})
+                last = captured[sae].x
+                assert last.shape == (1, 1, gemmas.HIDDEN)
+        model(turns[1])
+        torch.testing.assert_close(last[0, 0], captured[sae].x[0, -1], atol=1e-4, rtol=1e-4)
 
 
 def test_what_was_read_between_passes_is_made_anew() -> None:

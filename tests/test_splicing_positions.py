@@ -236,6 +236,19 @@ def test_a_later_turn_of_a_conversation_has_its_own_end() -> None:
         assert seen.tokens == [(0, 4), (1, 4)] * early + [(0, 6), (0, 7), (1, 6), (1, 7)]
 
 
+def test_conversations_that_take_turns_keep_their_ends() -> None:
+    """As `generate(guidance_scale=...)` makes them do."""
+    model, seen = gemmas.gemma(), Seen()
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    prompts = [gemmas.prompts(1, n) for n in (4, 6)]
+    with torch.no_grad(), gsf.splice(model, {RESID: dictionary()}, seen, positions=[-1]):
+        outs = [model(ids, use_cache=True) for ids in prompts]
+        for at in (0, 1, 2):
+            for ids, out in zip(prompts, outs, strict=True):
+                model(ids[:, [at]], **{name: out[name]})
+    assert seen.tokens == [(0, 3), (0, 5)]
+
+
 # ---- errors
 
 

@@ -33,12 +33,18 @@ class Reading:
         self._x, self._target = _Stack(self._site.inputs), _Stack(self._site.outputs)
         self._acts: Any = None
 
-    def add(self, layer: int, number: int, *, x: Tensor | None = None, y: Any = None) -> None:
-        """Keep what pass `number` read and wrote at a layer."""
+    def cut(self, batch: int, start: int) -> None:
+        """Forget what a pass that starts at column `start` takes the place of."""
+        self._acts = None
+        for stack in (self._x, self._target):
+            stack.cut(batch, start)
+
+    def add(self, layer: int, start: int, *, x: Tensor | None = None, y: Any = None) -> None:
+        """Keep what the pass that starts at column `start` read and wrote at a layer."""
         self._acts = None
         for stack, t in ((self._x, x), (self._target, y)):
             if t is not None:
-                stack.parts[layer].setdefault(number, t)  # a pass that gradients rerun is there
+                stack.parts[layer].setdefault(start, t)  # a pass that gradients rerun is there
 
     @property
     def x(self) -> Tensor:
@@ -59,11 +65,19 @@ class Reading:
 
 
 class _Stack:
-    """Activations at the places of a site: of each layer, by pass."""
+    """Activations at the places of a site: of each layer, by their first column."""
 
     def __init__(self, places: Sequence[Place]) -> None:
         self.places = places
         self.parts: list[dict[int, Tensor]] = [{} for _ in places]
+
+    def cut(self, batch: int, stop: int) -> None:
+        """Keep the columns in front of `stop`; none if they are not what it follows."""
+        for parts in self.parts:
+            kept = {at: t[:, : stop - at] for at, t in parts.items() if at < stop}
+            parts.clear()
+            if kept and max(at + t.shape[1] for at, t in kept.items()) == stop:
+                parts |= {at: t for at, t in kept.items() if t.shape[0] == batch}
 
     def joined(self) -> Tensor:
         for parts, place in zip(self.parts, self.places, strict=True):
@@ -79,7 +93,6 @@ class Captured(Attached):
     def __init__(self, model: nn.Module, sites: Sequence[Site]) -> None:
         super().__init__(OP, model, sites)
         self._readings = [Reading(site) for site in sites]
-        self._number = 0
 
     def __getitem__(self, key: Dictionary | Key | int) -> Reading:
         if isinstance(key, int):
@@ -100,20 +113,19 @@ class Captured(Attached):
         return iter(self._readings)
 
     def start(self) -> None:
-        """Forget earlier sequences when new ones begin."""
-        self._number += 1
-        if self.passes.current().start == 0:
-            for reading in self._readings:
-                reading.clear()
+        """Forget earlier sequences when others are run, and tokens that were taken back."""
+        at = self.passes.current()
+        for reading in self._readings:
+            reading.cut(at.shape[0], at.start if at.continued else 0)
 
     def read(self, index: int, layer: int, x: Tensor) -> None:
         """Keep x."""
-        self._readings[index].add(layer, self._number, x=x)
+        self._readings[index].add(layer, self.passes.current().start, x=x)
 
     def write(self, index: int, layer: int, y: Tensor) -> None:
         """Keep a transcoder's target."""
         if not self.sites[index].in_place:
-            self._readings[index].add(layer, self._number, y=y)
+            self._readings[index].add(layer, self.passes.current().start, y=y)
 
 
 def capture(model: nn.Module, saes: Dictionaries) -> Captured:
@@ -123,7 +135,9 @@ def capture(model: nn.Module, saes: Dictionaries) -> Captured:
             model(input_ids)
         captured[sae].acts                                  # SparseActs [batch, tokens, d_sae]
 
-    A pass without a cache begins anew; passes of a generation are joined along the tokens. So in a
+    A pass without a cache, or with another one, begins anew; passes with one cache are joined along
+    the tokens, without those that were taken back from it (assisted generation does so). Beam
+    search reorders a cache, not what is held: run the sequences it returns to read theirs. In a
     loop over batches each is read after its call, and only the last is held: `n * d_in` numbers per
     hook point. Tensors keep their autograd history where gradients are enabled. Under `splice`, a
     capture that is entered later sees what the splice wrote, one entered earlier what it read.

@@ -8,7 +8,8 @@ tokens from 0, padding left out, so that they are the same however the batch is 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +28,14 @@ class Pass:
         start: column of the first new token; 0 where nothing was cached.
         positions: `[batch, length]` int64; `PADDING` where the attention mask is 0.
         prompts: `[batch]` int64, tokens of each sequence at the end of its prompt: of the last pass
-            that was not a single token behind a cache.
+            with this cache that was not a single token behind it.
+        continued: whether it goes on with the cache of the pass before it.
     """
 
     start: int
     positions: Tensor
     prompts: Tensor
+    continued: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -50,6 +53,8 @@ class Passes:
     def __init__(self, op: str, model: nn.Module) -> None:
         self._op, self._model = op, model
         self.last: Pass | None = None
+        self._prompts: MutableMapping[Any, Tensor] = weakref.WeakKeyDictionary()  # by cache
+        self._newest: Callable[[], Any] = lambda: None  # the last pass's cache
 
     def attach(
         self, started: Callable[[], None], ended: Callable[[], None]
@@ -57,7 +62,9 @@ class Passes:
         """Follow the model's passes; call `started` and `ended` around each."""
         signature = inspect.signature(self._model.forward)
 
-        def before(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if module is not self._model:  # a copy, which has the hooks too
+                return
             given = dict(signature.bind_partial(*args, **kwargs).arguments)
             for name, parameter in signature.parameters.items():
                 if parameter.kind is inspect.Parameter.VAR_KEYWORD:
@@ -67,13 +74,24 @@ class Passes:
             self.last = self._pass(given)
             started()
 
-        def after(_module: nn.Module, _args: Any, _output: Any) -> None:
+        def after(module: nn.Module, _args: Any, kwargs: Any, output: Any) -> None:
+            if module is not self._model:
+                return
+            self._remember(kwargs.values())
+            made = output.values() if isinstance(output, Mapping) else output
+            self._remember(made if not isinstance(made, Tensor) else ())
             ended()
 
         return [
             self._model.register_forward_pre_hook(before, with_kwargs=True),
-            self._model.register_forward_hook(after),
+            self._model.register_forward_hook(after, with_kwargs=True),
         ]
+
+    def _remember(self, values: Iterable[Any]) -> None:
+        """Which cache the last pass wrote."""
+        for cache in values:
+            if hasattr(cache, "get_seq_length") and self.last is not None:
+                self._prompts[cache], self._newest = self.last.prompts, weakref.ref(cache)
 
     def current(self) -> Pass:
         """The pass that runs.
@@ -96,10 +114,12 @@ class Passes:
         total = start + length
         valid = self._valid(given.get("attention_mask"), batch, total, device)
         positions = (valid.cumsum(1) - 1).masked_fill(~valid, PADDING)
-        prompts = valid.sum(1)
-        if start and length == 1 and self.last and self.last.prompts.shape == prompts.shape:
-            prompts = self.last.prompts
-        return Pass(start, positions[:, start:], prompts)
+        prompts, cache = valid.sum(1), _cache(given)
+        if start and length == 1:
+            known = self._prompts.get(cache) if cache is not None else None
+            prompts = prompts if known is None or known.shape != prompts.shape else known
+        continued = start > 0 and self._newest() is cache
+        return Pass(start, positions[:, start:], prompts, continued)
 
     def _tokens(self, given: Mapping[str, Any]) -> tuple[int, int, torch.device]:
         for name in ("input_ids", "inputs_embeds"):
@@ -115,7 +135,7 @@ class Passes:
         columns = given.get("cache_position")
         if isinstance(columns, Tensor):  # transformers 4
             return int(columns[0])
-        cache = given.get("cache", given.get("past_key_values"))
+        cache = _cache(given)
         if cache is None:
             return 0
         if not hasattr(cache, "get_seq_length"):
@@ -144,3 +164,8 @@ class Passes:
                 f"cached ones included, got {tuple(mask.shape)}"
             )
         return mask[:, :total].to(device).bool().expand(batch, total)
+
+
+def _cache(given: Mapping[str, Any]) -> Any:
+    """The cache that a pass was given, or None."""
+    return given.get("cache", given.get("past_key_values"))
