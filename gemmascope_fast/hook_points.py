@@ -44,6 +44,8 @@ class Place:
     def attach(self, op: str, visit: Visit) -> RemovableHandle:
         """Call `visit` with the activation in every forward pass, until the handle is removed.
 
+        A copy of the module has the hook too, for good; there it does nothing.
+
         Raises (in the forward pass):
             TypeError: what is there is not a tensor, nor a tuple or list that starts with one.
         """
@@ -54,11 +56,16 @@ class Place:
             new = visit(self._tensor(op, values[0] if values else None))
             return None if new is None else type(values)((new, *values[1:]))
 
+        def after(module: nn.Module, _args: Any, output: Any) -> Any:
+            return visited(output) if module is self.module else None
+
         if self.side == "output":
-            return self.module.register_forward_hook(lambda _module, _args, output: visited(output))
+            return self.module.register_forward_hook(after)
         own = next(iter(inspect.signature(self.module.forward).parameters), "")
 
-        def before(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+        def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if module is not self.module:
+                return None
             if args:
                 return None if (new := visited(args)) is None else (new, kwargs)
             new = visited(kwargs.get(own))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -82,6 +83,18 @@ def test_tokens_that_an_edit_leaves_alone_keep_their_bits(dtype: torch.dtype) ->
     assert_same(same, expected)
     change = sae.decode(edit(acts, None)) - sae.decode(acts)
     assert_same(after[0].x, (x.float() + change).to(dtype))
+
+
+@pytest.mark.parametrize("edit", [unchanged, lambda acts, _: acts.set([7], 5.0, rows=(1, 4))])
+def test_zeros_keep_their_signs(edit: Any) -> None:
+    model, ids, seen = gemmas.gemma(), gemmas.prompts(), []
+    negative = torch.arange(gemmas.HIDDEN) % 3 == 0
+    layer = model.model.layers[1]
+    layer.register_forward_hook(lambda _m, _a, out: torch.where(negative, -0.0, out))
+    with torch.no_grad(), gsf.splice(model, {RESID: dictionary()}, edit):
+        layer.register_forward_hook(lambda _m, _a, out: seen.append(out))
+        model(ids)
+    assert torch.signbit(seen[0][0, :, negative]).all()
 
 
 # ---- against dense hooks
@@ -246,6 +259,38 @@ def test_hooks_leave_after_exceptions_and_contexts_are_entered_once(case: Case) 
             model(ids)
         assert gemmas.hook_count(model) == before
     assert torch.equal(model(ids).logits, clean)
+
+
+def test_a_copy_of_a_spliced_model_is_not_spliced() -> None:
+    model, ids = gemmas.gemma(), gemmas.prompts()
+    clean = model(ids).logits
+    with gsf.splice(model, {ATTN: dictionary(ATTN_WIDTH), RESID: dictionary()}, error="none"):
+        other = copy.deepcopy(model)
+        assert torch.equal(other(ids).logits, clean)
+        assert not torch.equal(model(ids).logits, clean)
+        shorter = other(ids[:, :4]).logits  # nor does the context follow it
+    assert torch.equal(other(ids).logits, clean)
+    assert torch.equal(other(ids[:, :4]).logits, shorter)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_contexts_are_left_in_any_order(first: int) -> None:
+    """Threads do so: compiled code runs eagerly till the last is left, and no longer."""
+    ran: list[int] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        return lambda *args: ran.append(1) or graph(*args)
+
+    double = torch.compile(lambda x: x + x, backend=backend)
+    both = [gsf.splice(gemmas.gemma(), {RESID: dictionary()}) for _ in range(2)]
+    for context in both:
+        context.__enter__()
+    for context in (both[first], both[1 - first]):
+        double(torch.ones(2))
+        assert not ran
+        context.__exit__(None, None, None)
+    double(torch.ones(2))
+    assert ran == [1]
 
 
 def test_a_pass_that_failed_leaves_nothing_to_the_next() -> None:

@@ -5,7 +5,8 @@ With acts = encode(x), edited = edit(acts), and y what the dictionary reconstruc
     "detach", "grad":  y + (decode(edited) - decode(acts))     the error y - decode(acts) stays
     "none":            decode(edited)
 
-In this form nothing rounds where nothing is edited: the difference is 0, and y passes bit for bit.
+In this form nothing rounds where nothing is edited: the difference is 0, and y passes bit for bit
+(computed as y - (decode(acts) - decode(edited)): y - 0 keeps the sign of a zero, y + 0 does not).
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class Splice(Attached):
         before = recon if same else decode_layer(module, layer, codes.acts, x, wide)
         if self._error == "detach":
             y, before = y.detach(), before.detach()
-        return (y.to(wide) + (recon - before)).to(y.dtype)
+        return (y.to(wide) - (before - recon)).to(y.dtype)
 
     def _needed(self) -> bool:
         """Whether the result can differ from what is replaced, in value or in gradient."""
@@ -198,7 +199,8 @@ def splice(
             counts each sequence's own tokens from 0, so that it means the same however the batch is
             padded and goes on into what is generated; negative ones count from the end of the
             prompt, the last pass that was more than one token behind a cache (so from the end of
-            every pass where there is no cache, and of every chunk of a prompt fed in chunks). A
+            every pass where there is no cache, and of every chunk of a prompt fed in chunks;
+            assisted generation feeds guesses with the prompt, so count from 0 there). A
             bool mask `[batch, columns]` counts like `input_ids`, padding included. None is all
             tokens, the BOS among them, which published dictionaries were not trained on.
         error: what becomes of `y - decode(acts)`. "detach": it stays and is a constant, so that

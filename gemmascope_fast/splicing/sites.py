@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, Self
 
 import torch
@@ -133,6 +134,28 @@ def _places(op: str, model: nn.Module, point: Any, module: Dictionary) -> tuple[
     return places
 
 
+class _Eagerly(AbstractContextManager[None]):
+    """What `torch.compile` made runs eagerly until the last such context is left.
+
+    The stance belongs to the process, whatever thread sets it; so it is set and given back once,
+    in whatever order contexts are left.
+    """
+
+    _lock, _inside, _stance = Lock(), 0, ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not _Eagerly._inside:
+                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+            _Eagerly._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            _Eagerly._inside -= 1
+            if not _Eagerly._inside:
+                self._stance.close()
+
+
 class Attached(AbstractContextManager["Attached"]):
     """Hooks that are on a model while the context lasts.
 
@@ -162,7 +185,7 @@ class Attached(AbstractContextManager["Attached"]):
         if self._stack is not None:
             raise RuntimeError(f"{self.op}: this context is entered already")
         with ExitStack() as stack:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_Eagerly())
             for handle in self.passes.attach(self._start, self._end):
                 stack.callback(handle.remove)
             for index, site in enumerate(self.sites):
