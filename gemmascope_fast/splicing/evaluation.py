@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..arguments import check_count
 from ..modules import SAE
 from ..training import metrics
-from ..training.hooks import special_token_ids
+from ..training.hooks import left_out
 from .dictionaries import Dictionary, check_causal
 from .measuring import OP, Ablation, ModelEvaluation, evaluating, measure
 from .sites import Dictionaries, Key, Site, sites_of
@@ -138,7 +138,7 @@ def _evaluate_model(
         raise ValueError(f"{OP}: ablation must be one of {get_args(Ablation)}, got {ablation!r}")
     if check_count(OP, "batch_size", batch_size) < 1:
         raise ValueError(f"{OP}: batch_size must be >= 1, got {batch_size}")
-    special = special_token_ids(model, tokenizer) if special_tokens is None else special_tokens
+    special = left_out(OP, model, tokenizer, special_tokens)
     texts = _texts(tokens, attention_mask, special)
     batches = partial(texts.batches, batch_size, next(model.parameters()).device)
     with torch.no_grad(), evaluating(model, *(site.module for site in sites)):
@@ -156,13 +156,13 @@ def _check_apart(sites: Sequence[Site]) -> None:
         )
 
 
-def _texts(tokens: Any, attention_mask: Any, special: Iterable[int]) -> Texts:
+def _texts(tokens: Any, attention_mask: Any, special: Tensor) -> Texts:
     if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise TypeError(f"{OP}: tokens must be a tensor of integers")
     if tokens.dim() != 2 or tokens.shape[1] < 2:
         raise ValueError(f"{OP}: tokens must have shape [S, L >= 2], got {tuple(tokens.shape)}")
     ids = tokens.long()
-    text = ~torch.isin(ids, torch.tensor(sorted(special), dtype=torch.int64, device=ids.device))
+    text = ~torch.isin(ids, special.to(ids.device))
     if attention_mask is not None:
         if not isinstance(attention_mask, Tensor):
             raise TypeError(f"{OP}: attention_mask must be a tensor or None")

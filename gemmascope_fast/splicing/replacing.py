@@ -184,9 +184,10 @@ def splice(
     `out = y + (decode(edited) - decode(acts))`, y being what is reconstructed: x, or a
     transcoder's target. Tokens whose entries the edit leaves alone pass bit for bit, unless
     `error="none"`. `n x d_sae` is never formed. Contexts nest: an inner one works on what the outer
-    one wrote; hooks leave with the context, after an exception too. What `output_hidden_states`
-    returns for a spliced layer may be from before the splice. An artefact of several layers
-    writes each layer from the latents of those before it, as edited.
+    one wrote; hooks leave with the context, after an exception too, and one thread at a time runs
+    the model meanwhile. What `output_hidden_states` returns for a spliced layer may be from before
+    the splice. An artefact of several layers writes each layer from the latents of those before it,
+    as edited.
 
     Args:
         model: a `transformers` model, called with `input_ids` or `inputs_embeds`, `generate` and

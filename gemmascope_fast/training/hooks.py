@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -84,6 +85,20 @@ def special_token_ids(model: nn.Module, tokenizer: Any = None) -> set[int]:
     return {id for id in found if id is not None}
 
 
+def left_out(op: str, model: nn.Module, tokenizer: Any, chosen: Iterable[int] | None) -> Tensor:
+    """Ids to leave out, int64 on the CPU: `chosen`, or those that model and tokenizer know.
+
+    Raises:
+        TypeError: `chosen` is not of integers.
+    """
+    found: Any = special_token_ids(model, tokenizer) if chosen is None else chosen
+    found = found.tolist() if isinstance(found, Tensor) else found
+    ids = list(found) if isinstance(found, Iterable) else [found]
+    if not all(isinstance(id, Integral) and not isinstance(id, bool) for id in ids):
+        raise TypeError(f"{op}: special_tokens must be integers, got {chosen!r:.80}")
+    return torch.tensor(sorted(map(int, ids)), dtype=torch.int64)
+
+
 class ModelSource(Source):
     """Activations made when they are needed, through a shuffle buffer of whole sequences.
 
@@ -135,8 +150,7 @@ class ModelSource(Source):
             )
         self.model, self._ids, self._mask = model, input_ids.cpu().long(), attention_mask
         self._points = [hook_point] + ([target_hook_point] if target_hook_point else [])
-        chosen = special_token_ids(model, tokenizer) if special_tokens is None else special_tokens
-        self._special = torch.tensor(sorted(chosen), dtype=torch.int64)
+        self._special = left_out("train", model, tokenizer, special_tokens)
         self._keep = ~torch.isin(self._ids, self._special)
         if attention_mask is not None:
             self._keep &= attention_mask.cpu() != 0
