@@ -1,0 +1,174 @@
+"""`PreActs`: sparsify's `pre_acts [*batch, d_sae]`, which is computed when something reads it.
+
+A coder reads it for AuxK, `torch.where(dead[None], pre_acts, -inf).topk(k)`, and for Multi-TopK,
+`pre_acts.topk(k)`. Both are answered by an encoder, over the dead latents' weights alone for the
+first. Any other use gets the dense tensor, which is not kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+
+class PreActs(torch.Tensor):
+    """`relu(x @ weight.T + bias)`, `-inf` at latents outside `among`.
+
+    Args:
+        x: `[*batch, d_in]`.
+        weight: `[d_sae, d_in]`.
+        bias: `[d_sae]`.
+        strict: pass no gradient.
+        top: the encoder: `top(x, weight, bias, k, strict=, among=)` gives values and latents.
+        among: latents that count, ascending; None for all.
+    """
+
+    parts: tuple[Tensor, Tensor, Tensor]
+    strict: bool
+    top: Callable[..., tuple[Tensor, Tensor]]
+    among: Tensor | None
+    versions: tuple[int, ...]
+    differentiable: bool
+    rounds: tuple[bool, torch.dtype]
+
+    @staticmethod
+    def __new__(  # noqa: D102
+        cls,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        strict: bool,
+        top: Callable[..., tuple[Tensor, Tensor]],
+        among: Tensor | None = None,
+    ) -> PreActs:
+        kind = weight.device.type
+        rounded = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        low = torch.get_autocast_dtype(kind) if rounded else weight.dtype
+        dtype = low if weight.dtype != torch.float64 else weight.dtype
+        made: PreActs = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, (*x.shape[:-1], weight.shape[0]), dtype=dtype, device=weight.device
+        )
+        made.parts, made.strict, made.top, made.among = (x, weight, bias), strict, top, among
+        made.versions = tuple(0 if t.is_inference() else t._version for t in made.parts)
+        made.differentiable = torch.is_grad_enabled() and not strict
+        made.rounds = (rounded, low)
+        return made
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"PreActs(shape={tuple(self.shape)}, dtype={self.dtype}, computed when used)"
+
+    def dense(self) -> Tensor:
+        """The tensor, with its autograd history.
+
+        Raises:
+            RuntimeError: x or a weight has changed since.
+        """
+        self.check()
+        x, weight, bias = self.parts
+        rounded, low = self.rounds
+        grad = torch.is_grad_enabled() and self.differentiable
+        with (
+            torch.set_grad_enabled(grad),
+            torch.autocast(weight.device.type, dtype=low, enabled=rounded),
+        ):
+            pre = torch.nn.functional.linear(x, weight, bias).relu()
+            if self.among is None:
+                return pre
+            living = torch.ones(weight.shape[0], dtype=torch.bool, device=weight.device)
+            living[self.among] = False
+            return pre.masked_fill(living, -math.inf)
+
+    def largest(self, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest of each token: values and latents."""
+        self.check()
+        kind, (rounded, low) = self.parts[1].device.type, self.rounds
+        grad = torch.is_grad_enabled() and self.differentiable
+        with torch.set_grad_enabled(grad), torch.autocast(kind, dtype=low, enabled=rounded):
+            return self.top(*self.parts, k, strict=self.strict, among=self.among)
+
+    def check(self) -> None:
+        """Raise where x or a weight has changed in place since the encoder saw it."""
+        if self.versions != tuple(0 if t.is_inference() else t._version for t in self.parts):
+            raise RuntimeError(
+                "pre_acts: the coder's input or weights changed after it encoded; read pre_acts "
+                "before that, or encode again"
+            )
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Answer by an encoder, or of the dense tensor."""
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            return super().__torch_function__(func, types, args, kwargs)
+        found = _SPARSE[func](*args, **kwargs) if func in _SPARSE else NotImplemented
+        if found is not NotImplemented:
+            return found
+        args, kwargs = tree_map_only(PreActs, PreActs.dense, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Serve what reaches the tensor from below Python, without its autograd history."""
+        args, kwargs = tree_map_only(PreActs, lambda t: t.dense().detach(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _where(condition: Any, pre: Any = None, other: Any = None) -> Any:
+    """`torch.where(dead, pre, -inf)` of one mask for all tokens."""
+    if not (isinstance(pre, PreActs) and pre.among is None) or other != -math.inf:
+        return NotImplemented
+    d_sae = pre.shape[-1]
+    if isinstance(condition, PreActs) or condition.dtype != torch.bool:
+        return NotImplemented
+    if condition.shape not in ((d_sae,), (1, d_sae)) or pre.dim() != 2:
+        return NotImplemented
+    masked = PreActs(*pre.parts, pre.strict, pre.top, condition.reshape(-1).nonzero()[:, 0])
+    masked.versions, masked.rounds = pre.versions, pre.rounds
+    masked.differentiable = pre.differentiable
+    return masked
+
+
+def _topk(pre: PreActs, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+    """The largest latents of each token; `torch.topk` sorts where it is asked to."""
+    known = pre.shape[-1] if pre.among is None else pre.among.shape[0]
+    if dim not in (-1, pre.dim() - 1) or not largest or not 0 <= k <= known:
+        return NotImplemented
+    if sorted and pre.device.type != "cpu":
+        return NotImplemented
+    return torch.return_types.topk(pre.largest(k))
+
+
+_METADATA = {
+    *(torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point),
+    *(torch.Tensor.__len__, torch.Tensor.nelement, torch.Tensor.ndimension),
+    *(
+        getattr(torch.Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "layout", "is_sparse", "is_cuda")
+    ),
+}
+
+_SPARSE: dict[Any, Callable[..., Any]] = {
+    torch.where: _where,
+    torch.Tensor.topk: _topk,
+    torch.topk: _topk,
+}
