@@ -14,6 +14,7 @@ from .functional import (
     pre_at,
     topk_encode,
 )
+from .integrations.wrap import wrap
 from .modules import SAE, Transcoder
 from .multilayer import Crosscoder, CrossLayerTranscoder, multi_decode
 from .optim import clip_grad_norm_
@@ -75,4 +76,5 @@ __all__ = [
     "splice",
     "topk_encode",
     "train",
+    "wrap",
 ]

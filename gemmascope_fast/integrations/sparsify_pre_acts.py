@@ -50,7 +50,7 @@ class PreActs(torch.Tensor):
         rounded = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         low = torch.get_autocast_dtype(kind) if rounded else weight.dtype
         dtype = low if weight.dtype != torch.float64 else weight.dtype
-        made: PreActs = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: PreActs = torch.Tensor._make_wrapper_subclass(
             cls, (*x.shape[:-1], weight.shape[0]), dtype=dtype, device=weight.device
         )
         made.parts, made.strict, made.top, made.among = (x, weight, bias), strict, top, among
@@ -113,7 +113,7 @@ class PreActs(torch.Tensor):
         """Answer by an encoder, or of the dense tensor."""
         kwargs = kwargs or {}
         if func in _METADATA:
-            return super().__torch_function__(func, types, args, kwargs)
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         found = _SPARSE[func](*args, **kwargs) if func in _SPARSE else NotImplemented
         if found is not NotImplemented:
             return found
