@@ -1,4 +1,4 @@
-"""`gsf.wrap`: home-made modules against their own dense computation; gradients in their parameters."""
+"""`gsf.wrap`: home-made modules against their own dense computation, gradients included."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_layouts_that_shapes_leave_open() -> None:
         [square.up, square.inner["down"]],
     )
     oblong = Bare(True, False, d_out=D)
-    with pytest.raises(ValueError, match=r"encoder of shape \[40, 12\] fits both ways: .* or d_sae"):
+    with pytest.raises(ValueError, match=r"encoder of shape \[40, 12\] fits both ways: .* d_sae"):
         gsf.wrap(oblong, **names)
     assert gsf.wrap(oblong, **names, d_sae=F).d_sae == F
     assert gsf.wrap(oblong, **names, decoder_bias="last").d_sae == F
@@ -160,7 +160,11 @@ def test_layouts_that_shapes_leave_open() -> None:
         ({"encoder": 3}, TypeError, "encoder must be an attribute path, got int"),
         ({"encoder": "inner"}, TypeError, "encoder must lead to an nn.Linear or a floating-point"),
         ({"encoder_bias": "up"}, TypeError, r"encoder_bias must lead to a .* vector, got \(40, 12"),
-        ({"encoder_bias": "last"}, ValueError, r"encoder must have a side of d_sae=7, got \[40, 12"),
+        (
+            {"encoder_bias": "last"},
+            ValueError,
+            r"encoder must have a side of d_sae=7, got \[40",
+        ),
         ({"decoder_bias": "offset"}, ValueError, r"decoder_bias must have 7 elements, got \[40\]"),
         ({"d_sae": 12}, ValueError, r"decoder must have a side of d_sae=12, got \[40, 7\]"),
         ({"d_sae": "40"}, TypeError, "d_sae must be an int"),

@@ -41,7 +41,6 @@ REPLACED = {"encode", "forward", "loss"}
 """Methods that `install` replaces."""
 
 
-
 class TopKTrainer(top_k.TopKTrainer):  # type: ignore[misc]
     """`TopKTrainer` over entries."""
 
@@ -121,7 +120,7 @@ class JumpReluTrainer(jumprelu.JumpReluTrainer):  # type: ignore[misc]
         if not logging:
             return loss
         losses = {"l2_loss": l2.item(), "loss": loss.item()}
-        return namedtuple("LossLog", ["x", "recon", "f", "losses"])(x, recon, dense(acts, ae.b_dec), losses)
+        return _log("recon", x, recon, dense(acts, ae.b_dec), losses)
 
 
 def gated(trainer: Any, x: Tensor) -> SparseActs:
@@ -194,7 +193,13 @@ def _result(
     if not logging:
         return loss
     losses = {"l2_loss": l2.item(), "auxk_loss": float(aux), "loss": loss.item()}
-    return namedtuple("LossLog", ["x", "x_hat", "f", "losses"])(x, recon, dense(acts, trainer.ae.b_dec), losses)
+    return _log("x_hat", x, recon, dense(acts, trainer.ae.b_dec), losses)
+
+
+def _log(reconstruction: str, *parts: Any) -> Any:
+    """What the library's trainers return for logging."""
+    log: Any = namedtuple("LossLog", ["x", reconstruction, "f", "losses"])  # type: ignore[misc]
+    return log(*parts)
 
 
 def pairs() -> Iterator[tuple[type, type]]:

@@ -139,7 +139,7 @@ class _Top(torch.autograd.Function):
     def backward(ctx: Any, d_values: Tensor, *others: Any) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         acts, needs = ctx.entries, ctx.needs_input_grad[:3]
-        by_feature = ctx.shared.by_feature() if needs[1] or needs[2] else (None, None)
+        by_feature = _by_feature(ctx.shared) if needs[1] or needs[2] else (None, None)
         flat = x.reshape(-1, x.shape[-1])
         entries = (acts.offsets, acts.indices, acts.values, acts.gate, *by_feature)
         given = d_values.reshape(-1).to(acts.values.dtype)
@@ -147,6 +147,14 @@ class _Top(torch.autograd.Function):
         d_x, d_W, d_b, _ = serve(given, None, flat, weight.t(), None, 0.0, *entries, *needs, False)
         found = (d_x.reshape(x.shape) if needs[0] else None, d_W.t(), d_b.to(ctx.bias_dtype))
         return (*(t if need else None for t, need in zip(found, needs, strict=True)), *[None] * 3)
+
+
+def _by_feature(entries: SparseActs) -> tuple[Tensor, Tensor]:
+    """`entries.by_feature()`; a compiler's trace of a backward pass changes no objects."""
+    if not torch.compiler.is_compiling():
+        return entries.by_feature()
+    op = ops.overload("by_feature")
+    return op(entries.offsets, entries.indices, entries.d_sae)  # type: ignore[no-any-return]
 
 
 def _order(values: Tensor) -> Tensor:

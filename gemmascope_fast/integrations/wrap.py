@@ -9,21 +9,24 @@ the parameters, and moving, loading or replacing those needs no second `wrap`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..activations import Activation, BatchTopK, JumpReLU, TopK
-from ..arguments import check_count
 from ..effective import decoded, encoded
 from ..semantics import Semantics, as_semantics
 from ..sparse import SparseActs
-
-EncoderLayout = Literal["[d_in, d_sae]", "[d_sae, d_in]"]
-DecoderLayout = Literal["[d_sae, d_out]", "[d_out, d_sae]"]
-ENCODER_LAYOUTS = ("[d_in, d_sae]", "[d_sae, d_in]")
-DECODER_LAYOUTS = ("[d_sae, d_out]", "[d_out, d_sae]")
+from .wrap_layout import (
+    DecoderLayout,
+    EncoderLayout,
+    at,
+    check_tensors,
+    latents_of,
+    transposed,
+    weight_of,
+)
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,13 @@ class Wrapped(nn.Module):
     @property
     def W_enc(self) -> Tensor:
         """`[d_in, d_sae]`, a view of the module's parameter."""
-        weight = _weight(_at("wrap", self.module, "encoder", self.paths.encoder))
+        weight = weight_of(at(self.module, "encoder", self.paths.encoder))
         return weight.t() if self.paths.encoder_transposed else weight
 
     @property
     def W_dec(self) -> Tensor:
         """`[d_sae, d_out]`, a view of the module's parameter."""
-        weight = _weight(_at("wrap", self.module, "decoder", self.paths.decoder))
+        weight = weight_of(at(self.module, "decoder", self.paths.decoder))
         return weight.t() if self.paths.decoder_transposed else weight
 
     @property
@@ -90,7 +93,7 @@ class Wrapped(nn.Module):
         """`[d_sae]` of a JumpReLU, else None."""
         if self.paths.threshold is None:
             return None
-        return cast("Tensor", _at("wrap", self.module, "threshold", self.paths.threshold))
+        return cast("Tensor", at(self.module, "threshold", self.paths.threshold))
 
     @property
     def d_in(self) -> int:
@@ -140,11 +143,11 @@ class Wrapped(nn.Module):
 
     def _bias(self, part: str, path: str | None, size: int) -> Tensor:
         if path is not None:
-            return cast("Tensor", _at("wrap", self.module, f"{part}_bias", path))
-        layer = _at("wrap", self.module, part, getattr(self.paths, part))
+            return cast("Tensor", at(self.module, f"{part}_bias", path))
+        layer = at(self.module, part, getattr(self.paths, part))
         if isinstance(layer, nn.Linear) and layer.bias is not None:
             return layer.bias
-        weight = _weight(layer)
+        weight = weight_of(layer)
         return weight.new_zeros(size, dtype=torch.promote_types(weight.dtype, torch.float32))
 
 
@@ -198,117 +201,34 @@ def wrap(
         raise TypeError(f"wrap: module must be a torch.nn.Module, got {type(module).__name__}")
     if not isinstance(activation, (JumpReLU, TopK, BatchTopK)):
         raise TypeError(
-            "wrap: activation must be JumpReLU, TopK or BatchTopK, got "
-            f"{type(activation).__name__}"
+            f"wrap: activation must be JumpReLU, TopK or BatchTopK, got {type(activation).__name__}"
         )
     if isinstance(activation, JumpReLU) != (threshold is not None):
-        raise ValueError(f"wrap: {activation} {'needs' if threshold is None else 'has no'} threshold")
+        raise ValueError(
+            f"wrap: {activation} {'needs' if threshold is None else 'has no'} threshold"
+        )
     chosen = as_semantics("wrap", semantics)
     found = {
-        name: _at("wrap", module, name, path)
-        for name, path in (("encoder", encoder), ("decoder", decoder))
+        name: at(module, name, path) for name, path in (("encoder", encoder), ("decoder", decoder))
     }
     vectors = {
-        name: _at("wrap", module, name, path)
+        name: at(module, name, path)
         for name, path in (
             *(("encoder_bias", encoder_bias), ("decoder_bias", decoder_bias)),
             ("threshold", threshold),
         )
         if path is not None
     }
-    _check_tensors(found, vectors)
-    latents = _latents(found, vectors, d_sae)
-    transposed = (
-        _transposed("encoder", found["encoder"], encoder_layout, latents),
-        _transposed("decoder", found["decoder"], decoder_layout, latents),
+    check_tensors(found, vectors)
+    latents = latents_of(found, vectors, d_sae)
+    turned = (
+        transposed("encoder", found["encoder"], encoder_layout, latents),
+        transposed("decoder", found["decoder"], decoder_layout, latents),
     )
-    paths = Paths(encoder, decoder, encoder_bias, decoder_bias, threshold, *transposed)
+    paths = Paths(encoder, decoder, encoder_bias, decoder_bias, threshold, *turned)
     made = Wrapped(module, paths, activation, chosen.with_(center=center or chosen.center))
     _check_shapes(made)
     return made
-
-
-def _at(op: str, module: nn.Module, name: str, path: Any) -> Any:
-    """What an attribute path leads to."""
-    if not isinstance(path, str):
-        raise TypeError(f"{op}: {name} must be an attribute path, got {type(path).__name__}")
-    found: Any = module
-    for part in path.split("."):
-        if not hasattr(found, part):
-            raise AttributeError(
-                f"{op}: {name}={path!r}: {type(found).__name__} has no attribute {part!r}"
-            )
-        found = getattr(found, part)
-    return found
-
-
-def _weight(layer: Any) -> Tensor:
-    return layer.weight if isinstance(layer, nn.Linear) else layer
-
-
-def _check_tensors(matrices: dict[str, Any], vectors: dict[str, Any]) -> None:
-    """The paths lead to matrices and vectors, and no bias is named twice."""
-    for name, layer in matrices.items():
-        weight = _weight(layer)
-        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
-            raise TypeError(
-                f"wrap: {name} must lead to an nn.Linear or a floating-point matrix, got "
-                f"{tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__}"
-            )
-        named = vectors.get(f"{name}_bias")
-        if isinstance(layer, nn.Linear) and layer.bias is not None and named is not None:
-            raise ValueError(
-                f"wrap: {name}_bias must not be given: the nn.Linear at {name} has a bias"
-            )
-    for name, vector in vectors.items():
-        if not isinstance(vector, Tensor) or not vector.is_floating_point() or vector.dim() != 1:
-            raise TypeError(
-                f"wrap: {name} must lead to a floating-point vector, got "
-                f"{tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__}"
-            )
-
-
-def _latents(matrices: dict[str, Any], vectors: dict[str, Any], given: int | None) -> int | None:
-    """The number of latents, from whatever names it; None where only shapes are known."""
-    if given is not None:
-        return int(check_count("wrap", "d_sae", given))
-    for name in ("threshold", "encoder_bias"):
-        if name in vectors:
-            return int(vectors[name].shape[0])
-    encoder, decoder = matrices["encoder"], matrices["decoder"]
-    if isinstance(encoder, nn.Linear):
-        return encoder.out_features
-    if isinstance(decoder, nn.Linear):
-        return decoder.in_features
-    shared = set(encoder.shape) & set(decoder.shape)
-    if "decoder_bias" in vectors and len(shared) == 2:
-        shared -= {vectors["decoder_bias"].shape[0]}
-    return int(shared.pop()) if len(shared) == 1 else None
-
-
-def _transposed(name: str, layer: Any, layout: Any, latents: int | None) -> bool:
-    """Whether a matrix is stored as the transpose of `[d_in, d_sae]` or `[d_sae, d_out]`."""
-    layouts = ENCODER_LAYOUTS if name == "encoder" else DECODER_LAYOUTS
-    if isinstance(layer, nn.Linear):
-        if layout is not None:
-            raise ValueError(f"wrap: {name}_layout must not be given: {name} is an nn.Linear")
-        return True
-    if layout is not None:
-        if layout not in layouts:
-            raise ValueError(
-                f"wrap: {name}_layout must be one of {' or '.join(layouts)}, got {layout!r}"
-            )
-        return bool(layout == layouts[1])
-    shape = tuple(layer.shape)
-    if latents is None or shape == (latents, latents):
-        why = "is square" if shape[0] == shape[1] else "fits both ways"
-        raise ValueError(
-            f"wrap: {name} of shape {list(shape)} {why}: pass {name}_layout="
-            f"{layouts[0]!r} or {layouts[1]!r}" + ("" if latents else ", or d_sae")
-        )
-    if latents not in shape:
-        raise ValueError(f"wrap: {name} must have a side of d_sae={latents}, got {list(shape)}")
-    return shape[0 if name == "encoder" else 1] == latents
 
 
 def _check_shapes(made: Wrapped) -> None:
@@ -330,11 +250,9 @@ def _check_shapes(made: Wrapped) -> None:
 
 
 def _check_centre(made: Wrapped) -> None:
-    layer = _at("wrap", made.module, "decoder", made.paths.decoder)
+    layer = at(made.module, "decoder", made.paths.decoder)
     has_bias = isinstance(layer, nn.Linear) and layer.bias is not None
     if made.paths.decoder_bias is None and not has_bias:
         raise ValueError("wrap: center needs a decoder_bias, which x is centred by")
     if made.d_in != made.d_out:
-        raise ValueError(
-            f"wrap: center needs d_in == d_out, got {made.d_in} and {made.d_out}"
-        )
+        raise ValueError(f"wrap: center needs d_in == d_out, got {made.d_in} and {made.d_out}")
