@@ -158,9 +158,11 @@ def test_autocast_as_sparsify_has_it() -> None:
         with gsf_sparsify.install(strict_compat=True):
             found = made.encode(batch(0))
             out, gradients = outcome(made, DEAD["many"])
+            inside = made.decode(found.top_acts, found.top_indices)
         plain, wanted = outcome(made, DEAD["many"])
     assert found.top_acts.dtype == expected.top_acts.dtype == torch.bfloat16
     assert found.pre_acts.dtype == expected.pre_acts.dtype
+    close(inside, made.decode(found.top_acts, found.top_indices), "decoded in float32")
     agree = (found.top_indices[:, :, None] == expected.top_indices[:, None]).any(2)
     assert agree.float().mean() > 0.9  # bfloat16 ties and near ties
     ordered = expected.top_acts.sort(descending=True)[0]
