@@ -243,14 +243,21 @@ def _crossover(inputs: Inputs) -> float:
 
 
 def _measure(inputs: Inputs, start: int, stop: int, sample_rows: int) -> float:
-    """Share of entries that a strided sample would store, to the weights' precision."""
-    x = inputs.tensors["x"]
-    rows = start + _strata(stop - start, sample_rows).to(x.device)
-    latents = _strata(inputs.d_sae, SAMPLE_LATENTS).to(x.device)
-    W_enc, b_enc = inputs.tensors["W_enc"].t()[latents].t(), inputs.tensors["b_enc"][latents]
-    pre = x[rows].to(W_enc.dtype) @ W_enc + b_enc
-    limit = inputs.tensors["threshold"][latents] - inputs.emission / 2
-    return float(torch.gt(pre, limit, out=pre).mean(dtype=torch.float32))
+    """Share of entries that a sample of the span would store, to the weights' precision."""
+    encoder = (inputs.tensors["W_enc"], inputs.tensors["b_enc"])
+    limit = inputs.tensors["threshold"] - inputs.emission / 2
+    return sampled_density(inputs.tensors["x"][start:stop], *encoder, limit, sample_rows)
+
+
+def sampled_density(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, limit: Tensor, sample_rows: int = SAMPLE_ROWS
+) -> float:
+    """Share of `pre > limit` in a strided sample of x `[n, d_in]` and of the latents."""
+    rows = _strata(x.shape[0], sample_rows).to(x.device)
+    latents = _strata(W_enc.shape[1], SAMPLE_LATENTS).to(x.device)
+    weights = W_enc.t()[latents].t()
+    pre = x[rows].to(weights.dtype) @ weights + b_enc[latents]
+    return float(torch.gt(pre, limit[latents], out=pre).mean(dtype=torch.float32))
 
 
 def _strata(size: int, strata: int) -> Tensor:

@@ -1,0 +1,207 @@
+"""What this backend reads of a SAELens module, and when it leaves the work to SAELens.
+
+A module is served when every method that takes part in the call is SAELens' own, looked up on the
+instance and then on its class: a subclass, or a user, that replaced one gets SAELens' dense path.
+So does a module whose `hook_sae_acts_pre` or `hook_sae_acts_post` has a hook, whose activation
+function is another, or whose weights are float64; and a JumpReLU so dense that matrix products are
+faster. Imports `sae_lens`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+from sae_lens.saes import batchtopk_sae, jumprelu_sae, matryoshka_batchtopk_sae, sae, topk_sae
+from sae_lens.saes import transcoder as transcoders
+from torch import Tensor, nn
+
+from .. import ops
+from ..effective import decoder_norms
+from ..sparse import SparseActs
+from ..training.blocked import CROSSOVER, sampled_density
+from .saelens_pass import Encoder
+
+STOCK = "__sae_lens__"
+"""Attribute of our methods: the method of SAELens that one replaces."""
+
+SAE, TrainingSAE = sae.SAE, sae.TrainingSAE
+JumpReLU, JumpReLUTraining = jumprelu_sae.JumpReLUSAE, jumprelu_sae.JumpReLUTrainingSAE
+TopK, TopKTraining = topk_sae.TopKSAE, topk_sae.TopKTrainingSAE
+BatchTopKTraining = batchtopk_sae.BatchTopKTrainingSAE
+MatryoshkaTraining = matryoshka_batchtopk_sae.MatryoshkaBatchTopKTrainingSAE
+Transcoder, SkipTranscoder = transcoders.Transcoder, transcoders.SkipTranscoder
+JumpReLUTranscoder = transcoders.JumpReLUTranscoder
+
+NEEDED = ("jumprelu_encode", "topk_encode", "batchtopk_encode", "decode", "sae_backward")
+
+
+def stock(module: Any, name: str) -> Any:
+    """SAELens' own function behind the method `name` of a module, whoever replaced it last."""
+    found = vars(module).get(name, None)
+    if found is None:
+        found = getattr(type(module), name)
+    return getattr(found, STOCK, getattr(found, "__func__", found))
+
+
+def _jumprelu(module: Any) -> Encoder | None:
+    """Inference: ReLU, then a gate without gradient; a threshold below 0 acts as 0."""
+    if not isinstance(module.activation_fn, nn.ReLU):
+        return None
+    return Encoder("jumprelu", module.threshold.detach().clamp(min=0))
+
+
+def _relu(module: Any) -> Encoder | None:
+    if not isinstance(module.activation_fn, nn.ReLU):
+        return None
+    return Encoder("jumprelu", torch.zeros_like(module.b_enc))
+
+
+def _jumprelu_training(module: Any) -> Encoder | None:
+    to_input = bool(module.cfg.jumprelu_ste_to_input)
+    if module.bandwidth <= 0:
+        return None
+    return Encoder("jumprelu", module.threshold, float(module.bandwidth), to_input)
+
+
+def _topk(module: Any) -> Encoder | None:
+    chosen = module.activation_fn
+    kinds = {topk_sae.TopK: "topk", batchtopk_sae.BatchTopK: "batchtopk"}
+    if type(chosen) not in kinds:
+        return None
+    norms = None
+    if module.cfg.rescale_acts_by_decoder_norm:
+        norms = decoder_norms(module.W_dec.detach())
+    return Encoder(kinds[type(chosen)], k=chosen.k, norms=norms)
+
+
+ENCODERS: dict[FunctionType, Callable[[Any], Encoder | None]] = {
+    JumpReLU.encode: _jumprelu,
+    JumpReLUTranscoder.encode: _jumprelu,
+    Transcoder.encode: _relu,
+    TopK.encode: _topk,
+    JumpReLUTraining.encode_with_hidden_pre: _jumprelu_training,
+    TopKTraining.encode_with_hidden_pre: _topk,
+}
+"""By SAELens' function."""
+
+DECODERS = {
+    function: rescale
+    for function, rescale in (
+        (JumpReLU.decode, False),
+        (TrainingSAE.decode, False),
+        (TopK.decode, True),
+        (TopKTraining.decode, True),
+        (Transcoder.decode, False),
+    )
+}
+"""Whether the decoder divides by its norms where the configuration rescales."""
+
+
+TRAINED = (JumpReLUTraining, TopKTraining, BatchTopKTraining, MatryoshkaTraining)
+
+# SAELens' functions, whatever stands on its classes later.
+TRAINING_ENCODE = TrainingSAE.encode
+TRANSCODER_DECODE, TRANSCODER_FORWARD = Transcoder.decode, Transcoder.forward
+SKIP_FORWARD = SkipTranscoder.forward
+JUMPRELU_STEP = JumpReLUTraining.training_forward_pass
+MATRYOSHKA_STEP = MatryoshkaTraining.training_forward_pass
+BATCH_STEPS = (BatchTopKTraining.training_forward_pass, MATRYOSHKA_STEP)
+
+
+def known(module: Any) -> bool:
+    """Whether the module encodes by a method of SAELens' that is served."""
+    return _encoding(module) in ENCODERS
+
+
+def _encoding(module: Any) -> Any:
+    found = stock(module, "encode")
+    return stock(module, "encode_with_hidden_pre") if found is TRAINING_ENCODE else found
+
+
+def encoder_of(module: Any) -> Encoder | None:
+    """What the module encodes with, or None where SAELens has to."""
+    if not supported(module) or _hooked(module):
+        return None
+    make = ENCODERS.get(_encoding(module))
+    return None if make is None else make(module)
+
+
+def supported(module: Any) -> bool:
+    """Whether the ops have kernels for the module's weights."""
+    W_enc: Tensor = module.W_enc
+    device = W_enc.device.type
+    if W_enc.dtype == torch.float64 or device not in CROSSOVER:
+        return False
+    return all(ops.implementation(name, device) in ("native", "triton") for name in NEEDED)
+
+
+def _hooked(module: Any) -> bool:
+    """Whether somebody looks at the dense activations, or at what they are made of."""
+    for name in ("hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post"):
+        point = getattr(module, name)
+        tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        if any(getattr(point, table) for table in tables):
+            return True
+    return False
+
+
+def fits(module: Any, encoder: Encoder, sae_in: Tensor) -> bool:
+    """Whether this input, as the encoder sees it, is ours: its dtype, its size, its density."""
+    W_enc: Tensor = module.W_enc
+    if sae_in.dtype != W_enc.dtype or sae_in.device != W_enc.device:
+        return False
+    if sae_in.shape[-1] != W_enc.shape[0]:
+        return False
+    if encoder.threshold is None or sae_in.numel() == 0 or torch.compiler.is_compiling():
+        return True
+    limit = encoder.threshold.detach() - encoder.bandwidth / 2
+    x = sae_in.detach().reshape(-1, sae_in.shape[-1])
+    density = sampled_density(x, W_enc.detach(), module.b_enc.detach(), limit)
+    return density <= CROSSOVER[W_enc.device.type]
+
+
+def own_step(module: Any, step_input: Any) -> bool:
+    """Whether a training step has nothing that only SAELens can do, its errors included."""
+    if stock(module, "decode") not in DECODERS:
+        return False
+    cfg, mask = module.cfg, step_input.dead_neuron_mask
+    if isinstance(module, JumpReLUTraining):
+        mode = cfg.jumprelu_sparsity_loss_mode
+        return mode in ("step", "tanh") or (mode == "quadratic" and (cfg.target_l0 or 0) > 0)
+    if stock(module, "training_forward_pass") in BATCH_STEPS:
+        if stock(module, "update_topk_threshold") is not BatchTopKTraining.update_topk_threshold:
+            return False
+    if cfg.normalize_activations not in ("constant_norm_rescale", "layer_norm"):
+        return bool(cfg.d_in > 1)
+    nested = stock(module, "training_forward_pass") is MATRYOSHKA_STEP
+    return not nested and (mask is None or not bool(mask.any()))
+
+
+def rescales(module: Any) -> bool:
+    """Whether activations are multiplied by the norms of the decoder's rows."""
+    divides = DECODERS.get(stock(module, "decode"), False)
+    return divides and bool(module.cfg.rescale_acts_by_decoder_norm)
+
+
+def scaled(module: Any, acts: SparseActs) -> SparseActs:
+    """The entries as SAELens' activations: times the norms of the decoder's rows where it does."""
+    if not rescales(module):
+        return acts
+    return acts._replace(values=acts.values * decoder_norms(module.W_dec)[acts.latents()])
+
+
+def rescaled(module: Any, pre: Tensor) -> Tensor:
+    """Dense pre-activations likewise."""
+    return pre * decoder_norms(module.W_dec) if rescales(module) else pre
+
+
+def finish(module: Any, recon: Tensor) -> Tensor:
+    """What SAELens does with a reconstruction: its hook, the norms of the input, head dimensions."""
+    recon = module.hook_sae_recons(recon)
+    if stock(module, "decode") is TRANSCODER_DECODE:
+        return recon
+    recon = module.run_time_activation_norm_fn_out(recon)
+    return module.reshape_fn_out(recon, module.d_head)  # type: ignore[no-any-return]
