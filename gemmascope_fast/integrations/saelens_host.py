@@ -168,6 +168,8 @@ def own_step(module: Any, step_input: Any) -> bool:
     if stock(module, "decode") not in DECODERS:
         return False
     cfg, mask = module.cfg, step_input.dead_neuron_mask
+    if mask is not None and mask.dtype != torch.bool:
+        return False
     if isinstance(module, JumpReLUTraining):
         mode = cfg.jumprelu_sparsity_loss_mode
         return mode in ("step", "tanh") or (mode == "quadratic" and (cfg.target_l0 or 0) > 0)

@@ -125,12 +125,12 @@ def replacement(own: Method, name: str, serve: Fast) -> Method:
     """A method that serves a module whose `name` is SAELens' `own`, and calls `own` otherwise."""
 
     @functools.wraps(own)
-    def method(self: Any, argument: Any) -> Any:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         if host.stock(self, name) is own:
-            found = serve(self, argument)
+            found = serve(self, *args, **kwargs)
             if found is not NotImplemented:
                 return found
-        return own(self, argument)
+        return own(self, *args, **kwargs)
 
     setattr(method, host.STOCK, own)
     return method
