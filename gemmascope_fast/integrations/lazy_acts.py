@@ -8,7 +8,7 @@ tensor makes the dense one, and keeps none.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,12 +28,12 @@ class LazyActs(torch.Tensor):
     acts: SparseActs
 
     @staticmethod
-    def __new__(cls, acts: SparseActs, dtype: torch.dtype) -> LazyActs:
-        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    def __new__(cls, acts: SparseActs, dtype: torch.dtype) -> LazyActs:  # noqa: D102
+        made: Any = torch.Tensor._make_wrapper_subclass(
             cls, acts.shape, dtype=dtype, device=acts.device
         )
         made.acts = acts
-        return made  # type: ignore[no-any-return]
+        return cast("LazyActs", made)
 
     def __init__(self, acts: SparseActs, dtype: torch.dtype) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class LazyActs(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Callable[..., Any],
         types: Any,

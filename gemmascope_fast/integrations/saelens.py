@@ -1,4 +1,4 @@
-"""SAELens (`sae-lens` 6.54) on this backend: inference and training, hooks, files and trainer its own.
+"""SAELens (`sae-lens` 6.54) on this backend; hooks, files and trainer stay SAELens'.
 
     from gemmascope_fast.integrations import saelens
     saelens.install()                    # every SAE of the process; saelens.uninstall() undoes it
@@ -27,12 +27,14 @@ from .patching import Changes, require
 _installed: list[Changes] = []
 
 
-def install(*, fused_adam: bool = True) -> Changes:
+def install(*, fused_adam: bool = True, capture: bool = True) -> Changes:
     """Serve every SAELens module of this process, until `uninstall` or the end of a with block.
 
     Args:
         fused_adam: whether trainers made from now on use `torch.optim.Adam(fused=True)`: the same
             update, read and written once; it takes most of an accelerated step otherwise.
+        capture: whether `torch._dynamo.config.capture_dynamic_output_shape_ops` is set meanwhile:
+            `compile_sae=True` then traces a JumpReLU's step as one graph; without it, as several.
 
     Returns:
         The changes, a context manager that undoes them. Installed already: those of the first call.
@@ -44,10 +46,18 @@ def install(*, fused_adam: bool = True) -> Changes:
         return _installed[0]
     _host()
     from sae_lens.training import sae_trainer
+    from torch._dynamo import config
 
     from . import saelens_methods as methods
 
-    changes = Changes(undone=_installed.clear)
+    captured = config.capture_dynamic_output_shape_ops
+
+    def undone() -> None:
+        config.capture_dynamic_output_shape_ops = captured
+        _installed.clear()
+
+    changes = Changes(undone)
+    config.capture_dynamic_output_shape_ops = captured or capture
     for cls, name, serve in methods.PLACES:
         method = methods.replacement(getattr(cls, name), name, serve)
         changes.attribute(cls, name, method)

@@ -36,6 +36,12 @@ Transcoder, SkipTranscoder = transcoders.Transcoder, transcoders.SkipTranscoder
 JumpReLUTranscoder = transcoders.JumpReLUTranscoder
 
 NEEDED = ("jumprelu_encode", "topk_encode", "batchtopk_encode", "decode", "sae_backward")
+DEVICES = tuple(
+    device
+    for device in CROSSOVER
+    if all(ops.implementation(name, device) in ("native", "triton") for name in NEEDED)
+)
+"""Those with kernels."""
 
 
 def stock(module: Any, name: str) -> Any:
@@ -103,7 +109,7 @@ DECODERS = {
 TRAINED = (JumpReLUTraining, TopKTraining, BatchTopKTraining, MatryoshkaTraining)
 
 # SAELens' functions, whatever stands on its classes later.
-TRAINING_ENCODE = TrainingSAE.encode
+PROCESS, TRAINING_ENCODE = SAE.process_sae_in, TrainingSAE.encode
 TRANSCODER_DECODE, TRANSCODER_FORWARD = Transcoder.decode, Transcoder.forward
 SKIP_FORWARD = SkipTranscoder.forward
 JUMPRELU_STEP = JumpReLUTraining.training_forward_pass
@@ -132,10 +138,7 @@ def encoder_of(module: Any) -> Encoder | None:
 def supported(module: Any) -> bool:
     """Whether the ops have kernels for the module's weights."""
     W_enc: Tensor = module.W_enc
-    device = W_enc.device.type
-    if W_enc.dtype == torch.float64 or device not in CROSSOVER:
-        return False
-    return all(ops.implementation(name, device) in ("native", "triton") for name in NEEDED)
+    return W_enc.dtype != torch.float64 and W_enc.device.type in DEVICES
 
 
 def _hooked(module: Any) -> bool:
@@ -155,7 +158,9 @@ def fits(module: Any, encoder: Encoder, sae_in: Tensor) -> bool:
         return False
     if sae_in.shape[-1] != W_enc.shape[0]:
         return False
-    if encoder.threshold is None or sae_in.numel() == 0 or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return not encoder.to_input
+    if encoder.threshold is None or sae_in.numel() == 0:
         return True
     limit = encoder.threshold.detach() - encoder.bandwidth / 2
     x = sae_in.detach().reshape(-1, sae_in.shape[-1])
@@ -163,9 +168,18 @@ def fits(module: Any, encoder: Encoder, sae_in: Tensor) -> bool:
     return density <= CROSSOVER[W_enc.device.type]
 
 
+def centred(module: Any, x: Tensor) -> bool:
+    """Whether the encoder sees x less b_dec, and x is a constant."""
+    own = stock(module, "process_sae_in") is PROCESS and not module.hook_z_reshaping_mode
+    plain = module.cfg.normalize_activations not in ("constant_norm_rescale", "layer_norm")
+    return own and plain and module.cfg.apply_b_dec_to_input is True and not x.requires_grad
+
+
 def own_step(module: Any, step_input: Any) -> bool:
     """Whether a training step has nothing that only SAELens can do, its errors included."""
     if stock(module, "decode") not in DECODERS:
+        return False
+    if torch.compiler.is_compiling() and isinstance(module, MatryoshkaTraining):
         return False
     cfg, mask = module.cfg, step_input.dead_neuron_mask
     if mask is not None and mask.dtype != torch.bool:
@@ -201,7 +215,7 @@ def rescaled(module: Any, pre: Tensor) -> Tensor:
 
 
 def finish(module: Any, recon: Tensor) -> Tensor:
-    """What SAELens does with a reconstruction: its hook, the norms of the input, head dimensions."""
+    """What SAELens does with a reconstruction: its hook, the input's norms, head dimensions."""
     recon = module.hook_sae_recons(recon)
     if stock(module, "decode") is TRANSCODER_DECODE:
         return recon

@@ -8,6 +8,7 @@ is decoded is `pre * |W_dec[j]| / |W_dec[j]|`, whose gradient in the norms is 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..functional import batchtopk_encode, decode, jumprelu_encode, topk_encode
+from ..functional import batchtopk_encode, jumprelu_encode, topk_encode
+from ..functional import decode as sparse_decode
 from ..operands import autocast, encoder_args, widen
 from ..sparse import SparseActs
 
@@ -71,6 +73,7 @@ def sparse_pass(
     b_enc: Tensor,
     decoder: tuple[Tensor, Tensor] | None = None,
     ends: Sequence[int] | None = None,
+    centred: bool = False,
 ) -> tuple[Tensor, SparseActs]:
     """Reconstructions by the first `ends` latents, and the entries, differentiable.
 
@@ -81,11 +84,15 @@ def sparse_pass(
         b_enc: `[d_sae]`.
         decoder: W_dec and b_dec; None for the entries alone.
         ends: widths of nested dictionaries, ascending, `d_sae` last; default `d_sae` alone.
+        centred: whether x is a constant less b_dec; the gradient of that b_dec is `-W_enc @
+            d_b_enc`, one product instead of one gathered row of W_enc per entry.
 
     Returns:
         `[G, *batch, d_out]` in the dtype of W_dec (G = 0 without a decoder), and entries before
         rescaling.
     """
+    if torch.compiler.is_compiling():
+        return _composed(encoder, x, W_enc, b_enc, decoder)
     theta = encoder.threshold
     grads = torch.is_grad_enabled()
     window = grads and theta is not None and encoder.bandwidth > 0
@@ -97,19 +104,55 @@ def sparse_pass(
     if decoder is not None:
         dtype = decoder[0].dtype
         rows, bias = autocast(decoder[0])[0], widen(decoder[1])
-    given = (ends, encoder, window, dtype)
-    recons, values, gate = SparsePass.apply(given, acts, *operands, rows, bias)  # type: ignore[no-untyped-call]
+    given = Given(ends, encoder, window, dtype, centred)
+    if centred:
+        operands = (operands[0].detach(), *operands[1:])
+    recons, values, gate = SparsePass.apply(  # type: ignore[no-untyped-call]
+        given, acts, *operands, rows, bias
+    )
     recons = recons.reshape(recons.shape[0], *x.shape[:-1], recons.shape[-1])
     return recons, acts._replace(values=values, gate=gate)
+
+
+def _composed(
+    encoder: Encoder, x: Tensor, W_enc: Tensor, b_enc: Tensor, decoder: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, SparseActs]:
+    """The same of the ops under autograd, which a compiler traces; one dictionary."""
+    norms, n = encoder.norms, math.prod(x.shape[:-1])
+    if norms is not None:
+        W_enc, b_enc = W_enc * norms.to(W_enc.dtype), b_enc * norms
+    if encoder.threshold is not None:
+        acts = jumprelu_encode(x, W_enc, b_enc, encoder.threshold, bandwidth=encoder.bandwidth)
+    elif encoder.kind == "topk":
+        acts = topk_encode(x, W_enc, b_enc, int(encoder.k))
+    else:
+        acts = batchtopk_encode(x, W_enc, b_enc, encoder.k, max_nnz=int(encoder.k * n))
+    if norms is not None:
+        padded = torch.nn.functional.pad(norms, (0, 1), value=1.0)
+        acts = acts._replace(values=acts.values / padded[acts.latents()])
+    if decoder is None:
+        return x.new_empty(0, *x.shape[:-1], 0), acts
+    return sparse_decode(acts, *decoder)[None], acts
+
+
+@dataclass(frozen=True)
+class Given:
+    """Constants of a pass: see `sparse_pass`; `window` says whether window entries are stored."""
+
+    ends: tuple[int, ...]
+    encoder: Encoder
+    window: bool
+    dtype: torch.dtype
+    centred: bool
 
 
 class SparsePass(torch.autograd.Function):
     """`(x, W_enc, b_enc, threshold, W_dec, b_dec) -> (recons, values, gate)` on given entries."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: D102
         ctx: Any,
-        given: tuple[tuple[int, ...], Encoder, bool, torch.dtype],
+        given: Given,
         acts: SparseActs,
         x: Tensor,
         W_enc: Tensor,
@@ -118,70 +161,70 @@ class SparsePass(torch.autograd.Function):
         W_dec: Tensor | None,
         b_dec: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ends, _, window, dtype = given
         view = acts.by_feature() if any(ctx.needs_input_grad) else (None, None)
         ctx.given, ctx.d_sae = given, acts.d_sae
         entries = (acts.offsets, acts.indices, acts.values, acts.gate)
         ctx.save_for_backward(x, W_enc, threshold, W_dec, *entries, *view)
         ctx.set_materialize_grads(False)
         values, gate = acts.values.clone(), acts.gate.clone()
-        if not window:
+        if not given.window:
             ctx.mark_non_differentiable(gate)
         if W_dec is None:
             return x.new_empty(0, x.shape[0], 0), values, gate
-        return _prefixes(acts, W_dec, b_dec, ends, dtype), values, gate
+        return _prefixes(acts, W_dec, b_dec, given), values, gate
 
     @staticmethod
-    def backward(
+    def backward(  # noqa: D102
         ctx: Any, d_recons: Tensor | None, d_values: Tensor | None, d_gate: Tensor | None
     ) -> tuple[Any, ...]:
         x, W_enc, threshold, W_dec, *entries = ctx.saved_tensors
-        ends, encoder, window, _ = ctx.given
+        given: Given = ctx.given
         needs = ctx.needs_input_grad[2:]
-        trained = needs[1] and needs[4] and not (encoder.to_input and window)
-        if W_dec is not None and (trained or len(ends) > 1):
+        trained = needs[1] and needs[4] and not (given.encoder.to_input and given.window)
+        tensors = (x, W_enc, threshold, W_dec)
+        if W_dec is not None and (trained or len(given.ends) > 1):
             if d_recons is None:
                 none = entries[2].new_zeros(())
-                d_recons = none.expand(len(ends), x.shape[0], W_dec.shape[1])
-            incoming = (widen(d_recons), d_values, d_gate)
-            found = _merged(ctx.given, (x, W_enc, threshold, W_dec), incoming, entries, needs[0])
+                d_recons = none.expand(len(given.ends), x.shape[0], W_dec.shape[1])
+            found = _merged(given, tensors, (widen(d_recons), d_values, d_gate), entries, needs[0])
         else:
             d_recon = None if d_recons is None or W_dec is None else widen(d_recons[0])
-            incoming = (d_recon, d_values, d_gate)
-            found = _apart(ctx, (x, W_enc, threshold, W_dec), incoming, entries, needs)
+            found = _apart(ctx, tensors, (d_recon, d_values, d_gate), entries, needs)
+        if given.centred and needs[5]:
+            moved = (W_enc @ found[2].to(W_enc.dtype)).to(found[2].dtype)
+            found[5] = -moved if found[5] is None else found[5] - moved
         return (None, None, *(g if need else None for g, need in zip(found, needs, strict=True)))
 
 
 def _merged(
-    given: Any,
-    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor],
+    given: Given,
+    tensors: tuple[Any, ...],
     incoming: tuple[Tensor, Tensor | None, Tensor | None],
     entries: Sequence[Tensor],
     need_x: bool,
-) -> tuple[Tensor, ...]:
+) -> list[Any]:
     """All gradients in one pass over the entries, latent by latent."""
     x, W_enc, threshold, W_dec = tensors
-    ends, encoder, window, _ = given
-    limits, bandwidth = (threshold, encoder.bandwidth) if window else (None, 0.0)
+    window = (threshold, given.encoder.bandwidth) if given.window else (None, 0.0)
     d_recons, d_values, d_gate = incoming
     serve = ops.overload("sae_backward", x, W_enc, W_dec)
     d_x, d_W_enc, d_b_enc, d_threshold, d_W_dec, _ = serve(
-        *(x, W_enc, limits, bandwidth, W_dec, d_recons, list(ends)),
+        *(x, W_enc, *window, W_dec, d_recons, list(given.ends)),
         *(*entries[:4], d_values, d_gate, *entries[4:], need_x),
     )
-    return d_x, d_W_enc, d_b_enc, d_threshold, d_W_dec, d_recons.sum((0, 1))
+    return [d_x, d_W_enc, d_b_enc, d_threshold, d_W_dec, d_recons.sum((0, 1))]
 
 
 def _apart(
     ctx: Any,
-    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    tensors: tuple[Any, ...],
     incoming: tuple[Tensor | None, Tensor | None, Tensor | None],
     entries: Sequence[Tensor],
     needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
+) -> list[Any]:
     """Decoder's gradients, then the encoder's, the window's share of `d_pre` between the two."""
     x, W_enc, threshold, W_dec = tensors
-    _, encoder, window, _ = ctx.given
+    given: Given = ctx.given
     d_recon, d_values, d_gate = incoming
     offsets, indices, values, gate, *view = entries
     d_W_dec = d_b_dec = d_threshold = None
@@ -192,42 +235,37 @@ def _apart(
         d_values = dot if d_values is None else dot + d_values
     d_values = torch.zeros_like(values) if d_values is None else d_values
     d_pre = d_values * gate
-    if window and threshold is not None:
+    if given.window and threshold is not None:
         latents = indices.long()
         limits = threshold[latents]
-        near = (gate == 0) | (values < limits + encoder.bandwidth / 2)
+        near = (gate == 0) | (values < limits + given.encoder.bandwidth / 2)
         step = limits * d_values if d_gate is None else limits * d_values + d_gate
-        step = torch.where(near, step / encoder.bandwidth, 0.0)
+        step = torch.where(near, step / given.encoder.bandwidth, 0.0)
         d_threshold = threshold.new_zeros(ctx.d_sae).index_add(0, latents, -step)
-        d_pre = d_pre + step if encoder.to_input else d_pre
+        d_pre = d_pre + step if given.encoder.to_input else d_pre
     d_x, d_W_enc, d_b_enc, _ = ops.overload("encode_backward", x, W_enc)(
         *(d_pre, None, x, W_enc, None, 0.0, offsets, indices, values, torch.ones_like(gate)),
-        *(*view, *needs[:3], False),
+        *(*view, *needs[:2], needs[2] or given.centred, False),
     )
-    return d_x, d_W_enc, d_b_enc, d_threshold, d_W_dec, d_b_dec
+    return [d_x, d_W_enc, d_b_enc, d_threshold, d_W_dec, d_b_dec]
 
 
 def _parts(acts: SparseActs, ends: Sequence[int]) -> list[tuple[int, int, SparseActs]]:
     """The entries of each stretch of latents between two ends."""
     if len(ends) == 1:
         return [(0, ends[0], acts)]
-    return [
-        (a, b, acts.latent_range(a, b)) for a, b in zip((0, *ends[:-1]), ends, strict=True)
-    ]
+    return [(a, b, acts.latent_range(a, b)) for a, b in zip((0, *ends[:-1]), ends, strict=True)]
 
 
-def _prefixes(
-    acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None, ends: Sequence[int], dtype: torch.dtype
-) -> Tensor:
+def _prefixes(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None, given: Given) -> Tensor:
     """`[G, n, d_out]`: each reconstruction adds its stretch of latents to the one before."""
     found: list[Tensor] = []
-    flat = SparseActs(
-        *(acts.offsets, acts.indices, acts.values, acts.gate), (acts.n, acts.d_sae)
-    )
-    wide = dtype if len(ends) == 1 else torch.promote_types(dtype, torch.float32)
+    flat = SparseActs(*(acts.offsets, acts.indices, acts.values, acts.gate), (acts.n, acts.d_sae))
+    dtype, nested = given.dtype, len(given.ends) > 1
+    wide = torch.promote_types(dtype, torch.float32) if nested else dtype
     with torch.autocast(W_dec.device.type, enabled=False):
-        for start, end, part in _parts(flat, ends):
+        for start, end, part in _parts(flat, given.ends):
             bias = None if found else b_dec
-            recon = decode(part, W_dec[start:end], bias, dtype=wide)
+            recon = sparse_decode(part, W_dec[start:end], bias, dtype=wide)
             found.append(recon if not found else found[-1] + recon)
-    return found[0][None] if len(found) == 1 else torch.stack(found).to(dtype)
+    return torch.stack(found).to(dtype) if nested else found[0][None]

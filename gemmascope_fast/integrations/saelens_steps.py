@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor
 
 from .. import losses
+from ..effective import decoder_norms
 from ..sparse import SparseActs
 from . import saelens_host as host
 from .lazy_acts import LazyActs
@@ -51,7 +53,7 @@ def versions(module: Any) -> tuple[int, ...]:
     return tuple(p._version for p in (module.W_enc, module.b_enc, module.W_dec))
 
 
-class StepOutput(host.sae.TrainStepOutput):  # type: ignore[misc]
+class StepOutput(TrainStepOutput):  # type: ignore[misc]
     """A `TrainStepOutput` that holds entries; the dense tensors are made when they are read."""
 
     @property
@@ -108,8 +110,9 @@ def training_forward_pass(module: Any, step_input: Any) -> Any:
     if not host.fits(module, encoder, sae_in):
         return NotImplemented
     ends = module.cfg.matryoshka_widths if own is host.MATRYOSHKA_STEP else None
-    decoder = (module.W_dec, module.b_dec)
-    recons, acts = sparse_pass(encoder, sae_in, module.W_enc, module.b_enc, decoder, ends)
+    weights = (module.W_enc, module.b_enc, (module.W_dec, module.b_dec))
+    centred = host.centred(module, step_input.sae_in)
+    recons, acts = sparse_pass(encoder, sae_in, *weights, ends, centred)
     step = Step(module, step_input, sae_in, acts, recons)
     sae_out = host.finish(module, recons[-1])
     found = {"mse_loss": _mse(step, sae_out), **aux(step, sae_out)}
@@ -190,7 +193,7 @@ def _auxk(step: Step, recon: Tensor, dead: Tensor) -> Tensor:
     module, target = step.module, step.given.sae_in
     W_enc, b_enc, W_dec = module.W_enc.t()[dead], module.b_enc[dead], module.W_dec[dead]
     if module.cfg.rescale_acts_by_decoder_norm:
-        norms = host.decoder_norms(W_dec.detach())
+        norms = decoder_norms(W_dec.detach())
         W_enc, b_enc, W_dec = W_enc * norms[:, None], b_enc * norms, W_dec / norms[:, None]
     everyone = torch.arange(dead.numel(), device=dead.device)
     rows = (W_enc.t(), b_enc, W_dec, everyone, target.shape[-1] // 2)
