@@ -102,5 +102,21 @@ def accelerate(module: Any) -> Changes:
     return changes
 
 
+def register() -> Changes:
+    """Add training architectures `gemmascope_fast_jumprelu`, `_topk`, `_batchtopk` and
+    `_matryoshka_batchtopk` to SAELens' registry; files that they save name SAELens' own.
+
+    Returns:
+        The changes, a context manager that undoes them.
+
+    Raises:
+        ImportError: sae-lens is not installed, or of another version.
+    """
+    _host()
+    from . import saelens_architectures
+
+    return saelens_architectures.register()
+
+
 def _host() -> None:
     require("sae_lens", "sae-lens", at_least="6.54", below="6.55")
