@@ -43,9 +43,7 @@ class LazyActs(torch.Tensor):
 
     def dense(self) -> Tensor:
         """`[*batch, d_sae]`, with the autograd history of the entries' values."""
-        with torch._C.DisableTorchFunctionSubclass():
-            dtype = self.dtype
-        return self.acts.to_dense().to(dtype)
+        return self.acts.to_dense().to(self.dtype)
 
     @classmethod
     def __torch_function__(
@@ -58,8 +56,7 @@ class LazyActs(torch.Tensor):
         """Answer from the entries, or of the dense tensor."""
         kwargs = kwargs or {}
         if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+            return super().__torch_function__(func, types, args, kwargs)
         answer = _SPARSE.get(func)
         if answer is not None and isinstance(args[0], LazyActs):
             found = answer(*args, **kwargs)
