@@ -56,7 +56,7 @@ class LazyActs(torch.Tensor):
         """Answer from the entries, or of the dense tensor."""
         kwargs = kwargs or {}
         if func in _METADATA:
-            return super().__torch_function__(func, types, args, kwargs)
+            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         answer = _SPARSE.get(func)
         if answer is not None and isinstance(args[0], LazyActs):
             found = answer(*args, **kwargs)

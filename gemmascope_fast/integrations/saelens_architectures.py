@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_class
 from sae_lens.saes.sae import TrainingSAEConfig
 
 from . import saelens_host as host
@@ -58,9 +58,10 @@ def _config(config: Any, name: str) -> type:
             return PREFIX + name
 
         def get_inference_config_class(self) -> Any:
-            if config.get_inference_config_class is not TrainingSAEConfig.get_inference_config_class:
-                return super().get_inference_config_class()
-            return host.sae.get_sae_class(name)[1]
+            own = config.get_inference_config_class
+            if own is TrainingSAEConfig.get_inference_config_class:  # by the architecture's name
+                return get_sae_class(name)[1]
+            return own(self)
 
     Config.__name__ = Config.__qualname__ = f"GemmaScopeFast{config.__name__}"
     return Config
