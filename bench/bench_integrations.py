@@ -6,12 +6,13 @@ Each row is one call of a host library, with its own classes and trainer, in two
 alternate: as the host ships it, and with the backend installed. Before anything is timed both do
 the call once and their results must agree. Medians of `--repeats` calls; glibc's malloc keeps freed
 blocks while they are timed, so that no contender pays for page faults. Memory: growth of the
-resident set during a second call, in a process of its own (malloc as it comes); a training step's
-has the gradients and the optimizer's temporaries, which both contenders need.
+resident set during a second call, in a process of its own (malloc as it comes); of a training step,
+during forward and backward, less the gradients of the weights: what activations take.
 
 A host is a module beside this one, `integration_<host>.py`, with
 
-    FEATURES  {name: make}, make(args) -> a call that returns numbers to compare
+    FEATURES  {name: make}, make(args) -> a call that returns numbers to compare; with `args.peak`,
+              the call whose memory is measured, and the bytes to leave out as its `gradients`
     install() the backend for the whole process
 """
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import platform
 import statistics
 import subprocess
 import sys
@@ -30,13 +32,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from against_dense import keep_freed_memory, machine
+from memory import keep_freed_memory, memory_of
 
 HOSTS = {"saelens": "sae-lens"}
 SIZES = ("n", "d", "d_sae", "l0")
 CONTENDERS = ("stock", "backend")
 TOLERANCE = 1e-3
 """Of the numbers that a call returns; a loss whose gates rounding decides."""
+
+
+def machine() -> dict[str, Any]:
+    threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    return {"machine": platform.machine(), "capability": capability, "threads": threads}
 
 
 def call_of(args: argparse.Namespace) -> Any:
@@ -49,13 +56,12 @@ def call_of(args: argparse.Namespace) -> Any:
 
 def serve(args: argparse.Namespace) -> None:
     """In a process of its own: do the call at every line of the input, print what it took."""
-    if args.peak:
-        from bench_step import print_peak
-
-        print_peak(call_of(args))
-        return
-    keep_freed_memory()
     call = call_of(args)
+    if args.peak:
+        call()
+        print((memory_of(lambda _: call()).peak - getattr(call, "gradients", 0)) / 2**20)
+        return
+    keep_freed_memory(True)
     for _ in sys.stdin:
         start = time.perf_counter()
         numbers = call()
@@ -138,7 +144,7 @@ def main() -> None:
     host = importlib.import_module(f"integration_{args.host}")
     facts = {name: getattr(args, name) for name in (*SIZES, "repeats")}
     report: dict[str, Any] = {"machine": machine(), "host": args.host, "arguments": facts}
-    report["version"] = version(HOSTS[args.host])
+    report |= {"version": version(HOSTS[args.host]), "torch": torch.__version__}
     for feature in [args.feature] if args.feature else host.FEATURES:
         report[feature] = row(args, feature)
         print(line(feature, report[feature]), flush=True)

@@ -13,6 +13,7 @@ import torch
 from sae_lens import saes
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes import transcoder
+from sae_lens.saes.sae import TrainStepInput
 from sae_lens.training.sae_trainer import SAETrainer
 
 from gemmascope_fast.integrations import saelens
@@ -63,7 +64,15 @@ def training(args: argparse.Namespace, cls: Any, config: Any, **options: Any) ->
         trainer.n_training_steps += 1
         return {"loss": float(output.loss.detach())}
 
-    return call
+    def passes() -> dict[str, float]:
+        coefficients, dead = trainer.get_coefficients(), trainer.dead_neurons
+        output = module.training_forward_pass(TrainStepInput(x, coefficients, dead, 0, False))
+        output.loss.backward()
+        module.zero_grad()
+        return {"loss": float(output.loss.detach())}
+
+    passes.gradients = sum(p.nbytes for p in module.parameters())  # type: ignore[attr-defined]
+    return passes if args.peak else call
 
 
 def inference(args: argparse.Namespace, cls: Any, config: Any, **options: Any) -> Call:
