@@ -24,7 +24,7 @@ export CUDAARCHS
 
 CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test demo build lint format sanitize bench bench-cpu bench-peers gpu-check peers wheel clean
+.PHONY: test demo build lint format sanitize bench bench-cpu bench-peers gpu-check peers test-integrations wheel clean
 .DEFAULT_GOAL := test
 
 # Triton's interpreter must be chosen before Triton is imported: a process of its own, beside the first. The oldest
@@ -58,6 +58,10 @@ bench-peers: build $(PEERS_VENV)/.installed
 	PYTHONPATH=$(CURDIR) $(PEERS_VENV)/bin/python $(BENCH) bench/bench_saelens.py --shapes named \
 	  --benchmark-json=bench/results/cpu_saelens.json $(ARGS)
 	$(BIN)/python -m gemmascope_fast bench --report --update-readme
+
+# Other SAE libraries with this backend installed, in the same environment.
+test-integrations: build $(PEERS_VENV)/.installed
+	PYTHONPATH=$(CURDIR) WANDB_MODE=disabled $(PEERS_VENV)/bin/python -m pytest tests/peers -k integration
 
 # Builds, tests and measures on this machine's GPU; needs no network. Resumes; see bench/gpu_check.py --help.
 gpu-check:
