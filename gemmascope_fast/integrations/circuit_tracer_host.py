@@ -83,7 +83,7 @@ def gate_of(module: Any, layer: int | None = None, *, straight_through: bool = T
     d_sae: int = module.d_transcoder
     if chosen in (F.relu, torch.relu):
         return Gate(torch.zeros(d_sae, dtype=module.dtype, device=module.device))
-    if not isinstance(chosen, nn.Module) or chosen._forward_hooks or chosen._forward_pre_hooks:
+    if not _unhooked_module(chosen):
         return None
     if type(chosen) is getattr(activation_functions, "TopK", None):  # there since 0.5
         return Gate(module.b_enc, k=chosen.k) if 0 < chosen.k <= d_sae else None
@@ -93,6 +93,13 @@ def gate_of(module: Any, layer: int | None = None, *, straight_through: bool = T
     if not (straight_through and torch.is_grad_enabled() and theta.requires_grad):
         return Gate(theta.detach().expand(d_sae))
     return Gate(theta, chosen.bandwidth) if theta.dim() == 1 and chosen.bandwidth > 0 else None
+
+
+def _unhooked_module(chosen: Any) -> bool:
+    if not isinstance(chosen, nn.Module):
+        return False
+    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return not any(getattr(chosen, table) for table in tables)
 
 
 def decodes(module: Any) -> bool:
