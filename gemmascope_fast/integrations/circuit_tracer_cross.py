@@ -99,8 +99,6 @@ def decode(self: Any, features: Tensor, input_acts: Tensor | None = None) -> Ten
     if not _decodes(self, features) or host.lacks_input(self, input_acts):
         return None
     if torch.is_grad_enabled() and (features.values().requires_grad or _trains(self)):
-        if self.lazy_decoder:
-            return None
         return _with_bias(self, _differentiable(self, features), input_acts)
     layers, tokens, latents = features.indices()
     n, width = int(tokens.max()) + 1, self.n_layers * self.d_model
@@ -191,16 +189,20 @@ def _spans(layers: Tensor) -> list[tuple[int, slice]]:
 
 
 def _differentiable(module: Any, features: Tensor) -> Tensor:
-    """Reconstruction `[n_layers, n, d_model]` without biases, of a decoder in memory."""
+    """Reconstruction `[n_layers, n, d_model]` without biases, in the same bits."""
     layers, tokens, latents = features.indices()
     spans = dict(_spans(layers))
     n = int(tokens.max()) + 1
     acts, W_dec = [], []
     for layer in range(module.n_layers):
-        at = spans.get(layer, slice(0, 0))
-        shape = (n, module.d_transcoder)
-        acts.append(entries.csr(tokens[at], latents[at], features.values()[at], shape))
-        W_dec.append(module.W_dec[layer].flatten(1))
+        at = spans.get(layer)
+        if at is None:
+            rows = features.values().new_empty(0, module.n_layers - layer, module.d_model)
+            at, place = slice(0, 0), latents[:0]
+        else:
+            rows, place = host.decoder_rows(module, latents[at], layer)
+        acts.append(entries.csr(tokens[at], place, features.values()[at], (n, rows.shape[0])))
+        W_dec.append(rows.flatten(1))
     sums = multi_decode(acts, W_dec, torch.zeros_like(module.b_dec, requires_grad=False))
     return sums.transpose(0, 1).contiguous()
 

@@ -441,6 +441,30 @@ def test_a_lazy_cross_layer_one_is_read_layer_by_layer(
         assert passed_on == []
 
 
+@pytest.mark.parametrize("empty", [None, 0, 1], ids=str)
+def test_gradients_and_lazy_decoders_change_no_bit(empty: int | None, tmp_path: Path) -> None:
+    """bfloat16: in memory or lazy, under autograd or not, also where a layer has no entries."""
+    kept = cross_layer("relu", torch.bfloat16)
+    with torch.no_grad():
+        kept.b_enc.sub_(0 if empty is None else 100 * (torch.arange(L) == empty)[:, None])
+    kept.to_safetensors(str(tmp_path))
+    lazy = cross.load_clt(str(tmp_path), device=torch.device("cpu"))
+    x = torch.randn(L, N, D, dtype=torch.bfloat16)
+    with circuit_tracer.install():
+        outs = [made.decode(made.encode(x)) for made in (kept, lazy)]
+        with torch.no_grad():
+            outs += [made.decode(made.encode(x)) for made in (kept, lazy)]
+            outs.append(lazy(x))
+    grads = []
+    for out in outs[:2]:
+        (gradient,) = torch.autograd.grad(
+            out.square().sum(), [kept.b_enc if out is outs[0] else lazy.b_enc]
+        )
+        grads.append(gradient)
+    assert all(torch.equal(out, outs[0]) for out in outs) and outs[0].std() > 0.1
+    assert torch.equal(*grads) and grads[0].any()
+
+
 # ---- memory
 
 
