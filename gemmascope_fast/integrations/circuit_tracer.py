@@ -5,9 +5,9 @@
     with circuit_tracer.accelerate(model): ...    # those of one model, for the length of the block
 
 `encode`, `decode`, `forward`, `encode_sparse` and `decode_sparse` of `SingleLayerTranscoder`, and
-`encode`, `encode_layer`, `encode_sparse`, `select_decoder_vectors`, `compute_reconstruction`,
-`decode` and `forward` of `CrossLayerTranscoder` are replaced; `TranscoderSet`, the attribution and
-the interventions call them. What they return is the host's: dense tensors where it has them, COO
+`encode`, `encode_layer`, `encode_sparse`, `select_decoder_vectors`, `compute_reconstruction` and
+`forward` of `CrossLayerTranscoder` are replaced; `TranscoderSet`, the attribution and the
+interventions call them. What they return is the host's: dense tensors where it has them, COO
 tensors coalesced and in its order elsewhere, and then no `[n, d_sae]` tensor is made on the way. A
 lazy encoder is read when the host reads it; of a lazy decoder only rows of active latents are.
 Passed on to the host: activations denser than a quarter, dtypes other than float32 and bfloat16,
@@ -48,7 +48,6 @@ SIGNATURES = {
         "encode_sparse": "self x zero_positions",
         "select_decoder_vectors": "self features",
         "compute_reconstruction": "self pos_ids layer_ids decoder_vectors input_acts",
-        "decode": "self features input_acts",
         "forward": "self x",
         "apply_activation_function": "self layer_id features",
         "_get_decoder_vectors": "self layer_id feat_ids",

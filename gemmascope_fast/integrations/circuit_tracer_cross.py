@@ -1,6 +1,8 @@
 """The methods of `CrossLayerTranscoder`: each returns None where the host has to work.
 
-Its reconstructions have as many positions as the last active one needs, like the host's.
+Its `decode` stays the host's, which calls two of them: reconstructions of attribution and of
+`forward` then have the same bits. They have as many positions as the last active one needs, like
+the host's.
 """
 
 from __future__ import annotations
@@ -10,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional import decode_
-from ..multilayer import multi_decode
 from ..sparse import SparseActs
 from . import circuit_tracer_host as host
 from . import circuit_tracer_ops as entries
@@ -67,9 +67,8 @@ def select_decoder_vectors(self: Any, features: Tensor) -> tuple[Tensor, ...] | 
         size = (at.stop - at.start, self.n_layers - layer, self.d_model)
         end, start = end + size[0] * size[1], end
         out = None if vectors is None else vectors[start:end].view(size)
-        rows, place = host.decoder_rows(self, latents[at], layer)
-        part = host.scaled(rows, place, values.detach()[at] if out is not None else values[at], out)
-        parts += [part.view(-1, self.d_model)] if out is None else []
+        part = host.scaled(*host.decoder_rows(self, latents[at], layer), values[at], out)
+        parts.append(part.view(-1, self.d_model))
     vectors = torch.cat(parts) if vectors is None else vectors
     return tokens[source], layer_ids, latents[source], vectors, source
 
@@ -88,27 +87,10 @@ def compute_reconstruction(
         return None
     n = int(pos_ids.max()) + 1
     sums = entries.sum_rows(decoder_vectors, layer_ids * n + pos_ids, n * self.n_layers)
-    return _with_bias(self, sums.view(self.n_layers, n, self.d_model), input_acts)
-
-
-def decode(self: Any, features: Tensor, input_acts: Tensor | None = None) -> Tensor | None:
-    """Reconstruction of activations, without a decoder vector of each entry."""
-    if not host.own(self, "select_decoder_vectors", "compute_reconstruction"):
-        return None
-    features = features if features.is_sparse else features.to_sparse()
-    if not _decodes(self, features) or host.lacks_input(self, input_acts):
-        return None
-    if torch.is_grad_enabled() and (features.values().requires_grad or _trains(self)):
-        return _with_bias(self, _differentiable(self, features), input_acts)
-    layers, tokens, latents = features.indices()
-    n, width = int(tokens.max()) + 1, self.n_layers * self.d_model
-    recon = torch.zeros(n, width, device=tokens.device)
-    for layer, at in _spans(layers):
-        rows, place = host.decoder_rows(self, latents[at], layer)
-        acts = entries.csr(tokens[at], place, features.values()[at], (n, rows.shape[0]))
-        decode_(recon[:, layer * self.d_model :], acts, rows.flatten(1))
-    sums = recon.view(n, self.n_layers, self.d_model).transpose(0, 1)
-    return _with_bias(self, sums.to(self.dtype).contiguous(), input_acts)
+    recon = sums.view(self.n_layers, n, self.d_model) + self.b_dec[:, None]
+    if self.W_skip is None:
+        return recon
+    return recon + input_acts @ self.W_skip  # type: ignore[no-any-return]
 
 
 def forward(self: Any, x: Tensor) -> Tensor | None:
@@ -116,12 +98,12 @@ def forward(self: Any, x: Tensor) -> Tensor | None:
     if self.W_skip is not None or not host.own(self, "encode") or not _all_layers(self, x):
         return None
     found = _sparse(self, x, slice(0, 0), rows=False)
-    return None if found is None else self.decode(found[0])
+    return None if found is None else self.decode(found[0])  # type: ignore[no-any-return]
 
 
 METHODS = (
     *(encode, encode_layer, encode_sparse, select_decoder_vectors, compute_reconstruction),
-    *(decode, forward),
+    forward,
 )
 
 
@@ -186,29 +168,3 @@ def _spans(layers: Tensor) -> list[tuple[int, slice]]:
     ends = counts.cumsum(0).tolist()
     starts = [0, *ends[:-1]]
     return [(k, slice(a, b)) for k, a, b in zip(found.tolist(), starts, ends, strict=True)]
-
-
-def _differentiable(module: Any, features: Tensor) -> Tensor:
-    """Reconstruction `[n_layers, n, d_model]` without biases, in the same bits."""
-    layers, tokens, latents = features.indices()
-    spans = dict(_spans(layers))
-    n = int(tokens.max()) + 1
-    acts, W_dec = [], []
-    for layer in range(module.n_layers):
-        at = spans.get(layer)
-        if at is None:
-            rows = features.values().new_empty(0, module.n_layers - layer, module.d_model)
-            at, place = slice(0, 0), latents[:0]
-        else:
-            rows, place = host.decoder_rows(module, latents[at], layer)
-        acts.append(entries.csr(tokens[at], place, features.values()[at], (n, rows.shape[0])))
-        W_dec.append(rows.flatten(1))
-    sums = multi_decode(acts, W_dec, torch.zeros_like(module.b_dec, requires_grad=False))
-    return sums.transpose(0, 1).contiguous()
-
-
-def _with_bias(module: Any, recon: Tensor, input_acts: Tensor | None) -> Tensor:
-    recon = recon + module.b_dec[:, None]
-    if module.W_skip is None:
-        return recon
-    return recon + input_acts @ module.W_skip  # type: ignore[no-any-return]

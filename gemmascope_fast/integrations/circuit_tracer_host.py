@@ -27,7 +27,7 @@ from .circuit_tracer_ops import Gate, compact
 Single, Set = single.SingleLayerTranscoder, single.TranscoderSet
 Cross = cross.CrossLayerTranscoder
 
-NEEDED = ("jumprelu_encode", "topk_encode", "decode", "decode_")
+NEEDED = ("jumprelu_encode", "topk_encode", "decode")
 STOCK = "__circuit_tracer__"
 """Attribute of our methods: the method of circuit-tracer that one replaces."""
 ORIGINAL = {
