@@ -98,7 +98,7 @@ def forward(self: Any, x: Tensor) -> Tensor | None:
     if self.W_skip is not None or not host.own(self, "encode") or not _all_layers(self, x):
         return None
     found = _sparse(self, x, slice(0, 0), rows=False)
-    return None if found is None else self.decode(found[0])  # type: ignore[no-any-return]
+    return None if found is None else self.decode(found[0])
 
 
 METHODS = (
