@@ -87,10 +87,10 @@ def compute_reconstruction(
         return None
     n = int(pos_ids.max()) + 1
     sums = entries.sum_rows(decoder_vectors, layer_ids * n + pos_ids, n * self.n_layers)
-    recon = sums.view(self.n_layers, n, self.d_model) + self.b_dec[:, None]
+    recon: Tensor = sums.view(self.n_layers, n, self.d_model) + self.b_dec[:, None]
     if self.W_skip is None:
         return recon
-    return recon + input_acts @ self.W_skip  # type: ignore[no-any-return]
+    return recon + input_acts @ self.W_skip
 
 
 def forward(self: Any, x: Tensor) -> Tensor | None:
