@@ -88,9 +88,9 @@ def compute_reconstruction(
     n = int(pos_ids.max()) + 1
     sums = entries.sum_rows(decoder_vectors, layer_ids * n + pos_ids, n * self.n_layers)
     recon: Tensor = sums.view(self.n_layers, n, self.d_model) + self.b_dec[:, None]
-    if self.W_skip is None:
-        return recon
-    return recon + input_acts @ self.W_skip
+    if self.W_skip is not None:
+        recon = recon + input_acts @ self.W_skip
+    return recon
 
 
 def forward(self: Any, x: Tensor) -> Tensor | None:
