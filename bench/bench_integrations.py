@@ -19,6 +19,7 @@ A host is a module beside this one, `integration_<host>.py`, with
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import platform
@@ -34,7 +35,12 @@ from typing import Any
 import torch
 from memory import keep_freed_memory, memory_of
 
-HOSTS = {"saelens": "sae-lens"}
+HOSTS = {
+    "saelens": "sae-lens",
+    "sparsify": "eai-sparsify",
+    "dictionary_learning": "dictionary-learning",
+    "circuit_tracer": "circuit-tracer",
+}
 SIZES = ("n", "d", "d_sae", "l0")
 CONTENDERS = ("stock", "backend")
 TOLERANCE = 1e-3
@@ -56,7 +62,8 @@ def call_of(args: argparse.Namespace) -> Any:
 
 def serve(args: argparse.Namespace) -> None:
     """In a process of its own: do the call at every line of the input, print what it took."""
-    call = call_of(args)
+    with contextlib.redirect_stdout(sys.stderr):  # what hosts print
+        call = call_of(args)
     if args.peak:
         call()
         print((memory_of(lambda _: call()).peak - getattr(call, "gradients", 0)) / 2**20)
