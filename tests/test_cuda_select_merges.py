@@ -61,7 +61,7 @@ def test_merges_of_any_lengths(team, draw, k):
         first = 1000 * chunk
         spots = [np.sort(rng.choice(1000, c, replace=False)) + first for c in counts]
         latents = np.concatenate(spots).astype(np.int32)
-        best.merge((offsets, latents, values, len(values), len(values), first), lost)
+        best.merge((offsets, latents, values, len(values), len(values), first), lost, 0)
         for i in range(n):
             held[i] = np.concatenate([held[i], values[offsets[i] : offsets[i + 1]]])
             where[i] = np.concatenate([where[i], spots[i]])
@@ -89,7 +89,7 @@ def test_merges_of_a_batch(draw, rank):
         first = 1000 * chunk
         spots = [np.sort(rng.choice(1000, c, replace=False)) + first for c in counts]
         latents = np.concatenate(spots).astype(np.int32)
-        best.merge((offsets, latents, values, len(values), len(values), first), lost)
+        best.merge((offsets, latents, values, len(values), len(values), first), lost, 0)
         held = [
             np.concatenate([a, b])
             for a, b in zip(held, np.split(values, offsets[1:-1]), strict=True)
@@ -113,17 +113,17 @@ def test_the_earliest_loss_is_remembered_and_nothing_after_it_is_merged():
     pre = torch.arange(1.0, D_SAE + 1).repeat(N, 1)
     for best in (RowBest(N, 4, "warp"), RowBest(N, 4, "block"), BatchBest(N, 4 * N, 4 * N)):
         scan = Scan(pre)
-        best.merge(scan.candidates(best.bound, 0, 32), scan.lost)
+        scan.merge(best, 0, 0, 32)
         before = [np.copy(a) for a in (best.latents, best.values, best.bound)]
-        best.merge(scan.candidates(best.bound, 32, 64), scan.lost)
+        scan.merge(best, 0, 32, 64)
         assert scan.lost[0] == D_SAE
         with pytest.raises(AssertionError):
             for mine, old in zip((best.latents, best.values), before, strict=False):
                 np.testing.assert_array_equal(mine, old)
         before = [np.copy(a) for a in (best.latents, best.values, best.bound)]
-        best.merge(scan.candidates(best.bound, 64, 128), scan.lost)
-        best.merge(scan.candidates(best.bound, 128, 160), scan.lost)
-        best.merge(scan.candidates(best.bound, 160, 300), scan.lost)
+        scan.merge(best, 0, 64, 128)
+        scan.merge(best, 0, 128, 160)
+        scan.merge(best, 0, 160, 300)
         assert scan.lost[0] == 64
         after = best.latents, best.values, best.bound
         for mine, old in zip(after, before, strict=True):
@@ -133,7 +133,7 @@ def test_the_earliest_loss_is_remembered_and_nothing_after_it_is_merged():
 def test_rows_that_lost_candidates_are_nan():
     best = RowBest(3, 4, "warp")
     pre = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0], [-1.0] * 5, [2.0, -1.0, -1.0, -1.0, -1.0]])
-    best.merge(Scan(pre).candidates(best.bound, 0, 5), np.full(1, 5, np.int64))
+    Scan(pre).merge(best, 0, 0, 5)
     kept = best.latents, best.values, best.counts
     offsets, latents, values, gate = select.fill_rows(*kept, [5, 5], 5, 2)
     assert offsets.tolist() == [0, 4, 8, 12]
@@ -159,5 +159,5 @@ def test_fixed_capacity_of_batchtopk():
     assert small[4] == 35 and small[0].tolist() == exact[0].clamp(max=20).tolist()
     assert small[1].shape == (20,) and small[2].isnan().all() and (small[3] == 1).all()
     kept = [exact[0].numpy(), exact[1].numpy(), exact[2].numpy()]
-    lost = tensors(select.write_batch(*kept, 64, D_SAE, 40))
+    lost = tensors(select.write_batch(*kept, [64], D_SAE, 40))
     assert lost[0].tolist() == exact[0].tolist() and lost[2].isnan().all()
