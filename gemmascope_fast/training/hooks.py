@@ -93,7 +93,7 @@ def left_out(op: str, model: nn.Module, tokenizer: Any, chosen: Iterable[int] | 
     """
     found: Any = special_token_ids(model, tokenizer) if chosen is None else chosen
     found = found.tolist() if isinstance(found, Tensor) else found
-    ids = list(found) if isinstance(found, Iterable) else [found]
+    ids: list[Any] = list(found) if isinstance(found, Iterable) else [None]
     if not all(isinstance(id, Integral) and not isinstance(id, bool) for id in ids):
         raise TypeError(f"{op}: special_tokens must be integers, got {chosen!r:.80}")
     return torch.tensor(sorted(map(int, ids)), dtype=torch.int64)
