@@ -70,7 +70,7 @@ def numbers(out: Any) -> dict[str, float]:
     found = {}
     for at, part in enumerate(parts):
         values = part.values() if part.is_sparse else part
-        found[f"norm {at}"] = float(torch.linalg.vector_norm(values, dtype=torch.float32))
+        found[f"norm {at}"] = float(torch.linalg.vector_norm(values.float()))
         if part.is_sparse:
             found[f"entries {at}"] = float(len(values))
     return found
