@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -136,17 +137,18 @@ def test_rows_are_added_by_target_and_rounded_once(dtype: torch.dtype) -> None:
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder where packages named circuit_tracer can be put."""
+    """A folder where packages named circuit_tracer can be put; an installed one comes back."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    forget()
+    installed = forget()
     yield tmp_path
     forget()
+    sys.modules.update(installed)
 
 
-def forget() -> None:
+def forget() -> dict[str, ModuleType]:
     importlib.invalidate_caches()
-    for name in [m for m in sys.modules if m.split(".")[0] == "circuit_tracer"]:
-        del sys.modules[name]
+    names = [name for name in sys.modules if name.split(".")[0] == "circuit_tracer"]
+    return {name: sys.modules.pop(name) for name in names}
 
 
 def write(folder: Path, files: dict[str, str]) -> None:
