@@ -12,12 +12,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from ..sparse import SparseActs
+from .lazy_tensor import LazyTensor
 
 
-class LazyActs(torch.Tensor):
+class LazyActs(LazyTensor):
     """Activations that become dense where a use of them needs it.
 
     Args:
@@ -35,9 +35,6 @@ class LazyActs(torch.Tensor):
         made.acts = acts
         return cast("LazyActs", made)
 
-    def __init__(self, acts: SparseActs, dtype: torch.dtype) -> None:
-        super().__init__()
-
     def __repr__(self) -> str:  # type: ignore[override]
         return f"LazyActs({self.acts!r}, dtype={self.dtype})"
 
@@ -45,41 +42,16 @@ class LazyActs(torch.Tensor):
         """`[*batch, d_sae]`, with the autograd history of the entries' values."""
         return self.acts.to_dense().to(self.dtype)
 
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Answer from the entries, or of the dense tensor."""
-        kwargs = kwargs or {}
-        if func in _METADATA:
-            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
-        answer = _SPARSE.get(func)
-        if answer is not None and isinstance(args[0], LazyActs):
-            found = answer(*args, **kwargs)
-            if found is not NotImplemented:
-                return found
-        args, kwargs = tree_map_only(LazyActs, LazyActs.dense, (args, kwargs))
-        return func(*args, **kwargs)
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Serve what reaches the tensor from below Python, without its autograd history."""
-        args, kwargs = tree_map_only(LazyActs, lambda t: t.dense().detach(), (args, kwargs or {}))
-        return func(*args, **kwargs)
+def _of_lazy(answer: Callable[..., Any]) -> Callable[..., Any]:
+    """An answer about the first argument, if that is the lazy one."""
+    return lambda first, *args, **options: (
+        answer(first, *args, **options) if isinstance(first, LazyActs) else NotImplemented
+    )
 
 
-def _nonzero(lazy: LazyActs) -> LazyActs:
-    return _marked(lazy, lazy.acts.values.detach() != 0)
+def _nonzero(lazy: LazyActs, **options: Any) -> Any:
+    return NotImplemented if options else _marked(lazy, lazy.acts.values.detach() != 0)
 
 
 def _marked(lazy: LazyActs, where: Tensor) -> LazyActs:
@@ -91,9 +63,9 @@ def _marked(lazy: LazyActs, where: Tensor) -> LazyActs:
 def _compared(ordering: Callable[[Tensor, Any], Tensor]) -> Callable[..., Any]:
     """A comparison with a number that zeros do not pass."""
 
-    def answer(lazy: LazyActs, other: Any) -> Any:
+    def answer(lazy: LazyActs, other: Any = None, **options: Any) -> Any:
         is_number = isinstance(other, (int, float)) and not isinstance(other, bool)
-        if not is_number or bool(ordering(torch.zeros(()), other)):
+        if options or not is_number or bool(ordering(torch.zeros(()), other)):
             return NotImplemented
         return _marked(lazy, ordering(lazy.acts.values.detach(), other))
 
@@ -124,16 +96,7 @@ def _sum(lazy: LazyActs, dim: Any = None, keepdim: bool = False, **options: Any)
     return NotImplemented
 
 
-_METADATA = {
-    *(torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point),
-    *(torch.Tensor.__len__, torch.Tensor.nelement, torch.Tensor.ndimension),
-    *(
-        getattr(torch.Tensor, name).__get__
-        for name in ("shape", "dtype", "device", "ndim", "layout", "is_sparse", "is_cuda")
-    ),
-}
-
-_SPARSE: dict[Any, Callable[..., Any]] = {
+_ANSWERS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.bool: _nonzero,
     torch.Tensor.float: _float,
     torch.Tensor.sum: _sum,
@@ -147,3 +110,4 @@ _SPARSE: dict[Any, Callable[..., Any]] = {
     torch.Tensor.ne: _compared(torch.ne),
     torch.ne: _compared(torch.ne),
 }
+LazyActs.ANSWERS = {func: _of_lazy(answer) for func, answer in _ANSWERS.items()}

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+
+from .lazy_tensor import LazyTensor
 
 
-class PreActs(torch.Tensor):
+class PreActs(LazyTensor):
     """`relu(x @ weight.T + bias)`, `-inf` at latents outside `among`.
 
     Args:
@@ -59,9 +60,6 @@ class PreActs(torch.Tensor):
         made.rounds = (rounded, low)
         return made
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__()
-
     def __repr__(self) -> str:  # type: ignore[override]
         return f"PreActs(shape={tuple(self.shape)}, dtype={self.dtype}, computed when used)"
 
@@ -102,40 +100,12 @@ class PreActs(torch.Tensor):
                 "before that, or encode again"
             )
 
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Answer by an encoder, or of the dense tensor."""
-        kwargs = kwargs or {}
-        if func in _METADATA:
-            return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
-        found = _SPARSE[func](*args, **kwargs) if func in _SPARSE else NotImplemented
-        if found is not NotImplemented:
-            return found
-        args, kwargs = tree_map_only(PreActs, PreActs.dense, (args, kwargs))
-        return func(*args, **kwargs)
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Serve what reaches the tensor from below Python, without its autograd history."""
-        args, kwargs = tree_map_only(PreActs, lambda t: t.dense().detach(), (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-
-def _where(condition: Any, pre: Any = None, other: Any = None) -> Any:
+def _where(condition: Any, pre: Any = None, other: Any = None, **options: Any) -> Any:
     """`torch.where(dead, pre, -inf)` of one mask for all tokens."""
-    if not (isinstance(pre, PreActs) and pre.among is None) or other != -math.inf:
+    if options or not (isinstance(pre, PreActs) and pre.among is None):
+        return NotImplemented
+    if not isinstance(other, float) or other != -math.inf:
         return NotImplemented
     d_sae = pre.shape[-1]
     if isinstance(condition, PreActs) or condition.dtype != torch.bool:
@@ -148,26 +118,24 @@ def _where(condition: Any, pre: Any = None, other: Any = None) -> Any:
     return masked
 
 
-def _topk(pre: PreActs, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+def _topk(
+    pre: PreActs,
+    k: int,
+    dim: int = -1,
+    largest: bool = True,
+    sorted: bool = True,
+    **options: Any,
+) -> Any:
     """The largest latents of each token; `torch.topk` sorts where it is asked to."""
     known = pre.shape[-1] if pre.among is None else pre.among.shape[0]
-    if dim not in (-1, pre.dim() - 1) or not largest or not 0 <= k <= known:
+    if options or dim not in (-1, pre.dim() - 1) or not largest or not 0 <= k <= known:
         return NotImplemented
     if sorted and pre.device.type != "cpu":
         return NotImplemented
     return torch.return_types.topk(pre.largest(k))
 
 
-_METADATA = {
-    *(torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point),
-    *(torch.Tensor.__len__, torch.Tensor.nelement, torch.Tensor.ndimension),
-    *(
-        getattr(torch.Tensor, name).__get__
-        for name in ("shape", "dtype", "device", "ndim", "layout", "is_sparse", "is_cuda")
-    ),
-}
-
-_SPARSE: dict[Any, Callable[..., Any]] = {
+PreActs.ANSWERS = {
     torch.where: _where,
     torch.Tensor.topk: _topk,
     torch.topk: _topk,
