@@ -68,6 +68,22 @@ def check_decoder(
         check_float_dtype(op, "dtype", dtype)
 
 
+def skip_input(op: str, x: Any, acts: Any, W_skip: Tensor) -> Tensor:
+    """The x of a skip connection, of which the activations were made."""
+    if not isinstance(acts, SparseActs):
+        raise TypeError(f"{op}: acts must be a SparseActs, got {type(acts).__name__}")
+    if x is None:
+        raise ValueError(f"{op}: this transcoder has an affine skip connection: pass x")
+    check_float(op, "x", x)
+    expected = (*acts.shape[:-1], W_skip.shape[0])
+    if tuple(x.shape) != expected:
+        raise ValueError(
+            f"{op}: x must have the shape that was encoded, {expected}, got {tuple(x.shape)}"
+        )
+    check_device(op, "x", x, W_skip)
+    return x  # type: ignore[no-any-return]
+
+
 def recon_2d(op: str, recon: Any, acts: SparseActs, W_dec: Tensor) -> Tensor:
     """`recon [*batch, d_out]`, which `op` writes, as a detached `[n, d_out]` view."""
     check_float(op, "recon", recon)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import Activation, BatchTopK, JumpReLU, TopK
+from .checks import skip_input
 from .effective import decoded, encoded, folded
 from .freezing import Frozen
 from .initial import unit_rows_
@@ -279,13 +280,12 @@ class Transcoder(SAE):
         """Reconstruction `[*batch, d_out]`; with `x [*batch, d_in]` the skip is added.
 
         Raises:
-            ValueError: there is a skip connection and x is missing.
+            ValueError: there is a skip connection, and x is missing or of another shape.
         """
-        recon = super().decode(acts, dtype=dtype)
         if self.W_skip is None:
-            return recon
-        if x is None:
-            raise ValueError("decode: this transcoder has an affine skip connection: pass x")
+            return super().decode(acts, dtype=dtype)
+        x = skip_input("decode", x, acts, self.W_skip)
+        recon = super().decode(acts, dtype=dtype)
         return recon + (x.to(self.W_skip.dtype) @ self.W_skip).to(recon.dtype)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ NAME = PACKAGE.name
 LAYERS = [
     (
         *("reference", "autograd", "activations", "arguments", "costs", "triton_launchers"),
-        "hook_points",
+        *("hook_points", "durable"),
     ),
     ("fakes",),
     ("ops",),

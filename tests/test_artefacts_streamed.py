@@ -141,6 +141,11 @@ def test_wrong_arguments(tmp_path):
         (lambda: clt.decode(acts[:2], x), "decode: acts must be 3 SparseActs, one per layer"),
         (lambda: clt.decode([*acts[:2], acts[2][:1]], x), r"one batch, got \(1, 15, 70\)"),
         (lambda: transcoder.decode(acts[0]), "has an affine skip connection: pass x"),
+        (
+            lambda: transcoder.decode(acts[0], x[:1, :1, 0, :]),
+            r"decode: x must have the shape that was encoded, \(2, 15, 20\), got \(1, 1, 20\)",
+        ),
+        (lambda: transcoder.decode("acts", x), "decode: acts must be a SparseActs, got str"),
         (lambda: sae.encode(x[..., :19]), r"x must have shape \[\*batch, d_in=20\]"),
         (lambda: sae.decode("acts"), "decode: acts must be 1 SparseActs"),
         (lambda: sae.decode(SparseActs.from_dense(torch.ones(2, 71))), r"d_sae=70\], one batch"),

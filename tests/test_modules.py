@@ -249,6 +249,13 @@ BAD: list[tuple[Any, type[Exception], str]] = [
         "decode: this transcoder has an affine skip connection: pass x",
     ),
     (
+        lambda: build(Transcoder).decode(
+            gsf.SparseActs.from_dense(torch.zeros(3, 20)), torch.zeros(1, 6)
+        ),
+        ValueError,
+        "decode: x must have the shape that was encoded, (3, 6), got (1, 6)",
+    ),
+    (
         lambda: SAE(6, 20).decode(gsf.SparseActs.from_dense(torch.zeros(1, 21))),
         ValueError,
         "decode: W_dec must have shape [d_sae=21, d_out], got (20, 6)",

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_float
+from ..checks import check_float, skip_input
 from ..functional import decode
 from ..multilayer import multi_decode
 from ..sparse import SparseActs
@@ -86,10 +86,11 @@ class StreamedSAE(Streamed):
             dtype: of the result; default that of the weights.
 
         Raises:
-            ValueError: there is a skip connection and x is missing, or acts is of another width.
+            ValueError: there is a skip connection and x is missing or of another shape, or acts is
+                of another width.
         """
-        if self.W_skip is not None and x is None:
-            raise ValueError("decode: this transcoder has an affine skip connection: pass x")
+        if self.W_skip is not None:
+            x = skip_input("decode", x, acts, self.W_skip)
         dtype = self.dtype if dtype is None else dtype
 
         def one(part: Sequence[SparseActs], weights: Sequence[Tensor], tokens: slice) -> Tensor:

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import torch
 
+from ..durable import sync, sync_folder
 from . import files, folders, layer_files, writing_gemma_scope_2, writing_saelens, writing_sparsify
 from .files import CONFIG, CONFIG_LIMIT
 from .gemma_scope_2 import CONFIG_KEY, PARAMS, REPLACES_KEY, digest
@@ -87,14 +88,14 @@ def _replace(folder: Path, plan: Plan) -> None:
             _write(temporary[name], lambda file, t=tensors: write_tensors(file, t, header))  # type: ignore[misc]
         _write(temporary[plan.config], lambda file: file.write(plan.text))
         if len(plan.tensors) > 1:
-            _sync_folder(folder)  # the temporary names count from the first rename on
+            sync_folder(folder)  # the temporary names count from the first rename on
         if plan.config != CONFIG:
             (folder / plan.config).unlink(missing_ok=True)
-            _sync_folder(folder)
+            sync_folder(folder)
         for name in names:  # this order: see the header of this file
             os.replace(temporary[name], folder / name)
             renamed = True
-            _sync_folder(folder)
+            sync_folder(folder)
     finally:
         for name, path in temporary.items():
             if name == plan.config or not renamed:
@@ -116,17 +117,7 @@ def _write(path: Path, writer: Callable[[IO[bytes]], object]) -> None:
     """Make a file, on disk when this returns."""
     with open(path, "xb") as file:
         writer(file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(file)
 
 
 def _check_place(folder: Path, plan: Plan) -> None:

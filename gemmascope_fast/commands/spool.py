@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..artefacts import acts_files
+from ..durable import sync, sync_folder
 from ..entries import cumulative
 from ..sparse import SparseActs
 
@@ -76,9 +77,9 @@ class Spool:
             for name in ("indices", "values"):
                 for layer in range(len(shapes)):
                     self._copy(layer, name, file)
-            _sync(file)
+            sync(file)
         os.replace(self.folder / "result", out)
-        _sync_folder(out.parent)
+        sync_folder(out.parent)
         shutil.rmtree(self.folder)
 
     def _described(
@@ -100,7 +101,7 @@ class Spool:
     def _append(self, layer: int, name: str, t: Tensor) -> None:
         with open(self._path(layer, name), "ab", opener=_inside) as file:
             file.write(_bytes(t.to(self.dtypes[name])))
-            _sync(file)
+            sync(file)
 
     def _cut(self, layer: int, name: str) -> None:
         """Drop what a process that died appended after its last complete block.
@@ -226,19 +227,6 @@ def _replace(path: Path, value: Any) -> None:
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb", opener=_inside) as file:
         file.write(json.dumps(value).encode())
-        _sync(file)
+        sync(file)
     os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(path.parent)

@@ -21,6 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..durable import sync, sync_folder
+
 KEPT = 2
 RECORD, TRANSPOSED = "run", "transposed"
 BLOCK_BYTES = 16 << 20
@@ -65,13 +67,12 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], record: Mapping
     try:
         with open(temporary, "xb") as file:
             _write(file, tensors, record)
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(folder)
+    sync_folder(folder)
     for _, old in found(folder)[:-KEPT]:
         old.unlink(missing_ok=True)
     return path
@@ -161,14 +162,6 @@ def _write(file: IO[bytes], tensors: Mapping[str, Tensor], record: Mapping[str, 
         flat = _rows(tensors[name].detach()).reshape(-1)
         for part in torch.split(flat, max(BLOCK_BYTES // flat.element_size(), 1)):
             file.write(part.cpu().contiguous().view(torch.uint8).numpy().data)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def as_json(record: Mapping[str, Any]) -> dict[str, Any]:
