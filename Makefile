@@ -19,6 +19,7 @@ INTERPRETED := $(wildcard tests/test_triton_*.py $(patsubst kernels/%.py,tests/t
 VENV := .venv
 PEERS_VENV := .venv-peers
 OLDEST_TRITON := $(CURDIR)/build/triton-3.6.0
+SPARSIFY_SDIST := $(CURDIR)/build/eai_sparsify-1.3.3
 BIN := $(VENV)/bin
 export CUDAARCHS
 
@@ -59,9 +60,15 @@ bench-peers: build $(PEERS_VENV)/.installed
 	  --benchmark-json=bench/results/cpu_saelens.json $(ARGS)
 	$(BIN)/python -m gemmascope_fast bench --report --update-readme
 
-# Other SAE libraries with this backend installed, in the same environment.
-test-integrations: build $(PEERS_VENV)/.installed
-	PYTHONPATH=$(CURDIR) WANDB_MODE=disabled $(PEERS_VENV)/bin/python -m pytest tests/peers -k integration
+# Other SAE libraries with this backend installed, a process for each: what dictionary_learning imports patches torch, and
+# SAELens does not compile beside it. circuit-tracer is on no index: its modules skip with the reason (exit status 5).
+HOSTS := saelens sparsify dictionary_learning circuit_tracer
+test-integrations: build $(PEERS_VENV)/.installed $(SPARSIFY_SDIST)
+	@for host in $(HOSTS); do echo "== $$host"; \
+	  PYTHONPATH=$(CURDIR) WANDB_MODE=disabled SPARSIFY_SDIST=$(SPARSIFY_SDIST) \
+	    $(PEERS_VENV)/bin/python -m pytest tests/peers/test_integration_$$host*.py || \
+	  { status=$$?; test $$host = circuit_tracer && test $$status = 5; } || exit 1; \
+	done
 
 # Builds, tests and measures on this machine's GPU; needs no network. Resumes; see bench/gpu_check.py --help.
 gpu-check:
@@ -70,7 +77,7 @@ gpu-check:
 # The presets of `Semantics` against the libraries they are named after, in an environment of its own.
 peers: build $(PEERS_VENV)/.installed
 	PYTHONPATH=$(CURDIR) $(PEERS_VENV)/bin/python -c "import sae_lens, sparsify, dictionary_learning"
-	PYTHONPATH=$(CURDIR) $(PEERS_VENV)/bin/python -m pytest tests/peers
+	PYTHONPATH=$(CURDIR) $(PEERS_VENV)/bin/python -m pytest tests/peers -k "not integration"
 
 # ---- Environment: each stamp is redone only when what it depends on changes.
 
@@ -101,6 +108,11 @@ $(PEERS_VENV)/.installed: Makefile
 	$(PEERS_VENV)/bin/python -m pip install -q -c $(PEERS_VENV)/torch.txt '$(TORCH)' $(PEERS)
 	$(PEERS_VENV)/bin/python -m pip install -q --no-deps $(PEERS_ALONE)
 	@touch $@
+
+$(SPARSIFY_SDIST): Makefile $(PEERS_VENV)/.installed
+	@rm -rf $@ && mkdir -p $(dir $@)
+	$(PEERS_VENV)/bin/python -m pip download -q --no-deps --no-binary :all: -d $(dir $@) eai-sparsify==1.3.3
+	@tar xzf $@.tar.gz -C $(dir $@) && touch $@
 
 $(OLDEST_TRITON): Makefile | $(VENV)/.requirements
 	@rm -rf $@ $@.new
