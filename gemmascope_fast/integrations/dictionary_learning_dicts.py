@@ -93,23 +93,21 @@ def dense(acts: SparseActs, like: Tensor) -> Tensor:
     return acts.to_dense().to(like.dtype)
 
 
-class _Forward:
-    """`forward` over entries; `encode` is dense, as the library's callers expect it."""
+def _forward(self: Any, x: Tensor, output_features: bool = False) -> Any:
+    """Reconstruction, and the dense activations where they are asked for.
 
-    strict_compat = False
-
-    def forward(self: Any, x: Tensor, output_features: bool = False) -> Any:
-        """Reconstruction, and the dense activations where they are asked for."""
-        acts = ENTRIES[_kind(self)](self, x)
-        recon = decode(acts, decoder(self), self.b_dec)
-        return (recon, dense(acts, self.b_dec)) if output_features else recon
+    `encode` is dense, as the library's callers expect it; this is not.
+    """
+    acts = ENTRIES[_kind(self)](self, x)
+    recon = decode(acts, decoder(self), self.b_dec)
+    return (recon, dense(acts, self.b_dec)) if output_features else recon
 
 
 class AutoEncoderTopK(top_k.AutoEncoderTopK):  # type: ignore[misc]
     """`AutoEncoderTopK` by entries."""
 
     strict_compat = False
-    forward = _Forward.forward
+    forward = _forward
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -135,7 +133,7 @@ class BatchTopKSAE(batch_top_k.BatchTopKSAE):  # type: ignore[misc]
     """`BatchTopKSAE` by entries."""
 
     strict_compat = False
-    forward = _Forward.forward
+    forward = _forward
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -152,7 +150,7 @@ class MatryoshkaBatchTopKSAE(nested.MatryoshkaBatchTopKSAE):  # type: ignore[mis
     """`MatryoshkaBatchTopKSAE` by entries."""
 
     strict_compat = False
-    forward = _Forward.forward
+    forward = _forward
 
     def encode(self, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
         """Dense activations; with `return_active` the library's own method."""
@@ -165,7 +163,7 @@ class JumpReluAutoEncoder(host.JumpReluAutoEncoder):  # type: ignore[misc]
     """`JumpReluAutoEncoder` by entries; its thresholds get gradients from a trainer only."""
 
     strict_compat = False
-    forward = _Forward.forward
+    forward = _forward
 
     def encode(self, x: Tensor, output_pre_jump: bool = False) -> Any:
         """Dense activations; with `output_pre_jump` the library's own method."""
