@@ -181,7 +181,10 @@ def row(part: str, d_sae: int, times: dict[str, float], **more: Any) -> dict[str
 def test_targets_are_met_or_missed_by_the_measured_ratio() -> None:
     times = {OURS: 1.0, "matmul": 1.0 / 1.05, "dense eager": 1.3}
     met = {v["text"]: v["met"] for v in row("encode", 2**16, times)["targets"]}
-    assert met == {"time over the plain matmul": True, "extra memory over n*F*2 bytes": True}
+    assert met == {
+        **{"time over the plain matmul": True, "extra memory over n*F*2 bytes": True},
+        "x the library's product and a compaction": None,
+    }
     times["matmul"] = 1.0 / 1.08
     assert row("encode", 2**16, times)["targets"][0]["met"] is False
     goals = [v["goal"] for v in row("decode", 2**14, times)["targets"]]

@@ -9,7 +9,7 @@ import torch
 import gemmascope_fast as gsf
 from gemmascope_fast import ops
 
-from . import checks, dense
+from . import checks, chunked, dense
 from .context import Context, Shape, Skip
 from .problem import Problem, problem
 from .rows import OURS, compose, encode_flops
@@ -121,6 +121,7 @@ def _encode(ctx: Context, shape: Shape, compiled: Any) -> dict[str, Any]:
             "matmul": lambda: p.x @ p.W_enc,
             "dense eager": too_large or (lambda: dense.encode(p)),
             "torch.compile": dense.compiles(ctx.settings, too_large) or (lambda: compiled(p)),
+            **chunked.contenders(p, nnz),
             TRITON: call_of("jumprelu_encode", device, *args, 0.0, None, False),
         },
         device,
