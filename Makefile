@@ -46,12 +46,9 @@ BENCH := -m pytest --benchmark-only --benchmark-columns=median,min,max,rounds -q
 bench: build
 	$(BIN)/python $(BENCH) bench $(ARGS)
 
-# The README's CPU table: a quarter of an hour on two quiet cores, 8 GiB. Steps have a process of their own: after the other
-# suites ours took twice as long.
+# The README's CPU table: a quarter of an hour on two quiet cores, 8 GiB.
 bench-cpu: build
-	$(BIN)/python $(BENCH) bench --ignore=bench/bench_step.py --shapes named \
-	  --benchmark-json=bench/results/cpu.json $(ARGS)
-	$(BIN)/python $(BENCH) bench/bench_step.py --shapes named --benchmark-json=bench/results/cpu_step.json $(ARGS)
+	$(BIN)/python $(BENCH) bench --shapes named --benchmark-json=bench/results/cpu.json $(ARGS)
 	$(BIN)/python -m gemmascope_fast bench --report --update-readme
 
 # Training steps beside SAELens' own.

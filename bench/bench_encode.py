@@ -14,8 +14,10 @@ rate of a large read where that is more, for n <= 16.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import ceilings
@@ -124,12 +126,12 @@ def ours(
     width = BANDWIDTH if training else 0.0
 
     def encode(weights: Tensor | gsf.PackedEncoder, mode: str) -> gsf.SparseActs:
-        screen(mode)
-        if op == "topk":
-            return gsf.topk_encode(x, weights, b_enc, L0)
-        if op == "batchtopk":
-            return gsf.batchtopk_encode(x, weights, b_enc, L0)
-        return gsf.jumprelu_encode(x, weights, b_enc, threshold, bandwidth=width)
+        with screening(mode):
+            if op == "topk":
+                return gsf.topk_encode(x, weights, b_enc, L0)
+            if op == "batchtopk":
+                return gsf.batchtopk_encode(x, weights, b_enc, L0)
+            return gsf.jumprelu_encode(x, weights, b_enc, threshold, bandwidth=width)
 
     W_enc = rows.t()
     packed = W_enc if training else gsf.pack(W_enc)
@@ -140,11 +142,19 @@ def ours(
     }
 
 
-def screen(mode: str) -> None:
-    """Overrule the encoders' choice of a path; "" leaves it to them."""
-    os.environ.pop("GEMMASCOPE_FAST_SCREEN", None)
-    if mode:
-        os.environ["GEMMASCOPE_FAST_SCREEN"] = mode
+@contextlib.contextmanager
+def screening(mode: str) -> Iterator[None]:
+    """Overrule the encoders' choice of a path meanwhile; "" leaves it to them."""
+    name = "GEMMASCOPE_FAST_SCREEN"
+    before = os.environ.pop(name, None)
+    try:
+        if mode:
+            os.environ[name] = mode
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
 
 
 def theirs(op: str, x: Tensor, rows: Tensor, b_enc: Tensor, threshold: float) -> dict[str, Call]:

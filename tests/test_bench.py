@@ -25,6 +25,7 @@ import problems  # noqa: E402
 from interleaving import Case, Measured, Target  # noqa: E402
 from memory import Memory  # noqa: E402
 
+import gemmascope_fast as gsf  # noqa: E402
 from gemmascope_fast import report  # noqa: E402
 from gemmascope_fast.report import OURS  # noqa: E402
 
@@ -141,6 +142,22 @@ def test_an_encoder_that_misses_an_entry_is_not_timed() -> None:
     for wrong in ([0.0, 2, 0, 0], [0.5, 2, 0, 3], [0, 2, 0, 3.1]):
         with pytest.raises(AssertionError):
             bench_encode.assert_selected("jumprelu", torch.tensor([wrong]), pre, threshold, 1e-6)
+
+
+@pytest.mark.parametrize("before", [None, "always"])
+def test_an_overruled_path_does_not_outlive_its_call(
+    before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left at "never", every step timed afterwards would multiply in float32: 1.0 s, not 0.3 s."""
+    name, spec = "GEMMASCOPE_FAST_SCREEN", bench_encode.specs("toy")[0]
+    monkeypatch.delenv(name, raising=False)
+    if before:
+        monkeypatch.setenv(name, before)
+    calls = spec.build().calls
+    calls[bench_encode.DIRECT](0)
+    assert f"{name}=never" in str(gsf.explain()) and os.environ.get(name) == before
+    calls[OURS](0)
+    assert "never" not in str(gsf.explain()) and os.environ.get(name) == before
 
 
 def test_gradients_that_differ_are_not_timed() -> None:
