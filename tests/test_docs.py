@@ -18,8 +18,6 @@ from pathlib import Path
 
 import pytest
 
-import gemmascope_fast
-
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
@@ -124,14 +122,6 @@ def test_what_is_documented_exists(name: str) -> None:
         assert error.name == name or error.name is None or not error.name.startswith(name), error
         owner = importlib.import_module(module)
         assert getattr(owner, attribute).__doc__
-
-
-def test_public_modules_have_what_they_list() -> None:
-    assert gemmascope_fast.__all__ == sorted(gemmascope_fast.__all__, key=_order)
-
-
-def _order(name: str) -> tuple[bool, bool, str]:
-    return not name.isupper(), not name[0].isupper(), name
 
 
 def test_examples_named_by_the_page_are_all_of_them() -> None:
