@@ -18,6 +18,7 @@ INTERPRETED := $(wildcard tests/test_triton_*.py $(patsubst kernels/%.py,tests/t
   kernels/*_backward.py kernels/*_step.py kernels/decode.py kernels/pre_at.py kernels/by_feature.py)) tests/test_optim_fused.py)
 VENV := .venv
 PEERS_VENV := .venv-peers
+DOCS_VENV := .venv-docs
 OLDEST_TRITON := $(CURDIR)/build/triton-3.6.0
 SPARSIFY_SDIST := $(CURDIR)/build/eai_sparsify-1.3.3
 BIN := $(VENV)/bin
@@ -25,7 +26,7 @@ export CUDAARCHS
 
 CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test demo build lint format sanitize bench bench-cpu bench-peers gpu-check peers test-integrations wheel clean
+.PHONY: test demo docs build lint format sanitize bench bench-cpu bench-peers gpu-check peers test-integrations wheel clean
 .DEFAULT_GOAL := test
 
 # Triton's interpreter must be chosen before Triton is imported: a process of its own, beside the first. The oldest
@@ -40,6 +41,14 @@ test: lint build $(OLDEST_TRITON)
 
 demo: build
 	$(BIN)/python -m gemmascope_fast demo $(ARGS)
+
+# build/site/index.html. Needs neither torch nor the library: the API's pages are read from the sources. A page may fetch
+# nothing: what it loads lies beside it.
+docs: $(DOCS_VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build -q
+	@! grep -rnE '<(script|link|img)[^>]* (src|href)="?(https?:)?//' build/site --include=*.html || \
+	  { echo "make docs: a page loads something from the network" >&2; exit 1; }
+	@echo "build/site/index.html; with its search: $(PYTHON) -m http.server -d build/site"
 
 # Contenders and ceilings interleaved, sizes of a laptop; ARGS="--shapes named -k topk" chooses others.
 BENCH := -m pytest --benchmark-only --benchmark-columns=median,min,max,rounds -q
@@ -97,6 +106,14 @@ $(VENV)/.requirements: pyproject.toml Makefile | $(BIN)/python
 $(VENV)/.installed: $(VENV)/.requirements setup.py
 	$(BIN)/python -m pip install -q --no-build-isolation --no-deps -e .
 	@touch $@
+
+$(DOCS_VENV)/.installed: pyproject.toml
+	@rm -rf $(DOCS_VENV)
+	@$(PYTHON) -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	  print(*p['optional-dependencies']['docs'], sep='\n')" > $@.new
+	$(DOCS_VENV)/bin/python -m pip install -q -r $@.new
+	@mv $@.new $@
 
 $(PEERS_VENV)/.installed: Makefile
 	@rm -rf $(PEERS_VENV)

@@ -36,7 +36,9 @@ class SAE(Pretrained, Frozen):
 
     Attributes:
         W_enc: `[d_in, d_sae]`, one contiguous row of memory per latent (`W_enc.t()` contiguous).
-        b_enc: `[d_sae]`. W_dec: `[d_sae, d_out]`. b_dec: `[d_out]`.
+        b_enc: `[d_sae]`.
+        W_dec: `[d_sae, d_out]`.
+        b_dec: `[d_out]`.
         threshold: `[d_sae]` for `JumpReLU`, else None; its logarithm under some semantics.
         ema_threshold: running threshold (float64 scalar buffer) of a BatchTopK whose semantics have
             one, else None; negative before the first batch where it starts with that.

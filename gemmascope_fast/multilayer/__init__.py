@@ -35,7 +35,8 @@ class Crosscoder(MultiLayer):
 
     Attributes:
         W_enc: L of `[d_model, d_sae]`, one contiguous row of memory per latent.
-        b_enc: L of `[d_sae]`. threshold: L of `[d_sae]` for `JumpReLU`, else None.
+        b_enc: L of `[d_sae]`.
+        threshold: L of `[d_sae]` for `JumpReLU`, else None.
         W_dec: L of `[d_sae, m * d_model]` for the last m layers: `(L - i) * d_model` columns in
             layer i where packed, else `L * d_model`. `decoder(i)` views it as
             `[d_sae, m, d_model]`, and `outputs(i)` names the m layers.
