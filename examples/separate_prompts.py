@@ -180,7 +180,9 @@ def draw(path: str) -> None:
     jitter = 0.02 * torch.randn(2, len(latents), generator=torch.Generator().manual_seed(0))
     for chosen, style in ((p >= 0.05, "0.7"), (p < 0.05, "tab:red")):
         x, y = share_b[chosen] + jitter[0, chosen], share_a[chosen] + jitter[1, chosen]
-        left.scatter(x.numpy(), y.numpy(), s=14, c=style, label="p < 0.05" if style != "0.7" else "p >= 0.05")
+        left.scatter(
+            x.numpy(), y.numpy(), s=14, c=style, label="p < 0.05" if style != "0.7" else "p >= 0.05"
+        )
     left.set(xlabel="share of B's prompts on which it fires", ylabel="share of A's prompts")
     left.legend()
     at = order[0]

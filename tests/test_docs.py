@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import io
 import re
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +38,8 @@ class Block:
 
 def blocks(text: str) -> Iterator[Block]:
     fences = list(FENCE.finditer(text))
-    for fence, following in zip(fences, [*fences[1:], None], strict=True):
+    for at, fence in enumerate(fences):
+        following = fences[at + 1] if at + 1 < len(fences) else None
         language, code = fence.groups()
         told = "".join(f"{line}\n" for line in re.findall(r"^print\(.*\)  # (.*)$", code, re.M))
         between = text[fence.end() : following.start()] if following else "x"
@@ -91,37 +94,40 @@ def test_every_page_is_in_the_navigation() -> None:
 # ---- the API's pages
 
 
-def documented() -> dict[str, bool]:
-    """Objects that the API's pages name, and whether their members are shown."""
-    found = {}
-    for path in (DOCS / "api").glob("*.md"):
-        for name, options in re.findall(r"^::: (\S+)\n((?: +.*\n)*)", path.read_text(), re.M):
-            found[name] = "show_root_heading: false" in options
-    return found
+def documented() -> list[str]:
+    """What the API's pages name: objects, or modules with all of their members."""
+    pages = [path.read_text() for path in (DOCS / "api").glob("*.md")]
+    return [name for text in pages for name in re.findall(r"^::: (\S+)$", text, re.M)]
+
+
+def named(name: str) -> Any:
+    """The module or object of that dotted name; None where there is none."""
+    if importlib.util.find_spec(name.rpartition(".")[0]) is None:
+        return None
+    owner = importlib.import_module(name.rpartition(".")[0])
+    path = ROOT / name.replace(".", "/")
+    if path.is_dir() or path.with_suffix(".py").exists():
+        return importlib.import_module(name)
+    return getattr(owner, name.rpartition(".")[2], None)
 
 
 PUBLIC = ["gemmascope_fast", "gemmascope_fast.training", "gemmascope_fast.losses"]
 PUBLIC += [f"gemmascope_fast.{name}" for name in ("optim", "queries", "sources", "reference")]
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_every_public_name_is_documented(name: str) -> None:
-    found = documented()
-    if not found.get(name):
-        names = {f"{name}.{member}" for member in importlib.import_module(name).__all__}
-        modules = {n for n in names if n in PUBLIC}
-        assert names - modules <= found.keys()
+def test_every_public_name_is_documented() -> None:
+    shown = [name for name in documented() if "integrations" not in name]
+    objects = [named(name) for name in shown]
+    members = [getattr(o, n) for o in objects for n in getattr(o, "__all__", ())]
+    known = {id(o) for o in (*objects, *members)}
+    for module in map(importlib.import_module, PUBLIC):
+        missing = [n for n in module.__all__ if id(getattr(module, n)) not in known]
+        assert missing == [], module.__name__
 
 
 @pytest.mark.parametrize("name", documented())
 def test_what_is_documented_exists(name: str) -> None:
-    module, _, attribute = name.rpartition(".")
-    try:
-        importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        assert error.name == name or error.name is None or not error.name.startswith(name), error
-        owner = importlib.import_module(module)
-        assert getattr(owner, attribute).__doc__
+    assert named(name).__doc__
 
 
 def test_examples_named_by_the_page_are_all_of_them() -> None:
