@@ -28,8 +28,7 @@ from .training.metrics import Evaluation
 from .training.preset import Preset
 from .training.runs import train
 from .training.trainer import NonFiniteError
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 __all__ = [
     "SAE",

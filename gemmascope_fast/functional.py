@@ -19,6 +19,7 @@ from .checks import (
     check_vector,
     recon_2d,
 )
+from .explaining import note_encode
 from .operands import autocast, codes_of, encoder_args, weights_need_grad, widen
 from .packing import PackedEncoder, unpacked
 from .reference import CapacityError
@@ -78,7 +79,7 @@ def jumprelu_encode(
     theta = widen(threshold)
     codes = codes_of(packed, W_enc, args[1])
     serve = ops.overload(op, *args, theta)
-    result = _call(serve, *args, theta, width, max_nnz, transpose, codes)
+    result = _call(op, W_enc, serve, *args, theta, width, max_nnz, transpose, codes)
     return _acts(result, x, W_enc, transpose, max_nnz)
 
 
@@ -111,7 +112,7 @@ def topk_encode(x: Tensor, W_enc: Tensor | PackedEncoder, b_enc: Tensor, k: int)
     args = encoder_args(x, W_enc, b_enc)
     transpose = weights_need_grad(W_enc, b_enc)
     codes = codes_of(packed, W_enc, args[1])
-    result = _call(ops.overload(op, *args), *args, k, transpose, codes)
+    result = _call(op, W_enc, ops.overload(op, *args), *args, k, transpose, codes)
     return _acts(result, x, W_enc, transpose)
 
 
@@ -156,7 +157,8 @@ def batchtopk_encode(
     args = encoder_args(x, W_enc, b_enc)
     transpose = weights_need_grad(W_enc, b_enc)
     codes = codes_of(packed, W_enc, args[1])
-    result = _call(ops.overload(op, *args), *args, k, guess, max_nnz, transpose, codes)
+    serve = ops.overload(op, *args)
+    result = _call(op, W_enc, serve, *args, k, guess, max_nnz, transpose, codes)
     return _acts(result, x, W_enc, transpose, max_nnz, threshold=result[5])
 
 
@@ -249,12 +251,14 @@ def pre_at(x: Tensor, W_enc: Tensor, b_enc: Tensor, rows: Tensor, latents: Tenso
     return result  # type: ignore[no-any-return]
 
 
-def _call(op: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
+def _call(op: str, W_enc: Tensor, serve: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
     """Call an encoder; a CapacityError arrives as a RuntimeError with that prefix."""
     if torch.compiler.is_compiling():
-        return op(*args)  # type: ignore[no-any-return]
+        return serve(*args)  # type: ignore[no-any-return]
     try:
-        return op(*args)  # type: ignore[no-any-return]
+        result = serve(*args)
+        note_encode(op, serve, args[0], args[1], W_enc)
+        return result  # type: ignore[no-any-return]
     except RuntimeError as error:
         _, found, text = str(error).partition("CapacityError: ")
         if not found:

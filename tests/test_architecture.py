@@ -20,7 +20,7 @@ NAME = PACKAGE.name
 LAYERS = [
     (
         *("reference", "autograd", "activations", "arguments", "costs", "triton_launchers"),
-        *("hook_points", "durable"),
+        *("hook_points", "durable", "version"),
     ),
     ("fakes",),
     ("ops",),

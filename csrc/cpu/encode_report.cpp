@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <chrono>
 #include <cstring>
 #include <sstream>
 #include <string>
@@ -15,6 +16,7 @@ namespace {
 constexpr char kOp[] = "encode_report";
 
 thread_local EncodeReport last;
+thread_local int64_t at = 0;  // when it was set, in ns of the clock of Python's time.monotonic_ns
 
 std::string json() {
   std::ostringstream text;
@@ -24,19 +26,22 @@ std::string json() {
        << (cpu ? simd_target_name(simd_target()) : last.target)
        << "\", \"int8\": " << (!cpu || screens().fast ? "true" : "false") << ", \"path\": \""
        << (last.why_direct == nullptr ? "screened" : "direct") << "\", \"reason\": \""
-       << (last.why_direct == nullptr ? "" : last.why_direct)
+       << (last.why_direct == nullptr ? "" : last.why_direct) << "\", \"layout\": \"" << last.layout
        << "\", \"packed\": " << (last.packed ? "true" : "false")
        << ", \"centered\": " << (last.centered ? "true" : "false") << ", \"n\": " << last.n
        << ", \"d_in\": " << last.d_in << ", \"d_sae\": " << last.d_sae
        << ", \"screened_blocks\": " << last.screened_blocks
        << ", \"direct_blocks\": " << last.direct_blocks << ", \"candidates\": " << last.candidates
-       << ", \"rescored\": " << last.rescored << "}";
+       << ", \"rescored\": " << last.rescored << ", \"at\": " << at << "}";
   return text.str();
 }
 
 }  // namespace
 
-void set_encode_report(const EncodeReport& report) { last = report; }
+void set_encode_report(const EncodeReport& report) {
+  last = report;
+  at = std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 // The report of this thread's last encoder as JSON bytes; `like` only chooses the device.
 Tensor encode_report_cpu(const Tensor& like) {

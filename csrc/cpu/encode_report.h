@@ -9,6 +9,7 @@ struct EncodeReport {
   const char* op = nullptr;
   const char* target = nullptr;      // null: that of the CPU's kernels
   const char* why_direct = nullptr;  // null: screened
+  const char* layout = "";           // of W_enc: "feature-major", "row-major" or "strided"
   bool packed = false, centered = false;
   int64_t n = 0, d_in = 0, d_sae = 0;
   int64_t screened_blocks = 0, direct_blocks = 0, candidates = 0, rescored = 0;

@@ -93,6 +93,7 @@ EncodeTiles::~EncodeTiles() {
   EncodeReport report;
   report.op = op_;
   report.why_direct = why_direct_;
+  report.layout = w_rows_.layout();
   report.packed = packed_.has_value();
   report.centered = tokens_ && tokens_->center() != nullptr;
   report.n = n_;

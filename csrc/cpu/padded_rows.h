@@ -47,6 +47,11 @@ class PaddedRows {
   bool in_place() const { return in_place_; }
   // True when a column of rows, not a row, is contiguous in memory.
   bool transposed() const { return transposed_; }
+  // How W_enc lies, the rows being its latents.
+  const char* layout() const {
+    if (transposed_) return "row-major";
+    return m_.col_stride == 1 || m_.cols <= 1 ? "feature-major" : "strided";
+  }
   // Rows [begin, begin + count), *stride floats apart, in place or written to buffer.
   const float* rows(int64_t begin, int64_t count, FloatBuffer& buffer, int64_t* stride) const;
   // The memory that rows(begin, count) reads, if that is one stretch; else empty.
