@@ -14,6 +14,7 @@ import torch
 
 import gemmascope_fast as gsf
 from gemmascope_fast import cli, doctor, ops
+from gemmascope_fast.doctor import machine, self_testing, serving
 
 IMPLEMENTATIONS = {"native", "triton", "reference"}
 
@@ -25,6 +26,9 @@ def test_json_covers_the_table_and_passes() -> None:
     found = json.loads(done.stdout)
     assert found["versions"]["gemmascope_fast"] == gsf.__version__
     assert found["versions"]["torch"] == torch.__version__
+    assert found["install"]["path"] == str(Path(gsf.__file__).parent)
+    assert found["gpu"]["devices"] == [] or torch.cuda.is_available()
+    assert found["advice"] == [a.to_json() for a in doctor.advise(found)]
     assert found["cpu"]["threads"] >= 1
     assert set(found["ops"]) == set(ops.TABLE)
     for name, devices in found["ops"].items():
@@ -42,7 +46,9 @@ def test_text_names_op_implementation_and_verdict(capsys: pytest.CaptureFixture[
     for name in ops.TABLE:
         assert rows[name] == [ops.implementation(name, "cpu"), "pass"]
     assert "not triton on cpu: Triton kernels need a GPU" in text.splitlines()
-    assert "FAILED" not in text
+    assert "FAILED" not in text and "problem" not in text
+    assert max(map(len, text.splitlines())) <= 100
+    assert text.splitlines()[-1].startswith("ok: all 12 ops pass their self-test, served by native")
 
 
 def test_a_forced_backend_is_the_reason(run_python: Callable[..., str]) -> None:
@@ -94,15 +100,16 @@ def test_a_wrong_op_fails_the_self_test(
     )
     assert cli.main(["doctor"]) == 1
     out = capsys.readouterr().out
-    assert f"FAILED decode on cpu: {text}" in out.splitlines()
-    assert out.count("FAILED") == 1
+    assert f"problem: FAILED decode on cpu: {text}" in out.splitlines()
+    assert out.count("FAILED") == 1 and "ok:" not in out
+    assert "report it with what `python -m gemmascope_fast doctor --json` prints" in out
     assert any(line.split()[:3:2] == ["decode", "FAIL"] for line in out.splitlines())
 
 
 @pytest.mark.parametrize("name", ops.TABLE)
 def test_every_op_is_compared_with_every_gradient(name: str) -> None:
     """The sample exercises the op: some output is not zero, and each parameter has a gradient."""
-    tensors = doctor._run(name, ops.overload(name), "cpu")
+    tensors = self_testing._run(name, ops.overload(name), "cpu")
     assert any(bool(t.bool().any()) for t in tensors)
     gradients = {"decode": 3, "jumprelu_encode": 4, "topk_encode": 3, "batchtopk_encode": 3}
     outputs = len(ops.TABLE[name].schema.split("->")[1].split(","))
@@ -113,16 +120,16 @@ def test_every_op_is_compared_with_every_gradient(name: str) -> None:
 
 def test_simd_target_follows_flags_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     built = {"cpu_targets": ["generic", "avx2", "avx512"]}
-    monkeypatch.setattr(doctor, "build_info", lambda: built)
+    monkeypatch.setattr(machine, "build_info", lambda: built)
     monkeypatch.delenv("GEMMASCOPE_FAST_CPU", raising=False)
     avx2 = {"avx2", "fma", "f16c", "sse"}
     avx512 = avx2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
-    assert [doctor.simd_target(f) for f in (set(), avx2, avx512)] == ["generic", "avx2", "avx512"]
-    assert doctor.simd_target(avx512 - {"avx512bw"}) == "avx2"
+    assert [machine.simd_target(f) for f in (set(), avx2, avx512)] == ["generic", "avx2", "avx512"]
+    assert machine.simd_target(avx512 - {"avx512bw"}) == "avx2"
     built["cpu_targets"] = ["generic"]
-    assert doctor.simd_target(avx512) == "generic"
+    assert machine.simd_target(avx512) == "generic"
     monkeypatch.setenv("GEMMASCOPE_FAST_CPU", "avx2")
-    assert doctor.simd_target(avx512) == "avx2"
+    assert machine.simd_target(avx512) == "avx2"
 
 
 def test_simd_target_is_the_one_the_kernels_choose() -> None:
@@ -130,34 +137,45 @@ def test_simd_target_is_the_one_the_kernels_choose() -> None:
     assert doctor.report()["cpu"]["simd_target"] == testing.simd_target_name(testing.simd_target())
 
 
+def test_int8_is_what_the_kernels_say() -> None:
+    if ops.NATIVE_MISSING:
+        pytest.skip(ops.NATIVE_MISSING)
+    gsf.topk_encode(torch.randn(2, 16), torch.randn(16, 8), torch.zeros(8), 1)
+    assert doctor.report()["cpu"]["int8"] == gsf.explain().int8
+
+
 def test_what_was_not_built_is_said(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "PACKAGE", tmp_path)
+    monkeypatch.setattr(machine, "PACKAGE", tmp_path)
     monkeypatch.setattr(ops, "NATIVE_MISSING", "the compiled library is not built")
     monkeypatch.setattr(ops, "implementation", lambda name, device: "reference")
-    assert doctor.build_info() is None
-    assert doctor.why_not("decode", "cpu", "native") == "the compiled library is not built"
-    doctor.main()
-    assert "build: not built" in capsys.readouterr().out.splitlines()
+    assert machine.build_info() is None
+    assert serving.why_not("decode", "cpu", "native") == "the compiled library is not built"
+    assert doctor.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "build: not built" in lines
+    problem = next(i for i, line in enumerate(lines) if line.startswith("problem: "))
+    assert "has no compiled library" in lines[problem] + lines[problem + 1]
+    assert not [line for line in lines if line.startswith("ok:")]
 
 
 def test_cuda_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "is built without CUDA" in doctor.why_not("decode", "cuda", "native")
+    assert "is built without CUDA" in serving.why_not("decode", "cuda", "native")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert doctor.why_not("decode", "cuda", "reference") == "no CUDA device"
+    assert serving.why_not("decode", "cuda", "reference") == "no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(ops, "implementation", lambda name, device: "reference")
     monkeypatch.setattr(ops, "NATIVE_MISSING", "")
     for archs, reason in ([], "was built without CUDA"), (["80"], "has no cuda implementation"):
-        monkeypatch.setattr(doctor, "build_info", lambda archs=archs: {"cuda_archs": archs})
-        assert doctor.why_not("decode", "cuda", "native") == f"the compiled library {reason}"
+        monkeypatch.setattr(machine, "build_info", lambda archs=archs: {"cuda_archs": archs})
+        assert serving.why_not("decode", "cuda", "native") == f"the compiled library {reason}"
     for found, reason in (False, "triton is not installed"), (True, "native is faster"):
-        monkeypatch.setattr(doctor.triton_launchers, "FOUND", found)
-        assert doctor.why_not("decode", "cuda", "triton") == reason
-    assert doctor.why_not("decode", "cuda", "reference") == ""
+        monkeypatch.setattr(serving.triton_launchers, "FOUND", found)
+        assert serving.why_not("decode", "cuda", "triton") == reason
+    assert serving.why_not("decode", "cuda", "reference") == ""
 
 
 # ---- the other commands

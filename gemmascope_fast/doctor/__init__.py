@@ -8,7 +8,7 @@ from typing import Any
 from .. import ops
 from . import machine, serving
 from .advice import Advice, advise
-from .self_test import self_test
+from .self_testing import self_test
 from .text import as_text
 
 __all__ = ["Advice", "advise", "as_text", "main", "report", "self_test"]

@@ -52,8 +52,8 @@ def _failures(found: Report) -> Iterator[Advice]:
                 yield Advice(
                     "problem",
                     f"FAILED {name} on {device}: {row['self_test']}",
-                    "do not trust its results; report this with the output of "
-                    "`python -m gemmascope_fast doctor --json`",
+                    "report it with what `python -m gemmascope_fast doctor --json` prints; do not "
+                    "trust its results",
                 )
 
 
@@ -118,9 +118,7 @@ def _processor(found: Report) -> Iterator[Advice]:
             "unset it: the results are the same bits",
         )
     elif cpu["machine"] not in ("x86_64", "AMD64"):
-        yield Advice(
-            "note", f"on {cpu['machine']} the portable code serves: it has no SIMD of its own"
-        )
+        yield Advice("note", f"the portable code serves: there is no other for {cpu['machine']}")
     elif target != "avx512":
         better = "avx2" if target == "generic" else "avx512"
         lacks = sorted(SIMD_FLAGS[better] - set(cpu["features"]))
@@ -149,7 +147,7 @@ def _threads(found: Report) -> Iterator[Advice]:
         )
     elif 0 < most < threads:
         yield Advice(
-            "slow",
+            "note",
             f"torch uses {threads} threads, and this process may use {most} processors{because}",
             f"torch.set_num_threads({cores}), or OMP_NUM_THREADS={cores}",
         )

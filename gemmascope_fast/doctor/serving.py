@@ -8,7 +8,7 @@ import torch
 
 from .. import ops, triton_launchers
 from . import machine
-from .self_test import self_test
+from .self_testing import self_test
 
 DEVICES = ("cpu", "cuda")
 IMPLEMENTATIONS = ("native", "triton", "reference")
