@@ -26,7 +26,8 @@ export CUDAARCHS
 
 CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test demo docs build lint format sanitize bench bench-cpu bench-peers gpu-check peers test-integrations wheel clean
+.PHONY: test demo docs build lint format sanitize bench bench-cpu bench-peers gpu-check peers test-integrations wheel \
+  check-wheel clean
 .DEFAULT_GOAL := test
 
 # Triton's interpreter must be chosen before Triton is imported: a process of its own, beside the first. The oldest
@@ -167,9 +168,24 @@ sanitize: build
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	  $(CURDIR)/$(BIN)/python -m pytest $(SANITIZE_TESTS)
 
+# An sdist, and from it a wheel named after the glibc that it needs. libtorch_cpu.so comes with torch.
 wheel: $(VENV)/.requirements
-	rm -rf build/lib.* build/bdist.*
-	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
+	@rm -rf dist build/wheel && mkdir -p dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --no-isolation --outdir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude libtorch_cpu.so -w dist build/wheel/*.whl
+	@cp build/wheel/*.tar.gz dist
+
+# What `make wheel` made: names, stable ABI, contents; then the wheel in an environment of its own beside each of CHECK_TORCH.
+CHECK_TORCH ?= $(TORCH)
+check-wheel: wheel
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/abi3audit --strict --summary dist/*.whl
+	$(BIN)/auditwheel show dist/*.whl
+	@for torch in $(CHECK_TORCH); do \
+	  echo "== $$torch" && $(PYTHON) -m venv --clear build/check-wheel && \
+	  build/check-wheel/bin/pip install -q "$$torch" dist/*.whl && cd build/check-wheel && \
+	  bin/python -m gemmascope_fast doctor && cd ../.. || exit 1; \
+	done
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info $(VENV)/.installed
