@@ -166,7 +166,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(sys.executable, "-m", "venv", "--without-pip", folder)
     python = folder / "bin" / "python"
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index"]
-    run(*pip, wheel)
+    run(*pip, wheel, env={"PATH": os.environ["PATH"]}, cwd=folder)  # PYTHONPATH has a copy already
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     names: set[str] = set()
     for name in ("torch", "numpy", "safetensors"):
