@@ -7,11 +7,11 @@ from typing import Any
 
 from .. import ops
 from . import machine, serving
-from .advice import Advice, advise
+from .advice import Advice, advise, failures
 from .self_testing import self_test
 from .text import as_text
 
-__all__ = ["Advice", "advise", "as_text", "main", "report", "self_test"]
+__all__ = ["Advice", "advise", "as_text", "failures", "main", "report", "self_test"]
 
 
 def main(as_json: bool = False) -> int:

@@ -45,16 +45,24 @@ def advise(found: Report) -> list[Advice]:
     return sorted(advice, key=lambda a: ("problem", "slow", "note").index(a.level))
 
 
+def failures(found: Report) -> list[str]:
+    """`op on device: what went wrong` of each failed self-test of a report."""
+    return [
+        f"{name} on {device}: {row['self_test']}"
+        for name, devices in found["ops"].items()
+        for device, row in devices.items()
+        if row["self_test"] not in ("pass", "")
+    ]
+
+
 def _failures(found: Report) -> Iterator[Advice]:
-    for name, devices in found["ops"].items():
-        for device, row in devices.items():
-            if row["self_test"] not in ("pass", ""):
-                yield Advice(
-                    "problem",
-                    f"FAILED {name} on {device}: {row['self_test']}",
-                    "report it with what `python -m gemmascope_fast doctor --json` prints; do not "
-                    "trust its results",
-                )
+    for text in failures(found):
+        yield Advice(
+            "problem",
+            f"FAILED {text}",
+            "report it with what `python -m gemmascope_fast doctor --json` prints; do not trust "
+            "its results",
+        )
 
 
 # the library
