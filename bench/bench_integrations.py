@@ -1,19 +1,24 @@
 """Other SAE libraries with and without this backend: time and transient memory of the same calls.
 
-    python bench/bench_integrations.py [--host saelens] [--n 1024 --d 1152 --d-sae 65536 --l0 64]
+    python bench/bench_integrations.py [--host saelens --feature "train jumprelu"] [--d-sae 65536]
+    make bench-integrations      # all, into bench/results and the tables of the documentation
 
 Each row is one call of a host library, with its own classes and trainer, in two processes that
-alternate: as the host ships it, and with the backend installed. Before anything is timed both do
-the call once and their results must agree. Medians of `--repeats` calls; glibc's malloc keeps freed
-blocks while they are timed, so that no contender pays for page faults. Memory: growth of the
-resident set during a second call, in a process of its own (malloc as it comes); of a training step,
-during forward and backward, less the gradients of the weights: what activations take.
+alternate: as the host ships it, and with the backend installed. Before anything is timed the
+numbers that both calls return (losses, norms of all gradients, counts of entries) must agree.
+Medians of `--repeats` calls after one more; glibc's malloc keeps freed blocks while they are timed,
+so that no contender pays for page faults. Memory is the growth of the resident set during one more
+call, all freed memory having been returned before; of a training step, during forward and backward,
+less the gradients of the weights: what activations take.
 
 A host is a module beside this one, `integration_<host>.py`, with
 
-    FEATURES  {name: make}, make(args) -> a call that returns numbers to compare; with `args.peak`,
-              the call whose memory is measured, and the bytes to leave out as its `gradients`
+    FEATURES  {name: make}, make(args) -> a call that returns numbers to compare; it may have
+              `passes`, which is compared and whose memory is measured in its place, and
+              `gradients`, the bytes that `passes` leaves in the gradients
     install() the backend for the whole process
+
+A host that is not installed is left out with a line that says so.
 """
 
 from __future__ import annotations
@@ -28,135 +33,158 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import integration_table
 import torch
 from memory import keep_freed_memory, memory_of
 
 HOSTS = {
-    "saelens": "sae-lens",
-    "sparsify": "eai-sparsify",
-    "dictionary_learning": "dictionary-learning",
-    "circuit_tracer": "circuit-tracer",
+    "saelens": ("sae_lens", "sae-lens"),
+    "sparsify": ("sparsify", "eai-sparsify"),
+    "dictionary_learning": ("dictionary_learning", "dictionary-learning"),
+    "circuit_tracer": ("circuit_tracer", "circuit-tracer"),
 }
+"""Names of import and of distribution."""
 SIZES = ("n", "d", "d_sae", "l0")
 CONTENDERS = ("stock", "backend")
 TOLERANCE = 1e-3
-"""Of the numbers that a call returns; a loss whose gates rounding decides."""
+"""Of the numbers that are compared; rounding decides single gates."""
 
 
 def machine() -> dict[str, Any]:
-    threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
-    return {"machine": platform.machine(), "capability": capability, "threads": threads}
-
-
-def call_of(args: argparse.Namespace) -> Any:
-    host = importlib.import_module(f"integration_{args.host}")
-    torch.manual_seed(0)
-    if args.contender == "backend":
-        host.install()
-    return host.FEATURES[args.feature](args)
+    """What the rows were measured on."""
+    names = [s for s in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in s]
+    return {
+        "cpu": names[0].split(":")[1].strip() if names else platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
 
 
 def serve(args: argparse.Namespace) -> None:
-    """In a process of its own: do the call at every line of the input, print what it took."""
+    """In a process of its own: for every line of the input do what it names, print the result."""
     with contextlib.redirect_stdout(sys.stderr):  # what hosts print
-        call = call_of(args)
-    if args.peak:
-        call()
-        print((memory_of(lambda _: call()).peak - getattr(call, "gradients", 0)) / 2**20)
-        return
-    keep_freed_memory(True)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        numbers = call()
-        taken = 1e3 * (time.perf_counter() - start)
-        print(json.dumps({"ms": taken, "numbers": numbers}), flush=True)
+        host = importlib.import_module(f"integration_{args.host[0]}")
+        torch.manual_seed(0)
+        if args.contender == "backend":
+            host.install()
+        keep_freed_memory(True)
+        call = host.FEATURES[args.feature](args)
+        passes = getattr(call, "passes", call)
+        for line in sys.stdin:
+            found: Any = None
+            if line.strip() == "compare":
+                found = passes()
+            elif line.strip() == "time":
+                start = time.perf_counter()
+                call()
+                found = 1e3 * (time.perf_counter() - start)
+            else:
+                grown = memory_of(lambda _: passes()).peak
+                found = (grown - getattr(call, "gradients", 0)) / 2**20
+            print(json.dumps(found), file=sys.__stdout__, flush=True)
 
 
-def command(args: argparse.Namespace, feature: str, contender: str, *flags: str) -> list[str]:
+def command(args: argparse.Namespace, host: str, feature: str, contender: str) -> list[str]:
     sizes = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in SIZES]
-    chosen = [f"--host={args.host}", f"--feature={feature}", f"--contender={contender}"]
-    return [sys.executable, __file__, *sizes, *chosen, *flags]
+    chosen = [f"--host={host}", f"--feature={feature}", f"--contender={contender}"]
+    return [sys.executable, __file__, *sizes, *chosen]
 
 
-def alternating(args: argparse.Namespace, feature: str) -> Iterator[dict[str, Any]]:
-    """Results of both contenders' calls, the first included, in turns."""
+@contextlib.contextmanager
+def contenders(args: argparse.Namespace, host: str, feature: str) -> Iterator[Any]:
+    """`ask(what) -> {contender: answer}`, one after the other."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    running = {c: subprocess.Popen(command(args, feature, c), **pipes) for c in CONTENDERS}
+    running = {
+        c: subprocess.Popen(command(args, host, feature, c), stderr=subprocess.DEVNULL, **pipes)
+        for c in CONTENDERS
+    }
+
+    def ask(what: str) -> dict[str, Any]:
+        found = {}
+        for contender, process in running.items():
+            process.stdin.write(f"{what}\n")
+            process.stdin.flush()
+            found[contender] = json.loads(process.stdout.readline())
+        return found
+
     try:
-        for _ in range(1 + args.repeats):
-            found = {}
-            for contender, process in running.items():
-                process.stdin.write("\n")
-                process.stdin.flush()
-                found[contender] = json.loads(process.stdout.readline())
-            yield found
+        yield ask
     finally:
         for process in running.values():
             process.stdin.close()
             process.wait()
 
 
-def peak(args: argparse.Namespace, feature: str, contender: str) -> float:
-    done = subprocess.run(
-        command(args, feature, contender, "--peak"), capture_output=True, text=True, check=True
-    )
-    return float(done.stdout.split()[-1])
-
-
-def row(args: argparse.Namespace, feature: str) -> dict[str, Any]:
-    """One feature: agreement, medians and peaks."""
-    results = list(alternating(args, feature))
-    first, worst = results[0], 0.0
-    for name, value in first["stock"]["numbers"].items():
-        off = abs(first["backend"]["numbers"][name] / value - 1)
-        assert off <= TOLERANCE, f"{feature}: {name} differs by {off:.2g}"
-        worst = max(worst, off)
-    found: dict[str, Any] = {"agree_within": worst}
+def row(args: argparse.Namespace, host: str, feature: str) -> dict[str, Any]:
+    """One feature: agreement, times and peaks."""
+    with contenders(args, host, feature) as ask:
+        numbers = ask("compare")
+        off = {
+            name: abs(numbers["backend"][name] - value) / (abs(value) or 1.0)
+            for name, value in numbers["stock"].items()
+        }
+        worst = max(off, key=lambda name: off[name])
+        if not off[worst] <= TOLERANCE:
+            raise SystemExit(f"{host}, {feature}: {worst} differs by {off[worst]:.2g}")
+        ask("time")
+        turns = [ask("time") for _ in range(args.repeats)]
+        peaks = ask("peak")
+    found: dict[str, Any] = {"agree_within": off[worst]}
     for contender in CONTENDERS:
-        times = [result[contender]["ms"] for result in results[1:]]
-        found[contender] = {"ms": times, "median_ms": statistics.median(times)}
-        if not args.no_peak:
-            found[contender]["peak_mib"] = peak(args, feature, contender)
-    found["speedup"] = found["stock"]["median_ms"] / found["backend"]["median_ms"]
+        times = [round(turn[contender], 2) for turn in turns]
+        median, peak = statistics.median(times), round(peaks[contender], 1)
+        found[contender] = {"ms": times, "median_ms": median, "peak_mib": peak}
     return found
 
 
-def line(feature: str, found: dict[str, Any]) -> str:
-    stock, ours = found["stock"], found["backend"]
-    text = f"{feature:28} {stock['median_ms']:7.0f} ms -> {ours['median_ms']:6.0f} ms"
-    text += f"  {found['speedup']:5.1f}x"
-    if "peak_mib" in stock:
-        text += f"   {stock['peak_mib']:6.0f} MiB -> {ours['peak_mib']:5.0f} MiB"
-    return text
+def measured(args: argparse.Namespace, host: str) -> dict[str, Any]:
+    """The rows of one host and what they were measured with."""
+    features = importlib.import_module(f"integration_{host}").FEATURES
+    facts = {name: getattr(args, name) for name in (*SIZES, "repeats")}
+    rows = {}
+    for feature in features:
+        if args.feature in (None, feature):
+            rows[feature] = {**row(args, host, feature), "arguments": facts, **machine()}
+            print(integration_table.line(f"{host}, {feature}", rows[feature]), flush=True)
+    return {"version": version_of(host), "rows": rows}
+
+
+def version_of(host: str) -> str:
+    """A checkout on PYTHONPATH has no metadata."""
+    try:
+        return version(HOSTS[host][1])
+    except PackageNotFoundError:
+        return "(checkout)"
 
 
 def main() -> None:
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name, default in (("n", 1024), ("d", 1152), ("d-sae", 65536), ("l0", 64), ("repeats", 3)):
         made.add_argument(f"--{name}", type=int, default=default)
-    made.add_argument("--host", choices=HOSTS, default=next(iter(HOSTS)))
+    made.add_argument("--host", choices=HOSTS, action="append", help="default: all")
     made.add_argument("--feature", help="one row only")
-    made.add_argument("--json", type=Path)
-    made.add_argument("--no-peak", action="store_true", help="leave the memory out")
-    made.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
+    made.add_argument("--json", type=Path, help="put the rows into this file, keeping others")
+    made.add_argument("--tables", action="store_true", help="rewrite the documentation's from it")
     made.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = made.parse_args()
     if args.contender:
         serve(args)
         return
-    host = importlib.import_module(f"integration_{args.host}")
-    facts = {name: getattr(args, name) for name in (*SIZES, "repeats")}
-    report: dict[str, Any] = {"machine": machine(), "host": args.host, "arguments": facts}
-    report |= {"version": version(HOSTS[args.host]), "torch": torch.__version__}
-    for feature in [args.feature] if args.feature else host.FEATURES:
-        report[feature] = row(args, feature)
-        print(line(feature, report[feature]), flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    for host in args.host or HOSTS:
+        if find_spec(HOSTS[host][0]) is None:
+            print(f"{host}: NOT MEASURED, {HOSTS[host][1]} is not installed", flush=True)
+            continue
+        found = measured(args, host)
+        if args.json:
+            integration_table.merge(args.json, host, found)
+    if args.tables:
+        integration_table.rewrite(json.loads(args.json.read_text()))
 
 
 if __name__ == "__main__":

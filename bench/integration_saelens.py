@@ -39,6 +39,8 @@ def gate(module: Any, x: torch.Tensor, l0: int) -> None:
 
 def module_of(args: argparse.Namespace, cls: Any, config: Any, **options: Any) -> tuple[Any, Any]:
     x = torch.randn(args.n, args.d)
+    if "k" in options:
+        options["k"] = args.l0
     module = cls(config(d_in=args.d, d_sae=args.d_sae, **options))
     with torch.no_grad():
         module.W_dec.div_(module.W_dec.norm(dim=1, keepdim=True))
@@ -59,20 +61,23 @@ def training(args: argparse.Namespace, cls: Any, config: Any, **options: Any) ->
     )
     trainer = SAETrainer(run, module, data_provider=iter(()))
 
-    def call() -> dict[str, float]:
-        output = trainer.step(x)
+    def call() -> None:
+        trainer.step(x)
         trainer.n_training_steps += 1
-        return {"loss": float(output.loss.detach())}
 
     def passes() -> dict[str, float]:
         coefficients, dead = trainer.get_coefficients(), trainer.dead_neurons
         output = module.training_forward_pass(TrainStepInput(x, coefficients, dead, 0, False))
         output.loss.backward()
+        numbers = {"loss": float(output.loss.detach())}
+        for name, p in module.named_parameters():
+            numbers[f"gradient of {name}"] = float(p.grad.norm())
         module.zero_grad()
-        return {"loss": float(output.loss.detach())}
+        return numbers
 
-    passes.gradients = sum(p.nbytes for p in module.parameters())  # type: ignore[attr-defined]
-    return passes if args.peak else call
+    call.passes = passes  # type: ignore[attr-defined]
+    call.gradients = sum(p.nbytes for p in module.parameters())  # type: ignore[attr-defined]
+    return call  # type: ignore[return-value]
 
 
 def inference(args: argparse.Namespace, cls: Any, config: Any, **options: Any) -> Call:
@@ -102,7 +107,8 @@ TRANSCODER = (transcoder.JumpReLUTranscoder, transcoder.JumpReLUTranscoderConfig
 
 
 def _rows() -> dict[str, Callable[[argparse.Namespace], Call]]:
-    step, tanh, k = JUMPRELU_OPTIONS, {"jumprelu_sparsity_loss_mode": "tanh"}, {"k": 64}
+    step, tanh = JUMPRELU_OPTIONS, {"jumprelu_sparsity_loss_mode": "tanh"}
+    k = {"k": 0}  # `--l0` takes its place
     topk = (saes.TopKTrainingSAE, saes.TopKTrainingSAEConfig)
     batch = (saes.BatchTopKTrainingSAE, saes.BatchTopKTrainingSAEConfig)
     infer = (saes.JumpReLUSAE, saes.JumpReLUSAEConfig)

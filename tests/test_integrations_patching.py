@@ -6,8 +6,9 @@ import types
 from importlib import metadata
 
 import pytest
+import torch
 
-from gemmascope_fast.integrations.patching import Changes, require
+from gemmascope_fast.integrations.patching import Changes, fusing, require
 
 
 class Base:
@@ -72,3 +73,34 @@ def test_an_absent_or_other_version_is_refused(monkeypatch: pytest.MonkeyPatch) 
         else:
             with pytest.raises(ImportError, match=f"host must be >= 2.0 and < 3, .*; {found} is"):
                 require("json", "host", at_least="2.0", below="3")
+
+
+def test_a_trainers_adam_becomes_fused_and_no_other_optimizer() -> None:
+    class Trainer:
+        def __init__(self, kind: type[torch.optim.Optimizer]) -> None:
+            self.weight = torch.nn.Parameter(torch.ones(40))
+            self.optimizer = kind([self.weight], lr=0.1)  # type: ignore[call-arg]
+
+    class Several(Trainer):
+        def __init__(self) -> None:
+            super().__init__(torch.optim.Adam)
+            self.optimizers = [self.optimizer, torch.optim.SGD([self.weight], lr=0.1)]
+
+    stock = Trainer(torch.optim.Adam)
+    with Changes() as changes:
+        changes.attribute(Trainer, "__init__", fusing(Trainer.__init__))
+        ours, sgd, adamw = (
+            Trainer(kind) for kind in (torch.optim.Adam, torch.optim.SGD, torch.optim.AdamW)
+        )
+    changes = Changes()
+    changes.attribute(Several, "__init__", fusing(Several.__init__))
+    for trainer in (stock, ours, Several()):
+        for step in range(3):
+            trainer.weight.grad = torch.arange(40.0) - 10 * step
+            trainer.optimizer.step()
+        torch.testing.assert_close(trainer.weight, stock.weight)
+    assert ours.optimizer.param_groups[0]["fused"] and not stock.optimizer.param_groups[0]["fused"]
+    assert not sgd.optimizer.param_groups[0]["fused"]
+    assert not adamw.optimizer.param_groups[0]["fused"]
+    assert Several().optimizers[0].param_groups[0]["fused"]
+    assert not Trainer(torch.optim.Adam).optimizer.param_groups[0]["fused"]

@@ -27,18 +27,20 @@ import importlib
 import threading
 from typing import Any
 
-from .patching import Changes, require
+from .patching import Changes, fusing, require
 
 PACKAGE, DISTRIBUTION = "dictionary_learning", "dictionary-learning"
 _lock = threading.RLock()
 _installed: list[Changes] = []
 
 
-def install(*, strict_compat: bool = False) -> Changes:
+def install(*, strict_compat: bool = False, fused_adam: bool = True) -> Changes:
     """Serve every dictionary and trainer of the process, until `uninstall` or the end of the block.
 
     Args:
         strict_compat: give JumpReLU thresholds the gradients of the library's own trainer.
+        fused_adam: whether trainers made from now on use `torch.optim.Adam(fused=True)`, as our
+            subclasses do: the same update, read and written once.
 
     Returns:
         A context manager; leaving it restores what was there before.
@@ -52,6 +54,8 @@ def install(*, strict_compat: bool = False) -> Changes:
         for stock, ours in served.pairs():
             for name in served.REPLACED & vars(ours).keys():
                 changes.attribute(stock, name, vars(ours)[name])
+            if fused_adam and "loss" in vars(ours):
+                changes.attribute(stock, "__init__", fusing(stock.__init__))
             changes.attribute(stock, "strict_compat", bool(strict_compat))
         _installed.append(changes)
         return changes

@@ -34,6 +34,7 @@ from .dictionary_learning_dicts import (
     row_major_,
     top_k,
 )
+from .patching import fusing
 
 __all__ = ["REPLACED", "feature_major_", "pairs", "row_major_"]
 
@@ -42,9 +43,10 @@ REPLACED = {"encode", "forward", "loss"}
 
 
 class TopKTrainer(top_k.TopKTrainer):  # type: ignore[misc]
-    """`TopKTrainer` over entries."""
+    """`TopKTrainer` over entries, with a fused Adam."""
 
     strict_compat = False
+    __init__ = fusing(top_k.TopKTrainer.__init__)
 
     def loss(self, x: Tensor, step: Any = None, logging: bool = False) -> Any:
         """The library's loss, and its statistics."""
@@ -62,9 +64,10 @@ class TopKTrainer(top_k.TopKTrainer):  # type: ignore[misc]
 
 
 class BatchTopKTrainer(batch_top_k.BatchTopKTrainer):  # type: ignore[misc]
-    """`BatchTopKTrainer` over entries."""
+    """`BatchTopKTrainer` over entries, with a fused Adam."""
 
     strict_compat = False
+    __init__ = fusing(batch_top_k.BatchTopKTrainer.__init__)
 
     def loss(self, x: Tensor, step: Any = None, logging: bool = False) -> Any:
         """The library's loss, and its statistics."""
@@ -77,9 +80,10 @@ class BatchTopKTrainer(batch_top_k.BatchTopKTrainer):  # type: ignore[misc]
 
 
 class MatryoshkaBatchTopKTrainer(nested.MatryoshkaBatchTopKTrainer):  # type: ignore[misc]
-    """`MatryoshkaBatchTopKTrainer` over entries."""
+    """`MatryoshkaBatchTopKTrainer` over entries, with a fused Adam."""
 
     strict_compat = False
+    __init__ = fusing(nested.MatryoshkaBatchTopKTrainer.__init__)
 
     def loss(self, x: Tensor, step: Any = None, logging: bool = False) -> Any:
         """The library's loss, and its statistics."""
@@ -101,9 +105,10 @@ class MatryoshkaBatchTopKTrainer(nested.MatryoshkaBatchTopKTrainer):  # type: ig
 
 
 class JumpReluTrainer(jumprelu.JumpReluTrainer):  # type: ignore[misc]
-    """`JumpReluTrainer` over entries."""
+    """`JumpReluTrainer` over entries, with a fused Adam."""
 
     strict_compat = False
+    __init__ = fusing(jumprelu.JumpReluTrainer.__init__)
 
     def loss(self, x: Tensor, step: int, logging: bool = False, **_: Any) -> Any:
         """The library's loss, and its statistics."""

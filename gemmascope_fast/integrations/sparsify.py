@@ -8,6 +8,7 @@
 under whatever name, and so is the coder's projection of its decoder's gradient on the CPU. The
 replacements pass on to sparsify's own for coders that are not served, so that a module that
 imported one meanwhile keeps working after `uninstall`. Its "groupmax" selector stays its own.
+`install` also takes its trainer's optimizers through memory in fewer passes: the same updates.
 
 Numerically, beyond the order of sums:
   - selected latents whose ReLU is 0 pass no gradient, and AuxK and Multi-TopK reach the encoder, as
@@ -30,8 +31,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .patching import Changes, require
+from .patching import Changes, fusing, require
 from .sparsify_ops import decode, encode, remove_parallel_
+from .sparsify_optim import replacement
 
 PACKAGE, DISTRIBUTION = "sparsify", "eai-sparsify"
 PROJECTION = "remove_gradient_parallel_to_decoder_directions"
@@ -55,16 +57,19 @@ class _Served:
 
 _lock = threading.RLock()
 _served = _Served()
+_installed: list[Changes] = []
 _stock: dict[str, Callable[..., Any]] = {}
 """sparsify's own functions while ours stand in their place."""
 
 
-def install(*, strict_compat: bool = False) -> Changes:
+def install(*, strict_compat: bool = False, fused_optimizers: bool = True) -> Changes:
     """Serve every coder of the process, until `uninstall` or the end of the block.
 
     Args:
         strict_compat: give the gradients of sparsify's own encoder: none from AuxK and Multi-TopK,
             some through selected latents whose activation is 0.
+        fused_optimizers: whether its default optimizer updates block by block, which gives the same
+            bits, and the Adam of trainers made from now on is `torch.optim.Adam(fused=True)`.
 
     Returns:
         A context manager; leaving it restores what was there before.
@@ -72,18 +77,33 @@ def install(*, strict_compat: bool = False) -> Changes:
     Raises:
         ImportError: sparsify is not installed, or of another version than 1.3.
     """
+    host = require(PACKAGE, DISTRIBUTION, at_least="1.3", below="1.4")
     with _lock:
-        _hook(require(PACKAGE, DISTRIBUTION, at_least="1.3", below="1.4"))
-        changes = Changes(_unhook_if_idle)
+        _hook(host)
+        changes = Changes(lambda: _undone(changes))
         changes.attribute(_served, "all", bool(strict_compat))
+        if fused_optimizers:
+            from schedulefree import ScheduleFreeWrapper
+            from sparsify.sign_sgd import SignSGD
+
+            own = ScheduleFreeWrapper.step
+            changes.attribute(ScheduleFreeWrapper, "step", replacement(own, SignSGD))
+            changes.attribute(host.Trainer, "__init__", fusing(host.Trainer.__init__))
+        _installed.append(changes)
         return changes
 
 
 def uninstall() -> None:
-    """Undo `install`; coders under `accelerate` stay served."""
+    """Undo every `install`; coders under `accelerate` stay served."""
     with _lock:
-        _served.all = None
-        _unhook_if_idle()
+        while _installed:
+            _installed.pop().undo()
+
+
+def _undone(changes: Changes) -> None:
+    if changes in _installed:
+        _installed.remove(changes)
+    _unhook_if_idle()
 
 
 def accelerate(coder: Any, *, strict_compat: bool = False) -> Changes:
