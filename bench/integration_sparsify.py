@@ -75,9 +75,9 @@ def stepping(args: argparse.Namespace) -> Call:
 
     def passes() -> dict[str, float]:
         numbers = backward()
-        own = {"encoder.weight", "encoder.bias"} if dead is not None or coder.cfg.multi_topk else {}
+        encoder = dead is None and not coder.cfg.multi_topk  # else sparsify's gets no gradient
         for name, p in coder.named_parameters():
-            if name not in own:  # there AuxK and Multi-TopK reach the encoder, as autograd has it
+            if encoder or name == "W_dec":
                 numbers[f"gradient of {name}"] = float(p.grad.norm())
         coder.zero_grad()
         return numbers

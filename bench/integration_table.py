@@ -77,7 +77,7 @@ def table(results: dict[str, Any]) -> str:
     head = (
         f"{first['cpu']}, {first['threads']} threads, torch {first['torch']}; n = {sizes['n']:,}, "
         f"d = {sizes['d']:,}, d_sae = {sizes['d_sae']:,}, L0 = k = {sizes['l0']}, float32; medians "
-        f"of {sizes['repeats']}. Memory: beyond weights, their gradients and the optimizer."
+        f"of {sizes['repeats']} turns. Memory: beyond weights, their gradients and the optimizer."
     )
     lines = [head, "", "| host | call | time | | transient memory | |", "|---|---|---|---|---|---|"]
     before = None

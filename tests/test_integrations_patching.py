@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import types
 from importlib import metadata
 
 import pytest
 import torch
 
-from gemmascope_fast.integrations.patching import Changes, fusing, require
+from gemmascope_fast.integrations.patching import Changes, Installation, fusing, require
 
 
 class Base:
@@ -104,3 +105,60 @@ def test_a_trainers_adam_becomes_fused_and_no_other_optimizer() -> None:
     assert not adamw.optimizer.param_groups[0]["fused"]
     assert Several().optimizers[0].param_groups[0]["fused"]
     assert not Trainer(torch.optim.Adam).optimizer.param_groups[0]["fused"]
+
+
+def test_a_second_install_adds_nothing_and_takes_nothing_away() -> None:
+    host, installation = types.SimpleNamespace(f="stock"), Installation()
+
+    def make(changes: Changes) -> None:
+        changes.attribute(host, "f", f"ours, of {host.f}")
+
+    first = installation.begin(make)
+    with installation.begin(make):
+        assert host.f == "ours, of stock"
+    assert host.f == "ours, of stock"
+    first.undo()
+    assert host.f == "stock"
+    with installation.begin(make):
+        assert host.f == "ours, of stock"
+    installation.begin(make)
+    installation.end()
+    installation.end()
+    assert host.f == "stock"
+
+
+def test_an_install_that_fails_leaves_nothing_behind() -> None:
+    host, installation = types.SimpleNamespace(f="stock"), Installation()
+
+    def make(changes: Changes) -> None:
+        changes.attribute(host, "f", "ours")
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        installation.begin(make)
+    assert host.f == "stock"
+    with installation.begin(lambda changes: changes.attribute(host, "f", "again")):
+        assert host.f == "again"
+
+
+def test_threads_install_once() -> None:
+    host, installation = types.SimpleNamespace(f="stock"), Installation()
+    start = threading.Barrier(8)
+
+    def make(changes: Changes) -> None:
+        seen = host.f
+        threading.Event().wait(0.01)
+        changes.attribute(host, "f", f"ours, of {seen}")
+
+    def run() -> None:
+        start.wait()
+        installation.begin(make)
+
+    threads = [threading.Thread(target=run) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert host.f == "ours, of stock"
+    installation.end()
+    assert host.f == "stock"

@@ -27,7 +27,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from .patching import Changes
+from .patching import Changes, Installation
 
 PACKAGE = "circuit_tracer"
 SOURCE = "https://github.com/decoderesearch/circuit-tracer"
@@ -58,36 +58,33 @@ SIGNATURES = {
 }
 """What is replaced and read of the host: methods and their parameters."""
 
-_installed: list[Changes] = []
+_installation = Installation()
 
 
 def install() -> Changes:
     """Serve every transcoder of this process, until `uninstall` or the end of a with block.
 
     Returns:
-        The changes, a context manager that undoes them. Installed already: those of the first call.
+        The changes, a context manager that undoes them; none where it is installed already.
 
     Raises:
         ImportError: circuit-tracer is not there, or is not one that this was written for.
     """
-    if _installed:
-        return _installed[0]
     _check_host()
     from .circuit_tracer_host import replaced
 
-    changes = Changes(undone=_installed.clear)
-    for kind, methods in _places():
-        for serve in methods:
-            name = serve.__name__
-            changes.attribute(kind, name, replaced(vars(kind)[name], serve))
-    _installed.append(changes)
-    return changes
+    def make(changes: Changes) -> None:
+        for kind, methods in _places():
+            for serve in methods:
+                name = serve.__name__
+                changes.attribute(kind, name, replaced(vars(kind)[name], serve))
+
+    return _installation.begin(make)
 
 
 def uninstall() -> None:
     """Give the transcoders their own methods back; without `install`, nothing happens."""
-    if _installed:
-        _installed[0].undo()
+    _installation.end()
 
 
 def accelerate(obj: Any) -> Changes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import re
+import threading
 from collections.abc import Callable, MutableMapping
 from importlib import metadata
 from types import ModuleType, TracebackType
@@ -61,6 +62,10 @@ class Changes:
 
         self._undo.append(undo)
 
+    def finally_(self, undo: Callable[[], None]) -> None:
+        """Have `undo` called where the changes are taken back."""
+        self._undo.append(undo)
+
     def undo(self) -> None:
         """Take everything back; a second call does nothing."""
         while self._undo:
@@ -79,6 +84,40 @@ class Changes:
         trace: TracebackType | None,
     ) -> None:
         self.undo()
+
+
+class Installation:
+    """The changes of a host's `install`, made at most once at a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._changes: Changes | None = None
+
+    def begin(self, make: Callable[[Changes], None]) -> Changes:
+        """The changes that `make` makes; where they stand already, an empty set of changes.
+
+        Leaving the block of a second `install` thus leaves the first in place.
+        """
+        with self._lock:
+            if self._changes is not None:
+                return Changes()
+            changes = Changes(self._ended)
+            try:
+                make(changes)
+            except BaseException:
+                changes.undo()
+                raise
+            self._changes = changes
+            return changes
+
+    def end(self) -> None:
+        """Undo the changes that stand."""
+        with self._lock:
+            if self._changes is not None:
+                self._changes.undo()
+
+    def _ended(self) -> None:
+        self._changes = None
 
 
 def fusing(own: Callable[..., None]) -> Callable[..., None]:

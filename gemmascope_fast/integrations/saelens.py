@@ -22,9 +22,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from .patching import Changes, require
+from .patching import Changes, Installation, require
 
-_installed: list[Changes] = []
+_installation = Installation()
 
 
 def install(*, fused_adam: bool = True, capture: bool = True) -> Changes:
@@ -37,40 +37,33 @@ def install(*, fused_adam: bool = True, capture: bool = True) -> Changes:
             `compile_sae=True` then traces a JumpReLU's step as one graph; without it, as several.
 
     Returns:
-        The changes, a context manager that undoes them. Installed already: those of the first call.
+        The changes, a context manager that undoes them; none where it is installed already.
 
     Raises:
         ImportError: sae-lens is not installed, or of another version.
     """
-    if _installed:
-        return _installed[0]
     _host()
     from sae_lens.training import sae_trainer
     from torch._dynamo import config
 
     from . import saelens_methods as methods
 
-    captured = config.capture_dynamic_output_shape_ops
+    def make(changes: Changes) -> None:
+        captured = config.capture_dynamic_output_shape_ops
+        config.capture_dynamic_output_shape_ops = captured or capture
+        changes.finally_(partial(setattr, config, "capture_dynamic_output_shape_ops", captured))
+        for cls, name, serve in methods.PLACES:
+            method = methods.replacement(getattr(cls, name), name, serve)
+            changes.attribute(cls, name, method)
+        if fused_adam:
+            changes.attribute(sae_trainer, "Adam", partial(sae_trainer.Adam, fused=True))
 
-    def undone() -> None:
-        config.capture_dynamic_output_shape_ops = captured
-        _installed.clear()
-
-    changes = Changes(undone)
-    config.capture_dynamic_output_shape_ops = captured or capture
-    for cls, name, serve in methods.PLACES:
-        method = methods.replacement(getattr(cls, name), name, serve)
-        changes.attribute(cls, name, method)
-    if fused_adam:
-        changes.attribute(sae_trainer, "Adam", partial(sae_trainer.Adam, fused=True))
-    _installed.append(changes)
-    return changes
+    return _installation.begin(make)
 
 
 def uninstall() -> None:
     """Give SAELens its own methods back; nothing happens where `install` was not called."""
-    if _installed:
-        _installed[0].undo()
+    _installation.end()
 
 
 def accelerate(module: Any) -> Changes:
