@@ -21,6 +21,7 @@ latent, with the smallest entry last.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import threading
 from collections.abc import Callable, Iterator, MutableMapping
@@ -83,11 +84,9 @@ def install(*, strict_compat: bool = False, fused_optimizers: bool = True) -> Ch
         changes = Changes(lambda: _undone(changes))
         changes.attribute(_served, "all", bool(strict_compat))
         if fused_optimizers:
-            from schedulefree import ScheduleFreeWrapper
-            from sparsify.sign_sgd import SignSGD
-
-            own = ScheduleFreeWrapper.step
-            changes.attribute(ScheduleFreeWrapper, "step", replacement(own, SignSGD))
+            wrapper = importlib.import_module("schedulefree").ScheduleFreeWrapper
+            sign_sgd = importlib.import_module(f"{PACKAGE}.sign_sgd").SignSGD
+            changes.attribute(wrapper, "step", replacement(wrapper.step, sign_sgd))
             changes.attribute(host.Trainer, "__init__", fusing(host.Trainer.__init__))
         _installed.append(changes)
         return changes

@@ -24,7 +24,7 @@ BLOCK = 1 << 19
 """Elements at a time: those of y, z, g and sign(g) take 8 MiB."""
 
 
-def replacement(own: Callable[..., Any], sign_sgd: type) -> Callable[..., Any]:
+def replacement(own: Callable[..., Any], sign_sgd: Any) -> Callable[..., Any]:
     """Stands for `ScheduleFreeWrapper.step`, which is `own`."""
 
     @functools.wraps(own)
@@ -41,7 +41,7 @@ def replacement(own: Callable[..., Any], sign_sgd: type) -> Callable[..., Any]:
     return step
 
 
-def _serves(wrapper: Any, sign_sgd: type) -> bool:
+def _serves(wrapper: Any, sign_sgd: Any) -> bool:
     """Whether a step is the one above and nobody listens to the inner optimizer's."""
     base = wrapper.base
     if type(base) is not sign_sgd or wrapper.weight_decay_at_y != 0 or not wrapper.train_mode:
