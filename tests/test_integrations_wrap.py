@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -196,12 +194,3 @@ def test_bad_input_about_modules() -> None:
         gsf.wrap(Layers(), **names, encoder_layout="[d_sae, d_in]")
     with pytest.raises(ValueError, match="encode: TopK always stores k entries"):
         gsf.wrap(Layers(), **names).encode(torch.zeros(2, D), max_nnz=3)
-
-
-def test_the_snippet_of_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
-    page = Path(__file__).resolve().parents[1] / "docs" / "integrations.md"
-    section = page.read_text().split("\n## Modules of your own")[1]
-    code = re.findall(r"```python\n(.*?)```", section, re.S)[0]
-    exec(code, {})
-    expected = re.findall(r"print\(.*\)  # (.*)", code)
-    assert capsys.readouterr().out.splitlines() == expected

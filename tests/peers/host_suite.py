@@ -99,5 +99,5 @@ def run_snippet(heading: str) -> None:
     """Execute what docs/integrations.md shows under a heading."""
     sections = PAGE.read_text().split("\n## ")
     (section,) = (s for s in sections if s.startswith(heading))
-    (code,) = re.findall(r"```python\n(.*?)```", section, re.S)
+    (code,) = re.findall(r"```py\n(.*?)```", section, re.S)
     exec(compile(code, f"{PAGE.name}: {heading}", "exec"), {"__name__": "snippet"})
