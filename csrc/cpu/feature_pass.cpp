@@ -1,10 +1,7 @@
-// A task is a range of blocks of 16 latents with about equally much work. Gradient rows accumulate in place where the
-// gradient is float32 with contiguous rows, else in a scratch block that is rounded or transposed out once. Entries are
-// taken four at a time, tokens ascending. Bound by DRAM: one row of W_dec read and one row of each gradient written per
-// touched latent; g and x come from the caches. The next touched latent's W_dec row is prefetched meanwhile.
+// A task is a range of blocks of 16 latents with about equally much work. Where gradient rows accumulate is gradient_rows.h's
+// choice. Entries are taken four at a time, tokens ascending. Bound by one row of W_dec read from DRAM per touched latent, every
+// row of a large gradient written, and g and x read from L3 once per entry. Rows of W_dec are prefetched a few latents ahead.
 #include "cpu/feature_pass.h"
-
-#include <cstring>
 
 #include "cpu/by_feature.h"
 
@@ -12,6 +9,8 @@ namespace gemmascope_fast {
 namespace {
 
 constexpr int64_t kTasksPerSlot = 16;
+// Touched latents between a row of W_dec and its prefetch: most have a row or two of sums, less time than DRAM takes.
+constexpr int kLatentsAhead = 4;
 
 // W_dec's rows of one block, widened or transposed where they are not contiguous float32.
 class WeightRows {
@@ -40,68 +39,6 @@ class WeightRows {
   int64_t first_ = 0;
 };
 
-// Where the gradient rows of one block accumulate, and how they reach the gradient.
-class GradientRows {
- public:
-  explicit GradientRows(const LatentGradient& gradient)
-      : out_(gradient),
-        ld_(gradient.rows.cols + 16),  // + 16: columns of the block must not all fall into one set
-        scratch_(static_cast<size_t>(scratch_rows(gradient) * ld_)) {
-    if (gradient.update != nullptr) adam_.emplace(*gradient.update);
-  }
-
-  void begin(int64_t j) { first_ = j; }
-  float* row(int64_t j) {
-    if (adam_) return scratch_.data();
-    if (direct_rows(out_.rows)) return static_cast<float*>(const_cast<void*>(out_.rows.row(j)));
-    return scratch_.data() + (j - first_) * ld_;
-  }
-  // The row of latent j is complete; `touched`: it was written. next: the next latent that will be, or -1.
-  void done(int64_t j, bool touched, int64_t next) {
-    if (adam_) adam_->update(j, touched ? scratch_.data() : nullptr, next);
-  }
-  // Memory that latent j will read: the row that an update changes, or that the gradient is written to.
-  RowAhead ahead(int64_t j) const {
-    if (j < 0 || !unit_columns(out_.rows)) return {nullptr, 0};
-    return {out_.rows.row(j), element_size(out_.rows.dtype)};
-  }
-  // offsets: feature_offsets + the block's first latent.
-  void finish(int64_t count, const int64_t* offsets) {
-    if (adam_) return;
-    const bool untouched = offsets[0] == offsets[count];
-    if (untouched && out_.zeroed) return;
-    const bool columns = !unit_columns(out_.rows);
-    for (int64_t i = 0; i < count; ++i) {
-      const bool touched = offsets[i] != offsets[i + 1];
-      if (!touched && columns) clear(scratch_.data() + i * ld_, sizeof(float));
-      if (!touched && !columns && !out_.zeroed) clear_row(first_ + i);
-      if (touched && !columns && !direct_rows(out_.rows)) {
-        store_rows(out_.rows, first_ + i, 1, scratch_.data() + i * ld_, ld_);
-      }
-    }
-    if (columns) store_rows(out_.rows, first_, count, scratch_.data(), ld_);
-  }
-
- private:
-  static int64_t scratch_rows(const LatentGradient& gradient) {
-    if (gradient.update != nullptr) return 1;
-    return direct_rows(gradient.rows) ? 0 : kRowBlock;
-  }
-  void clear(void* row, size_t element) {
-    if (out_.rows.cols == 0) return;  // memset must not be handed the null pointer of an empty row
-    std::memset(row, 0, static_cast<size_t>(out_.rows.cols) * element);
-  }
-  void clear_row(int64_t j) {
-    clear(const_cast<void*>(out_.rows.row(j)), static_cast<size_t>(element_size(out_.rows.dtype)));
-  }
-
-  LatentGradient out_;
-  int64_t ld_;
-  std::vector<float> scratch_;
-  std::optional<AdamRows> adam_;
-  int64_t first_ = 0;
-};
-
 // Up to four entries of one latent.
 struct Batch {
   int64_t entry[kRowGroup];
@@ -114,8 +51,10 @@ struct Batch {
 class Worker {
  public:
   Worker(const Entries& entries, const FeatureView& view, const int64_t* rows,
-         const DecoderPart* decoder, const EncoderPart* encoder)
+         const DecoderPart* decoder, const EncoderPart* encoder, int64_t first)
       : entries_(entries), view_(view), rows_(rows), decoder_(decoder), encoder_(encoder) {
+    ahead_ = touched_from(first);
+    for (int i = 1; i < kLatentsAhead; ++i) look_further();
     if (decoder != nullptr) d_W_dec_.emplace(decoder->d_W_dec);
     if (decoder != nullptr && decoder->W_dec.has_value()) W_dec_.emplace(*decoder->W_dec);
     if (encoder != nullptr && encoder->d_W_enc.has_value()) d_W_enc_.emplace(*encoder->d_W_enc);
@@ -139,7 +78,10 @@ class Worker {
     sum_threshold_ = 0;
     const int64_t begin = view_.offsets[j], end = view_.offsets[j + 1];
     const float* w = W_dec_ && begin < end ? W_dec_->row(j) : nullptr;
-    if (begin < end) next_ = next_touched(j);
+    if (begin < end) {
+      next_ = touched_from(j + 1);
+      look_further();
+    }
     for (int64_t p = begin; p < end; p += kRowGroup) {
       Batch batch;
       batch.count = static_cast<int>(std::min<int64_t>(kRowGroup, end - p));
@@ -175,7 +117,7 @@ class Worker {
       return;
     }
     rows_table().dot_axpy(rows, values, batch->count, batch->first, g.cols, w,
-                          batch->first ? W_dec_->ahead(next_) : RowAhead{nullptr, 0}, acc,
+                          batch->first ? W_dec_->ahead(ahead_) : RowAhead{nullptr, 0}, acc,
                           batch->d_values);
     if (decoder_->d_values == nullptr) return;
     for (int i = 0; i < batch->count; ++i) decoder_->d_values[batch->entry[i]] = batch->d_values[i];
@@ -209,11 +151,13 @@ class Worker {
     sum_threshold_ += threshold * d_value + d_gate;
   }
 
-  // The next latent with entries, or -1; beyond the task it merely warms rows for another one.
-  int64_t next_touched(int64_t j) const {
-    for (++j; j < entries_.d_sae && view_.offsets[j] == view_.offsets[j + 1]; ++j) {
-    }
+  // The first latent from j on with entries, or -1; beyond the task it merely warms rows for another one.
+  int64_t touched_from(int64_t j) const {
+    while (j < entries_.d_sae && view_.offsets[j] == view_.offsets[j + 1]) ++j;
     return j < entries_.d_sae ? j : -1;
+  }
+  void look_further() {
+    if (ahead_ >= 0) ahead_ = touched_from(ahead_ + 1);
   }
 
   const Entries& entries_;
@@ -224,7 +168,7 @@ class Worker {
   std::optional<GradientRows> d_W_dec_, d_W_enc_;
   std::optional<WeightRows> W_dec_;
   size_t group_ = 0;
-  int64_t next_ = -1;
+  int64_t next_ = -1, ahead_ = -1;  // touched latents, or none
   float sum_b_ = 0, sum_threshold_ = 0;
 };
 
@@ -250,9 +194,10 @@ void feature_pass(const Entries& entries, const FeatureView& view, const int64_t
   };
   const int64_t tasks = std::min(blocks, parallel_slots(blocks) * kTasksPerSlot);
   parallel_tasks(tasks, [&](int64_t task, int64_t) {
-    Worker worker(entries, view, rows, decoder, encoder);
+    const int64_t begin = balanced_begin(task, tasks, blocks, cost);
     const int64_t end = balanced_begin(task + 1, tasks, blocks, cost);
-    for (int64_t b = balanced_begin(task, tasks, blocks, cost); b < end; ++b) {
+    Worker worker(entries, view, rows, decoder, encoder, latent_of(begin));
+    for (int64_t b = begin; b < end; ++b) {
       worker.block(latent_of(b), latent_of(b + 1));
     }
   });

@@ -9,19 +9,10 @@
 // consumed at once by an update of that row of the weights.
 #pragma once
 
-#include "cpu/adam_rows.h"
 #include "cpu/entries.h"
-#include "cpu/matrix_rows.h"
+#include "cpu/gradient_rows.h"
 
 namespace gemmascope_fast {
-
-// A gradient seen as one row per latent. `zeroed`: its memory is zero already. `update`: there is no such memory; each row
-// of `rows` (then the weight itself, for its shape) is updated from its gradient.
-struct LatentGradient {
-  Matrix rows;
-  bool zeroed;
-  const AdamMatrix* update = nullptr;
-};
 
 struct DecoderPart {
   std::optional<Matrix> W_dec;      // null: no value gradients

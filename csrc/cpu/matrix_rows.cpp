@@ -155,8 +155,8 @@ bool dense_2d(const Tensor& t) {
          (t.stride(0) == 1 && t.stride(1) == t.size(0));
 }
 
-// calloc maps fresh pages for a block of this size, or clears a recycled one; only the second costs a pass over it. Above
-// 32 MiB glibc always maps, and a page fault is due only where a row is written.
+// calloc maps fresh pages for a block of this size, or clears a recycled one with one thread. Above 32 MiB glibc maps unless
+// told otherwise, and a page fault is due only where a row is written.
 constexpr int64_t kZeroPageBytes = int64_t{4} << 20;
 constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
 // A fault costs about 3 us for 4 KiB and 200 us for 2 MiB (512 of those): huge pages win from an eighth upward.
@@ -169,20 +169,18 @@ Gradient gradient_like(const Tensor& parameter, const Matrix& latents, double to
   if (bytes <= kZeroPageBytes || !dense_2d(parameter)) {
     return {tensor_like(parameter), false};
   }
-  void* block = std::calloc(static_cast<size_t>(bytes) + kHugePage, 1);
+  const bool many = touched > kHugeFraction, zeroed = !many || !unit_columns(latents);
+  const size_t size = static_cast<size_t>(bytes) + kHugePage;
+  void* block = zeroed ? std::calloc(size, 1) : std::malloc(size);
   if (block == nullptr) return {tensor_like(parameter), false};
   const auto address = reinterpret_cast<uintptr_t>(block);
   void* data = reinterpret_cast<void*>((address + kHugePage - 1) / kHugePage * kHugePage);
 #ifdef MADV_HUGEPAGE
-  if (touched > kHugeFraction || !unit_columns(latents))
-    madvise(data, static_cast<size_t>(bytes), MADV_HUGEPAGE);
-#else
-  (void)latents;
-  (void)touched;
+  if (many || !unit_columns(latents)) madvise(data, static_cast<size_t>(bytes), MADV_HUGEPAGE);
 #endif
   return {torch::stable::from_blob(data, parameter.sizes(), parameter.strides(), parameter.device(),
                                    parameter.scalar_type(), [block](void*) { std::free(block); }),
-          true};
+          zeroed};
 }
 
 void sum_rows(const FloatRows& m, int64_t rows, float* out) {

@@ -36,10 +36,11 @@ FloatRows float_rows(const Tensor& owner, const Matrix& m);
 // m itself when its columns have unit stride; else a float32 copy, stored in `keep`, that does.
 Matrix gatherable(const Tensor& owner, const Matrix& m, Tensor* keep);
 
-// An uninitialised gradient with the dtype, shape and strides of `parameter`. A large one is made of untouched zero
-// pages (`zeroed`): rows nobody writes then cost neither time nor memory, and most rows of a sparse gradient are such.
-// `touched`: upper bound of the fraction of latents that will be written; when high, huge pages are asked for, and always
-// when a row of `latents` (the parameter, one row per latent) is not contiguous, so that it lies on many pages.
+// An uninitialised gradient with the dtype, shape and strides of `parameter`; every row must be written. `touched`: upper bound
+// of the fraction of latents that will get something else than zeros. When it is low, a large gradient is made of untouched
+// zero pages (`zeroed`): rows nobody writes then cost neither time nor memory. When it is high, huge pages are asked for, and
+// always when a row of `latents` (the parameter, one row per latent) is not contiguous, so that it lies on many pages; such a
+// gradient is `zeroed`, too.
 struct Gradient {
   Tensor tensor;
   bool zeroed = false;

@@ -6,6 +6,7 @@
 
 #include "cpu/simd/f16x.h"
 #include "cpu/simd/narrow.h"
+#include "cpu/simd/stream.h"
 
 namespace gemmascope_fast {
 namespace GSF_TARGET {
@@ -254,7 +255,8 @@ static void narrow(int dtype, const float* src, int64_t d, void* dst) {
 }
 
 extern const RowTable kRowTable;
-const RowTable kRowTable = {widen, narrow, gather, gather_dot, axpy, dot_axpy};
+const RowTable kRowTable = {widen, narrow,   gather, gather_dot,
+                            axpy,  dot_axpy, stream, stream_fence};
 
 }  // namespace GSF_TARGET
 

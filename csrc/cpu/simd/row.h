@@ -4,6 +4,7 @@
 //   gather_dot  out[e]  = dot(W[indices[e]], g)                        canonical 16-lane dot
 //   axpy        acc[k]  = fma(coef[e], rows[e][k], acc[k])             up to four rows
 //   dot_axpy    dots[e] = dot(rows[e], w), and axpy in the same sweep
+//   stream      copies bytes around the caches; see stream.h
 //
 // Every element sees the same fma sequence in every variant, so targets agree to the bit. Rows of W come from DRAM: four
 // are read at a time while the next four are prefetched (one row at a time leaves two thirds of the bandwidth unused).
@@ -44,6 +45,9 @@ struct RowTable {
                RowAhead ahead, float* acc);
   void (*dot_axpy)(const float* const* rows, const float* coef, int count, bool first, int64_t d,
                    const float* w, RowAhead ahead, float* acc, float* dots);
+  // src null: zeros. Other threads may read dst once stream_fence() has been called.
+  void (*stream)(const void* src, int64_t bytes, void* dst);
+  void (*stream_fence)();
 };
 
 const RowTable& row_table(SimdTarget target);
