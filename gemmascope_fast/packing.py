@@ -9,6 +9,7 @@ margin covers every error. On CUDA it is statistical, so codes are made only whe
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -98,7 +99,7 @@ def pack(
 
     Returns:
         A `PackedEncoder` of 1 byte per weight, `d_in` rounded up to a multiple of 64 (CUDA: 128),
-        and 16 (8) bytes per latent.
+        and 12 (8) bytes per latent, on a CPU also 4 per 256 to 511 elements of it, or so.
 
     Raises:
         TypeError: a tensor is not floating point.
@@ -124,7 +125,10 @@ def pack(
 def packed_bytes(d_in: int, d_sae: int, center: bool = False) -> int:
     """Bytes of the codes of a `[d_in, d_sae]` encoder."""
     width, latents = -(-d_in // 64) * 64, -(-d_sae // 48) * 48
-    return 64 + (-(-d_in * 4 // 64) * 64 if center else 0) + latents * (width + 16)
+    block = math.gcd(width, 256)
+    chunks = (chunk for chunk in range(block, width, block) if chunk >= 256 and width % chunk == 0)
+    scales = width // next(chunks, width) if width else 0
+    return 64 + (-(-d_in * 4 // 64) * 64 if center else 0) + latents * (width + 12 + 4 * scales)
 
 
 def unpacked(W_enc: Tensor | PackedEncoder) -> tuple[Tensor, Tensor | None]:

@@ -48,7 +48,7 @@ def test_the_widest_models(screen: Callable[[str], None]) -> None:
 
 
 @pytest.mark.parametrize("above", [False, True])
-@pytest.mark.parametrize("d", [64, 384, 1152])
+@pytest.mark.parametrize("d", [64, 384, 1152, 2304])
 def test_thresholds_within_an_ulp_of_the_largest_entry(
     screen: Callable[[str], None], d: int, above: bool
 ) -> None:
@@ -133,6 +133,22 @@ def every_row_its_own_size() -> Data:
     return x, W, b, t
 
 
+def chunks_of_all_sizes() -> Data:
+    """Elements k % 3 share a scale; those of one are 2^-30 of the others, of one often zero."""
+    x, W, b, t = draw(40, 768, 300)
+    x[:, 1::3] *= 2.0**-30
+    x[::2, 2::3] = 0
+    W.t()[::3, 0::3] *= 2.0**-28  # these live on what is next to nothing
+    W.t()[1::3, 1::3] *= 2.0**25
+    return x, W, b, 2.5 * (x @ W).std(0)
+
+
+def one_chunk_is_not_finite() -> Data:
+    x, W, b, t = draw(20, 768, 300)
+    x[3, 4], W.t()[7, 5], W.t()[200, 767] = float("inf"), float("nan"), float("-inf")
+    return x, W, b, t
+
+
 CASES: dict[str, Callable[[], Data]] = {
     "contiguous outliers": lambda: outliers(False),
     "scattered outliers": lambda: outliers(True),
@@ -150,6 +166,8 @@ CASES: dict[str, Callable[[], Data]] = {
     "switched off": switched_off,
     "huge biases": huge_biases,
     "every row its own size": every_row_its_own_size,
+    "chunks of all sizes": chunks_of_all_sizes,
+    "one chunk is not finite": one_chunk_is_not_finite,
 }
 
 
@@ -163,7 +181,10 @@ def test_subnormal_biases_beside_rows_of_zeros(screen: Callable[[str], None], x_
     compare(screen, subnormal_biases(x_zero), bandwidth=0.0)
 
 
-@pytest.mark.parametrize("case", ["contiguous outliers", "common part", "one row differs", "tiny"])
+@pytest.mark.parametrize(
+    "case",
+    ["contiguous outliers", "common part", "one row differs", "tiny"] + ["chunks of all sizes"],
+)
 def test_awkward_data_at_the_ulp(screen: Callable[[str], None], case: str) -> None:
     compare(screen, at_the_ulp(CASES[case](), above=True))
 

@@ -23,14 +23,13 @@ void EncodeTiles::propose(const Task& task, int64_t slot, const EncodeLimits& li
     for (size_t i = 0; i < found.size();) {
       const int64_t row = task.row_begin + found[i].row, r = row % kScreenRows;
       const ScreenTokens& tokens = tokens_->tokens(row - r);
-      const float a = luck * tokens.a[r], b = luck * tokens.b[r], own = 1 / tokens.inverse[r];
+      const float a = luck * tokens.a[r], b = luck * tokens.b[r];
       float values[kScreenBlock];
       int64_t size = 0;
       for (const int32_t same = found[i].row; i < found.size() && found[i].row == same; ++i) {
         const int32_t l = found[i].latent;
         const float margin = a * latents.alpha[l] + b * latents.beta[l];
-        const float product = static_cast<float>(found[i].product) - margin;
-        values[size++] = (product * own - latents.base[l]) * unit[l];
+        values[size++] = (found[i].product - margin - latents.base[l]) * unit[l];
         proposals.push_back({static_cast<uint16_t>(same),
                              static_cast<uint16_t>(j + l - task.latent_begin), found[i].product});
       }
@@ -48,7 +47,7 @@ void EncodeTiles::decide(const Task& task, int64_t slot, const EncodeLimits& lim
     const int64_t count = std::min(kScreenBlock, task.latent_end - j);
     const int64_t first = j - task.latent_begin;
     scratch.block = latent_block(j, count, scratch);
-    scratch.bounds = screen_latents(limits, scratch.block.stats, j, count, tokens_->d());
+    scratch.bounds = screen_latents(limits, scratch.block, j, count, tokens_->d());
     scratch.candidates.clear();
     for (; next < end && next->latent < first + count; ++next) {
       const int64_t row = task.row_begin + next->row, l = next->latent - first;
@@ -57,7 +56,9 @@ void EncodeTiles::decide(const Task& task, int64_t slot, const EncodeLimits& lim
         scratch.candidates.push_back({next->row, static_cast<int32_t>(l), next->product});
       }
     }
-    rescore(task, j, count, scratch, limits, visit);
+    refine(task, scratch, limits);
+    sort_candidates(j, count, scratch);
+    rescore(task, scratch, limits, visit);
   }
 }
 

@@ -1,10 +1,11 @@
 // The screened half of EncodeTiles: candidates by int8 products, decisions by canonical float32 dots.
 //
 // Algorithm: per block of 48 latents, quantised on the spot (cache-resident) or packed before: tiles of 8 rows list the
-// entries that the bound lets through. The second stage looks at them row by row, as they were found: a row's fine codes
-// are read once, the block's codes lie in L2. What is left is sorted by latent and rescored four dots at a time. Where more
-// than a quarter are candidates the block is computed directly, and so are the next 1, 2, 4 ... blocks, up to 16, until one
-// screens well again.
+// entries that the bound lets through. A tile takes one chunk of d; all tiles of a chunk follow each other, so that the
+// chunk's 12 KiB of latents stay in L1. The second stage looks at the candidates row by row, as they were found: a row's fine
+// codes are read once, the block's codes lie in L2. What is left is sorted by latent and waits for the next block's product,
+// during which its rows of W_enc are read; then it is rescored four dots at a time. Where more than a quarter are candidates
+// the block is computed directly, and so are the next 1, 2, 4 ... blocks, up to 16, until one screens well again.
 // Bound: the int8 products; then the rows of x and W_enc read by rescoring, from L3 and memory.
 #include <algorithm>
 
@@ -15,7 +16,8 @@ namespace {
 
 constexpr int64_t kDenseShare = 4;  // a direct block costs as much as rescoring a quarter of it
 constexpr int64_t kRefined = 16;    // candidates of 16 latents that pay for laying their codes out
-constexpr int64_t kLine = 64;       // bytes of a cache line
+constexpr int64_t kRowsAtOnce = 256;  // of x, whose products of a chunk wait in L2 for the next one
+constexpr int64_t kPanels = kRowsAtOnce / kScreenRows;
 constexpr int64_t kMostSkipped = 16;  // blocks computed directly before screening is tried again
 
 }  // namespace
@@ -25,41 +27,83 @@ LatentBlock EncodeTiles::latent_block(int64_t begin, int64_t count, Scratch& scr
   LatentScratch& own = scratch.latents;
   own.codes.resize(static_cast<size_t>(kScreenBlock * tokens_->d()));
   own.stats.resize(static_cast<size_t>(kScreenBlock));
+  own.scales.resize(static_cast<size_t>(kScreenBlock * screen_chunks(tokens_->d())));
   quantise_latents(w_rows_, begin, count, tokens_->center(), own, own.codes.data(),
-                   own.stats.data());
-  return {own.codes.data(), own.stats.data()};
+                   own.stats.data(), own.scales.data());
+  return {own.codes.data(), own.stats.data(), own.scales.data()};
+}
+
+// What the products of this block read on the way, a piece for every kScreenUnit elements of every tile: the rows of W_enc
+// that the pending candidates want, and the next block's codes, or the weights they will be made of.
+void EncodeTiles::read_ahead(const Task& task, int64_t begin, Scratch& scratch) const {
+  std::vector<const char*>& pieces = scratch.pieces;
+  pieces.clear();
+  const auto add = [&](Stretch stretch) {
+    for (int64_t at = 0; at < stretch.bytes; at += kPiece) pieces.push_back(stretch.at + at);
+  };
+  int32_t last = -1;
+  for (const Candidate& c : scratch.pending.entries) {
+    if (packed_ && c.latent != last) add(w_rows_.stretch(scratch.pending.begin + c.latent, 1));
+    last = c.latent;
+  }
+  const int64_t next = std::min(begin + kScreenBlock, task.latent_end);
+  const int64_t count = std::min(kScreenBlock, task.latent_end - next);
+  if (!packed_) add(w_rows_.stretch(next, count));
+  if (packed_ && count > 0) {
+    const auto* codes = reinterpret_cast<const char*>(packed_->block(next / kScreenBlock).codes);
+    add({codes, kScreenBlock * tokens_->d()});
+  }
+  const int64_t panels = (task.rows() + kScreenRows - 1) / kScreenRows;
+  const size_t places = static_cast<size_t>(panels * tokens_->d() / kScreenUnit);
+  const auto* nothing = reinterpret_cast<const char*>(scratch.block.codes);
+  scratch.ahead.assign(places, nothing);
+  const size_t read = std::min(pieces.size(), places);
+  for (size_t i = 0; i < read; ++i) scratch.ahead[i * places / read] = pieces[i];
+}
+
+// The products of rows [row, row + rows), rows <= kRowsAtOnce, with the block.
+void EncodeTiles::multiply(int64_t row, int64_t rows, const EncodeLimits& limits,
+                           const char* const* ahead, Scratch& scratch, uint64_t* masks) const {
+  const int64_t d = tokens_->d(), width = screen_chunk(d);
+  ScreenTokens tokens[kPanels];
+  for (int64_t r = 0; r < rows; ++r) {
+    ScreenTokens& own = tokens[r / kScreenRows];
+    if (r % kScreenRows == 0) own = tokens_->tokens(row + r);
+    if (limits.latent == nullptr) own.limit[r % kScreenRows] = limits.row(row + r);
+  }
+  float* products = scratch.products.reserve(kRowsAtOnce * kScreenBlock);
+  for (int64_t chunk = 0; chunk < d / width; ++chunk) {
+    for (int64_t r = 0; r < rows; r += kScreenRows, ahead += width / kScreenUnit) {
+      const ScreenTile tile = {scratch.block.codes,
+                               tokens_->codes(row + r),
+                               std::min(kScreenRows, rows - r),
+                               d,
+                               chunk,
+                               width,
+                               ahead};
+      screens().tile(tile, scratch.bounds, tokens[r / kScreenRows], masks + r,
+                     products + r * kScreenBlock);
+    }
+  }
 }
 
 // False when there are too many: then the list is incomplete.
 bool EncodeTiles::find_candidates(const Task& task, int64_t begin, int64_t count, Scratch& scratch,
                                   const EncodeLimits& limits, bool all) {
   scratch.block = latent_block(begin, count, scratch);
-  scratch.bounds = screen_latents(limits, scratch.block.stats, begin, count, tokens_->d());
-  const ScreenTable& table = screens();
+  scratch.bounds = screen_latents(limits, scratch.block, begin, count, tokens_->d());
+  read_ahead(task, begin, scratch);
+  const char* const* ahead = scratch.ahead.data();
   const uint64_t real = (uint64_t{1} << count) - 1;
   const size_t most = static_cast<size_t>(task.rows() * count / (all ? 1 : kDenseShare));
   std::vector<Candidate>& found = scratch.candidates;
   found.clear();
-  // The weights that will be quantised next are read on the way, while the products run.
-  const int64_t panels = (task.rows() + kScreenRows - 1) / kScreenRows;
-  const int64_t ahead = std::min(begin + kScreenBlock, task.latent_end);
-  const Stretch next = w_rows_.stretch(ahead, std::min(kScreenBlock, task.latent_end - ahead));
-  const int64_t share = next.bytes / panels, step = share / (tokens_->d() / 4) + 1;
-  const bool reads = !packed_ && share > 0 && step <= kLine;
-  for (int64_t row = task.row_begin; row < task.row_end; row += kScreenRows) {
-    const int64_t rows = std::min(kScreenRows, task.row_end - row);
-    ScreenTokens tokens = tokens_->tokens(row);
-    for (int64_t r = 0; limits.latent == nullptr && r < rows; ++r) {
-      tokens.limit[r] = limits.row(row + r);
-    }
-    uint64_t masks[kScreenRows];
-    int32_t products[kScreenRows * kScreenBlock];
-    const int64_t panel = (row - task.row_begin) / kScreenRows;
-    const char* own = reinterpret_cast<const char*>(scratch.block.codes);
-    const ReadAhead on_the_way =
-        reads ? ReadAhead{next.at + panel * share, step} : ReadAhead{own, 0};
-    table.tile(scratch.block.codes, tokens_->codes(row), rows, tokens_->d(), scratch.bounds, tokens,
-               on_the_way, masks, products);
+  for (int64_t row = task.row_begin; row < task.row_end; row += kRowsAtOnce) {
+    const int64_t rows = std::min(kRowsAtOnce, task.row_end - row);
+    uint64_t masks[kRowsAtOnce];
+    multiply(row, rows, limits, ahead, scratch, masks);
+    ahead += (rows + kScreenRows - 1) / kScreenRows * (tokens_->d() / kScreenUnit);
+    const float* products = scratch.products.reserve(0);
     for (int64_t r = 0; r < rows; ++r) {
       for (uint64_t mask = masks[r] & real; mask != 0; mask &= mask - 1) {
         const int latent = __builtin_ctzll(mask);
@@ -85,18 +129,18 @@ void EncodeTiles::refine(const Task& task, Scratch& scratch, const EncodeLimits&
       codes_to_rows(scratch.block.codes + at, d, scratch.code_rows.data() + at);
     }
   }
-  scratch.fine_w.clear();
-  scratch.fine_x.clear();
+  scratch.fine_pairs.clear();
   for (const Candidate& c : found) {
     if (of_group[c.latent / kGroupRows] < kRefined) continue;
-    scratch.fine_w.push_back(scratch.code_rows.data() + c.latent * d);
-    scratch.fine_x.push_back(tokens_->fine_codes() + (task.row_begin + c.row) * d);
+    FinePair pair = tokens_->fine_pair(task.row_begin + c.row);
+    pair.w = scratch.code_rows.data() + c.latent * d;
+    pair.w_scale = scratch.block.scales + c.latent;
+    scratch.fine_pairs.push_back(pair);
   }
-  scratch.fine_dots.resize(scratch.fine_w.size());
-  screens().fine_dots(scratch.fine_w.data(), scratch.fine_x.data(),
-                      static_cast<int64_t>(scratch.fine_w.size()), d, scratch.fine_dots.data());
+  const int64_t count = static_cast<int64_t>(scratch.fine_pairs.size());
+  const float* dot = scratch.fine_dots.reserve(count);
+  screens().fine_dots(scratch.fine_pairs.data(), count, d, scratch.fine_dots.reserve(0));
   size_t left = 0;
-  const int32_t* dot = scratch.fine_dots.data();
   for (const Candidate c : found) {
     found[left++] = c;
     if (of_group[c.latent / kGroupRows] < kRefined) continue;
@@ -107,28 +151,32 @@ void EncodeTiles::refine(const Task& task, Scratch& scratch, const EncodeLimits&
   found.resize(left);
 }
 
-// Orders the candidates by latent, so that a row of W_enc is in L1 while the rows of x that want it pass by.
-void EncodeTiles::sort_candidates(Scratch& scratch) {
+// Makes the candidates pending, by latent, so that a row of W_enc is in L1 while the rows of x that want it pass by.
+void EncodeTiles::sort_candidates(int64_t begin, int64_t count, Scratch& scratch) {
   size_t place[kScreenBlock + 1] = {};
   for (const Candidate& c : scratch.candidates) ++place[c.latent + 1];
   for (int64_t l = 0; l < kScreenBlock; ++l) place[l + 1] += place[l];
-  scratch.sorted.resize(scratch.candidates.size());
-  for (const Candidate& c : scratch.candidates) scratch.sorted[place[c.latent]++] = c;
+  scratch.pending.begin = begin;
+  scratch.pending.count = count;
+  scratch.pending.entries.resize(scratch.candidates.size());
+  for (const Candidate& c : scratch.candidates) {
+    scratch.pending.entries[place[c.latent]++] = c;
+  }
 }
 
 // The rows of x and of W_enc that the candidates want, the latter converted where they are not float32 as they lie.
-void EncodeTiles::pair_rows(const Task& task, int64_t begin, int64_t count, Scratch& scratch) {
-  const std::vector<Candidate>& found = scratch.sorted;
-  const bool some = !w_rows_.in_place() && static_cast<int64_t>(found.size()) < count / 4;
+void EncodeTiles::pair_rows(const Task& task, Scratch& scratch) {
+  const Pending& own = scratch.pending;
+  const bool some = !w_rows_.in_place() && static_cast<int64_t>(own.entries.size()) < own.count / 4;
   int64_t stride = w_rows_.padded_cols();
-  const float* w = some ? scratch.weights.reserve(count * stride)
-                        : w_rows_.rows(begin, count, scratch.weights, &stride);
+  const float* w = some ? scratch.weights.reserve(own.count * stride)
+                        : w_rows_.rows(own.begin, own.count, scratch.weights, &stride);
   scratch.pair_x.clear();
   scratch.pair_w.clear();
   int32_t last = -1;
-  for (const Candidate& c : found) {
+  for (const Candidate& c : own.entries) {
     if (some && c.latent != last) {
-      w_rows_.convert(begin + c.latent, 1, scratch.weights.reserve(0) + c.latent * stride);
+      w_rows_.convert(own.begin + c.latent, 1, scratch.weights.reserve(0) + c.latent * stride);
     }
     last = c.latent;
     scratch.pair_x.push_back(x_ + (task.row_begin + c.row) * x_stride_);
@@ -136,25 +184,25 @@ void EncodeTiles::pair_rows(const Task& task, int64_t begin, int64_t count, Scra
   }
 }
 
-// Canonical dots of the candidates that are left.
-void EncodeTiles::rescore(const Task& task, int64_t begin, int64_t count, Scratch& scratch,
-                          const EncodeLimits& limits, const Visit& visit) {
-  refine(task, scratch, limits);
-  sort_candidates(scratch);
-  const std::vector<Candidate>& found = scratch.sorted;
+// Canonical dots of the pending candidates.
+void EncodeTiles::rescore(const Task& task, Scratch& scratch, const EncodeLimits& limits,
+                          const Visit& visit) {
+  std::vector<Candidate>& found = scratch.pending.entries;
   if (found.empty()) return;
   scratch.rescored += static_cast<int64_t>(found.size());
-  pair_rows(task, begin, count, scratch);
+  pair_rows(task, scratch);
   float* dots = scratch.dots.reserve(static_cast<int64_t>(found.size()));
   table_.pairs(scratch.pair_x.data(), scratch.pair_w.data(), static_cast<int64_t>(found.size()),
                x_rows_.padded_cols(), dots);
   for (size_t i = 0; i < found.size(); ++i) {
-    const int64_t row = task.row_begin + found[i].row, latent = begin + found[i].latent;
+    const int64_t row = task.row_begin + found[i].row;
+    const int64_t latent = scratch.pending.begin + found[i].latent;
     const float pre = dots[i] + limits.bias[latent];
     const float limit = limits.latent == nullptr ? limits.row(row) : limits.latent[latent];
     const int32_t position = 0;
     if (!(pre <= limit)) visit(row, latent, 1, &position, &pre);
   }
+  found.clear();
 }
 
 void EncodeTiles::run_screened(const Task& task, Scratch& scratch, const EncodeLimits& limits,
@@ -163,11 +211,14 @@ void EncodeTiles::run_screened(const Task& task, Scratch& scratch, const EncodeL
   for (int64_t j = task.latent_begin; j < task.latent_end;) {
     const int64_t count = std::min(kScreenBlock, task.latent_end - j);
     int64_t end = j + count;
-    if (find_candidates(task, j, count, scratch, limits, false)) {
+    const bool screened = find_candidates(task, j, count, scratch, limits, false);
+    rescore(task, scratch, limits, visit);
+    if (screened) {
       skip = 1;
       ++scratch.screened_blocks;
       scratch.candidate_count += static_cast<int64_t>(scratch.candidates.size());
-      rescore(task, j, count, scratch, limits, visit);
+      refine(task, scratch, limits);
+      sort_candidates(j, count, scratch);
     } else {
       end = std::min(j + skip * kScreenBlock, task.latent_end);
       skip = std::min(2 * skip, kMostSkipped);
@@ -175,6 +226,7 @@ void EncodeTiles::run_screened(const Task& task, Scratch& scratch, const EncodeL
     }
     j = end;
   }
+  rescore(task, scratch, limits, visit);
 }
 
 }  // namespace gemmascope_fast

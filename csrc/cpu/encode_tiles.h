@@ -39,7 +39,7 @@ class EncodeTiles {
   // An entry that the int8 product could not rule out, relative to its task.
   struct Proposal {
     uint16_t row, latent;
-    int32_t product;
+    float product;
   };
   // Called with what a row's entries in one block are at least, but for luck: see `propose`.
   using Estimate = std::function<void(int64_t row, const float* values, int64_t count)>;
@@ -75,19 +75,24 @@ class EncodeTiles {
  private:
   struct Candidate {
     int32_t row, latent;  // relative to the task and to the block
-    int32_t product;
+    float product;
+  };
+  // Candidates that no code rules out, by latent, of the block that begins at `begin`; scored after the next block's product,
+  // which reads their rows of W_enc on the way.
+  struct Pending {
+    int64_t begin = 0, count = 0;
+    std::vector<Candidate> entries;
   };
   struct Scratch {
-    FloatBuffer weights, state, dots;
+    FloatBuffer weights, state, dots, products, fine_dots;
     std::vector<int32_t> position;
     std::vector<float> pre;
     LatentScratch latents;
     std::vector<Candidate> candidates;
-    std::vector<Candidate> sorted;
-    std::vector<int32_t> fine_dots;
-    std::vector<const uint8_t*> fine_w;
-    std::vector<const int8_t*> fine_x;
+    Pending pending;
+    std::vector<FinePair> fine_pairs;
     std::vector<const float*> pair_x, pair_w;
+    std::vector<const char*> pieces, ahead;
     std::vector<uint8_t> code_rows;
     ScreenLatents bounds;
     LatentBlock block;
@@ -101,14 +106,16 @@ class EncodeTiles {
   void run_screened(const Task& task, Scratch& scratch, const EncodeLimits& limits,
                     const Visit& visit);
   LatentBlock latent_block(int64_t begin, int64_t count, Scratch& scratch);
+  void read_ahead(const Task& task, int64_t begin, Scratch& scratch) const;
+  void multiply(int64_t row, int64_t rows, const EncodeLimits& limits, const char* const* ahead,
+                Scratch& scratch, uint64_t* masks) const;
   // all: also where they are too many to be worth their rescoring.
   bool find_candidates(const Task& task, int64_t begin, int64_t count, Scratch& scratch,
                        const EncodeLimits& limits, bool all);
   void refine(const Task& task, Scratch& scratch, const EncodeLimits& limits);
-  static void sort_candidates(Scratch& scratch);
-  void pair_rows(const Task& task, int64_t begin, int64_t count, Scratch& scratch);
-  void rescore(const Task& task, int64_t begin, int64_t count, Scratch& scratch,
-               const EncodeLimits& limits, const Visit& visit);
+  static void sort_candidates(int64_t begin, int64_t count, Scratch& scratch);
+  void pair_rows(const Task& task, Scratch& scratch);
+  void rescore(const Task& task, Scratch& scratch, const EncodeLimits& limits, const Visit& visit);
 
   const char* op_;
   const DotTable& table_;

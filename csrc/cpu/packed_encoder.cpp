@@ -13,7 +13,7 @@ namespace gemmascope_fast {
 namespace {
 
 constexpr char kOp[] = "pack_encoder";
-constexpr int64_t kMagic = 0x31306b6361706773;  // "gspack01"
+constexpr int64_t kMagic = 0x32306b6361706773;  // "gspack02"
 constexpr int64_t kHeaderBytes = 64;
 
 struct Header {
@@ -23,7 +23,8 @@ struct Header {
 int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 int64_t center_bytes(const Header& h) { return h.centered == 0 ? 0 : round_up(h.d_in * 4, 64); }
 int64_t block_bytes(int64_t d_in) {
-  return kScreenBlock * (screened_width(d_in) + static_cast<int64_t>(sizeof(LatentStats)));
+  const int64_t d = screened_width(d_in);
+  return kScreenBlock * (d + static_cast<int64_t>(sizeof(LatentStats)) + screen_chunks(d) * 4);
 }
 int64_t blocks_of(int64_t d_sae) { return round_up(d_sae, kScreenBlock) / kScreenBlock; }
 int64_t total_bytes(const Header& h) {
@@ -87,13 +88,15 @@ Tensor pack_encoder_cpu(const Tensor& W_enc, std::optional<Tensor> center) {
   std::vector<LatentScratch> scratch(static_cast<size_t>(parallel_slots(count)));
   parallel_tasks(count, [&](int64_t b, int64_t slot) {
     uint8_t* codes = blocks + b * block_bytes(header.d_in);
-    LatentStats stats[kScreenBlock] = {};
+    auto* stats =
+        reinterpret_cast<LatentStats*>(codes + kScreenBlock * screened_width(header.d_in));
+    std::fill_n(stats, kScreenBlock, LatentStats{});
     const int64_t begin = b * kScreenBlock;
     if (header.d_in > 0) {
       quantise_latents(rows, begin, std::min(kScreenBlock, header.d_sae - begin), with,
-                       scratch[static_cast<size_t>(slot)], codes, stats);
+                       scratch[static_cast<size_t>(slot)], codes, stats,
+                       reinterpret_cast<float*>(stats + kScreenBlock));
     }
-    std::memcpy(codes + kScreenBlock * screened_width(header.d_in), stats, sizeof(stats));
   });
   return bytes;
 }

@@ -2,9 +2,9 @@
 //
 //   header    64 bytes: magic, d_in, d_sae, 1 if a centre follows
 //   center    d_in float32, padded to 64 bytes, if any
-//   blocks    of kScreenBlock latents: codes + 128 [3 groups][d / 4][16][4], LatentStats [48]
+//   blocks    of kScreenBlock latents: codes + 128 [3 groups][d / 4][16][4], LatentStats [48], scales [chunks][48]
 //
-// 1 byte a weight and 16 a latent: at d = 1152 1.014 bytes a weight, d padded to a multiple of 64.
+// 1 byte a weight, 12 a latent and 4 a chunk of it: at d = 1152 1.021 bytes a weight, d padded to a multiple of 64.
 #pragma once
 
 #include <optional>
@@ -22,7 +22,8 @@ class PackedEncoder {
   const float* center() const { return center_; }
   LatentBlock block(int64_t index) const {
     const uint8_t* codes = blocks_ + index * block_bytes_;
-    return {codes, reinterpret_cast<const LatentStats*>(codes + kScreenBlock * d_)};
+    const auto* stats = reinterpret_cast<const LatentStats*>(codes + kScreenBlock * d_);
+    return {codes, stats, reinterpret_cast<const float*>(stats + kScreenBlock)};
   }
 
  private:

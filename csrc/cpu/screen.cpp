@@ -38,10 +38,12 @@ constexpr double kUnit = 0x1p-24;  // rounding of one float32 operation, relativ
 constexpr double kInf = std::numeric_limits<double>::infinity();
 // Sums of squares have a relative error of (d / 4 + 8) units, 2^-10 at most, their roots half of that, products a few units.
 constexpr double kInflate = 1 + 0x1p-10;
-// Rounding of a transform: 8 stages, the subtraction of the centre, the multiplication by `inverse`.
-constexpr double kTransform = 12 * kUnit;
-// Arithmetic of the bound and the conversion of q . p, relative to |y_i| |y_j|.
-constexpr double kBound = 16 * kUnit;
+// Rounding of a transform: 8 stages, the subtraction of the centre, the division by the scale, which is rounded itself.
+constexpr double kTransform = 14 * kUnit;
+// Of the bound's arithmetic and of both stages' products, relative to |X| |W|. A code is at most twice what it stands for,
+// |S q| |R p| <= 4 |X| |W|, which bounds every partial sum over the chunks; a chunk's part takes three roundings (conversion,
+// two scales), its addition one more. The fine product is a half of the coarse one at most, its lanes add up in four steps.
+double bound_rounding(int64_t chunks) { return (32 + 8 * static_cast<double>(chunks + 7)) * kUnit; }
 constexpr float kSmallest = 0x1p-40f, kLargest = 0x1p40f;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -54,11 +56,27 @@ bool in_range(float largest, float raw_squared) {
 }
 
 // At most v, by more than the float32 arithmetic that follows can add. Where a row of zeros leaves no margin the sign decides:
-// a negative value must not vanish in the products to come. Elsewhere 2^-60 is far below the margin.
+// a negative value must not be flushed to zero. Elsewhere 2^-110 is below the margin.
 float lower(double v) {
   if (std::isinf(v)) return static_cast<float>(v);
   const double low = v - std::abs(v) * 0x1p-21;
-  return static_cast<float>(v < 0 ? std::min(low, -0x1p-60) : low);
+  return static_cast<float>(v < 0 ? std::min(low, -0x1p-110) : low);
+}
+
+// Sums over a row's chunks, from code units to those of X or W.
+struct Norms {
+  double size = 0, coded = 0, error = 0, rest = 0;
+};
+Norms norms(const QuantisedChunk* chunks, int64_t count, int64_t r) {
+  Norms out;
+  for (int64_t c = 0; c < count; ++c) {
+    const double squared = std::pow(static_cast<double>(chunks[c].scale[r]), 2);
+    out.size += squared * chunks[c].y_squared[r];
+    out.coded += squared * chunks[c].p_squared[r];
+    out.error += squared * chunks[c].error_squared[r];
+    out.rest += squared * chunks[c].fine_squared[r];
+  }
+  return {std::sqrt(out.size), std::sqrt(out.coded), std::sqrt(out.error), std::sqrt(out.rest)};
 }
 
 }  // namespace
@@ -73,11 +91,15 @@ ScreenedTokens::ScreenedTokens(const float* x, int64_t x_stride, int64_t n, int6
       n_(n),
       d_in_(d_in),
       d_(screened_width(d_in)),
-      center_(center),
-      codes_(static_cast<size_t>(divide_up(n, kGroupRows) * kGroupRows * d_)),
-      fine_codes_(codes_.size()),
-      tokens_(static_cast<size_t>(divide_up(n, kGroupRows) * kGroupRows / kScreenRows)),
-      fine_(static_cast<size_t>(divide_up(n, kGroupRows) * kGroupRows)) {
+      chunks_(screen_chunks(d_)),
+      center_(center) {
+  const size_t rows = static_cast<size_t>(divide_up(n, kGroupRows) * kGroupRows);
+  codes_.resize(rows * static_cast<size_t>(d_));
+  fine_codes_.resize(codes_.size());
+  scales_.resize(rows * static_cast<size_t>(chunks_));
+  sums_.resize(scales_.size());
+  tokens_.resize(rows / kScreenRows);
+  fine_.resize(rows);
   for (int64_t k = 0; center != nullptr && k < d_in; ++k) {
     center_norm_ += static_cast<double>(center[k]) * center[k];
   }
@@ -85,51 +107,62 @@ ScreenedTokens::ScreenedTokens(const float* x, int64_t x_stride, int64_t n, int6
   parallel_ranges(n, kGroupRows, [&](int64_t begin, int64_t end) {
     FloatBuffer lanes, work;
     std::vector<int8_t> fine(static_cast<size_t>(d_ * kGroupRows));
+    std::vector<QuantisedChunk> chunks(static_cast<size_t>(chunks_));
     quantise(begin, end - begin, lanes.reserve(d_ * kGroupRows), work.reserve(d_ * kGroupRows),
-             fine.data());
+             fine.data(), chunks.data());
   });
 }
 
-void ScreenedTokens::quantise(int64_t row, int64_t count, float* lanes, float* work, int8_t* fine) {
+void ScreenedTokens::quantise(int64_t row, int64_t count, float* lanes, float* work, int8_t* fine,
+                              QuantisedChunk* chunks) {
   if (count < kGroupRows) std::fill(lanes, lanes + d_in_ * kGroupRows, 0.0f);
   dot_table(simd_target())
       .transpose(x_ + row * x_stride_, x_stride_, 0, count, d_in_, lanes, kGroupRows);
   QuantisedRows q;
-  table_.quantise(lanes, d_in_, d_, center_, nullptr, work, codes_.data() + row * d_, fine, &q);
+  table_.quantise(lanes, d_in_, d_, center_, nullptr, work, codes_.data() + row * d_, fine, &q,
+                  chunks);
   codes_to_rows(fine, d_, fine_codes_.data() + row * d_);
   const double root = std::sqrt(static_cast<double>(hadamard_block(d_)));
   const double dot_rounding = (static_cast<double>(d_in_) / 16 + 8) * kUnit;
   const double center_rounding = (static_cast<double>(d_) / 16 + 16) * kUnit;
   for (int64_t r = 0; r < kGroupRows; ++r) {
-    ScreenTokens& tokens = tokens_[static_cast<size_t>((row + r) / kScreenRows)];
-    const int64_t at = r % kScreenRows;
+    const int64_t tile = (row + r) / kScreenRows, at = r % kScreenRows;
     const bool real = r < count, ok = in_range(q.largest[r], q.raw_squared[r]);
-    const double inverse = ok ? q.inverse[r] : 1.0, size = std::sqrt(q.y_squared[r]);
-    const double rounding = (2 * kTransform + kBound) * size +
-                            dot_rounding * std::sqrt(q.raw_squared[r]) * root * inverse +
-                            center_rounding * center_norm_ * root * inverse;
-    const double b = std::sqrt(q.error_squared[r]) + rounding;
-    const double rest = std::sqrt(q.fine_squared[r]) + rounding;
-    tokens.inverse[at] = static_cast<float>(inverse);
-    tokens.a[at] = real && ok ? static_cast<float>(std::sqrt(q.p_squared[r]) * kInflate) : 0.0f;
-    tokens.b[at] = static_cast<float>(!real ? 0.0 : ok ? b * kInflate : kInf);
+    float* scales = scales_.data() + tile * kScreenRows * chunks_;
+    int32_t* sums = sums_.data() + tile * kScreenRows * chunks_;
+    for (int64_t c = 0; c < chunks_; ++c) {
+      scales[c * kScreenRows + at] = ok ? chunks[c].scale[r] : 1.0f;
+      sums[c * kScreenRows + at] = chunks[c].sum[r];
+    }
+    const Norms own = norms(chunks, chunks_, r);
+    const double rounding = (2 * kTransform + bound_rounding(chunks_)) * own.size +
+                            dot_rounding * std::sqrt(q.raw_squared[r]) * root +
+                            center_rounding * center_norm_ * root;
+    ScreenTokens& tokens = tokens_[static_cast<size_t>(tile)];
+    tokens.a[at] = real && ok ? static_cast<float>(own.coded * kInflate) : 0.0f;
+    tokens.b[at] = static_cast<float>(!real ? 0.0 : ok ? (own.error + rounding) * kInflate : kInf);
     tokens.limit[at] = 0.0f;
-    tokens.sum[at] = q.sum[r];
+    tokens.scale = scales;
+    tokens.sum = sums;
     fine_[static_cast<size_t>(row + r)] = {
-        static_cast<float>(inverse), static_cast<float>((size + rest) * kInflate),
-        static_cast<float>(ok ? rest * kInflate : kInf), q.fine_sum[r]};
+        static_cast<float>((own.size + own.rest + rounding) * kInflate),
+        static_cast<float>(ok ? (own.rest + rounding) * kInflate : kInf)};
   }
 }
 
 void quantise_latents(const PaddedRows& w, int64_t begin, int64_t count, const float* center,
-                      LatentScratch& scratch, uint8_t* codes, LatentStats* stats) {
-  const int64_t d = screened_width(w.cols());
+                      LatentScratch& scratch, uint8_t* codes, LatentStats* stats, float* scales) {
+  const int64_t d = screened_width(w.cols()), chunks = screen_chunks(d);
   float* lanes = scratch.lanes.reserve(d * kGroupRows);
   float* work = scratch.work.reserve(d * kGroupRows);
+  scratch.chunks.resize(static_cast<size_t>(chunks));
   for (int64_t g = 0; g < kScreenGroups; ++g) {
     const int64_t first = g * kGroupRows;
     const int64_t rows = std::clamp<int64_t>(count - first, 0, kGroupRows);
     uint8_t* own = codes + first * d;
+    for (int64_t c = 0; c < chunks; ++c) {
+      std::fill_n(scales + c * kScreenBlock + first, kGroupRows, 1.0f);
+    }
     if (rows == 0) {  // beyond d_sae
       std::fill(own, own + kGroupRows * d, uint8_t{0x80});
       continue;
@@ -137,46 +170,45 @@ void quantise_latents(const PaddedRows& w, int64_t begin, int64_t count, const f
     QuantisedRows q;
     w.lanes(begin + first, rows, scratch.rows, lanes);
     screens().quantise(lanes, w.cols(), d, nullptr, center, work, reinterpret_cast<int8_t*>(own),
-                       nullptr, &q);
+                       nullptr, &q, scratch.chunks.data());
     for (int64_t i = 0; i < kGroupRows * d; ++i) own[i] ^= 0x80;
     for (int64_t r = 0; r < rows; ++r) {
       const bool ok = in_range(q.largest[r], q.raw_squared[r]) && std::isfinite(q.dot[r]);
-      const double size = std::sqrt(q.y_squared[r]);
-      const double error = std::sqrt(q.error_squared[r]) + kTransform * size;
-      stats[first + r] = {ok ? q.inverse[r] : 0.0f, static_cast<float>(size * kInflate),
-                          static_cast<float>(error * kInflate), q.dot[r]};
+      const Norms norm = norms(scratch.chunks.data(), chunks, r);
+      const double error = (norm.error + kTransform * norm.size) * kInflate;
+      stats[first + r] = {static_cast<float>(ok ? norm.size * kInflate : kInf),
+                          static_cast<float>(ok ? error : 0.0), ok ? q.dot[r] : 0.0f};
+      for (int64_t c = 0; c < chunks && ok; ++c) {
+        scales[c * kScreenBlock + first + r] = scratch.chunks[static_cast<size_t>(c)].scale[r];
+      }
     }
   }
 }
 
-ScreenLatents screen_latents(const EncodeLimits& limits, const LatentStats* stats, int64_t begin,
+ScreenLatents screen_latents(const EncodeLimits& limits, const LatentBlock& block, int64_t begin,
                              int64_t count, int64_t d) {
-  const double block = static_cast<double>(hadamard_block(d));
+  const double size = static_cast<double>(hadamard_block(d));
   ScreenLatents out = {};
+  out.scale = block.scales;
   for (int64_t l = 0; l < count; ++l) {
-    const LatentStats& own = stats[l];
-    const double per_unit = block * own.inverse;
+    const LatentStats& own = block.stats[l];
     const double limit = limits.latent == nullptr ? 0.0 : limits.latent[begin + l];
     // bias and limit are float32: their difference is exact, or one rounding of its own size away.
-    out.base[l] = lower((limit - limits.bias[begin + l] - own.dot) * per_unit);
-    out.slope[l] = limits.latent == nullptr ? lower(per_unit) : 0.0f;
+    out.base[l] = lower((limit - limits.bias[begin + l] - own.dot) * size);
+    out.slope[l] = limits.latent == nullptr ? lower(size) : 0.0f;
     out.alpha[l] = own.error;
     out.beta[l] = own.size;
-    if (own.inverse == 0.0f) {
-      out.base[l] = out.slope[l] = out.alpha[l] = 0.0f;
-      out.beta[l] = std::numeric_limits<float>::infinity();
-    }
+    if (std::isinf(own.size)) out.base[l] = out.slope[l] = 0.0f;
   }
   return out;
 }
 
 bool may_pass(const FineToken& token, float limit, const ScreenLatents& latents, int64_t j,
-              int32_t product, int32_t fine) {
-  const double left_over = (static_cast<double>(fine) - 128.0 * token.sum) / kFine;
+              float product, float fine) {
   const double base = latents.base[j] + static_cast<double>(limit) * latents.slope[j];
   const double margin = static_cast<double>(token.a) * latents.alpha[j] +
                         static_cast<double>(token.b) * latents.beta[j];
-  return !(product + left_over <= token.inverse * base - margin);
+  return !(product + static_cast<double>(fine) / kFine <= base - margin);
 }
 
 void codes_to_rows(const void* codes, int64_t d, void* rows) {

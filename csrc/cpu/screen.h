@@ -1,12 +1,16 @@
 // Which entries of x @ W_enc can pass a limit at all: int8 products with a rigorous margin.
 //
-//   x_i . w_j = c . w_j + (1 / B) H(x_i - c) . H w_j,   H(x_i - c) = s q + dx,  H w_j = r p + dw
-//   |x_i . w_j - c . w_j - (s r / B) q . p|  <=  (|s q| |dw| + |dx| |H w_j|) / B + rounding
+//   x_i . w_j = c . w_j + (1 / B) X . W,   X = H(x_i - c) = S q + dX,   W = H w_j = R p + dW
+//   |X . W - (S q) . (R p)|  <=  |S q| |dW| + |dX| |W| + rounding
 //
 // c is a centre, H a Hadamard transform of blocks of B elements, which spreads dimensions that are much larger than the
-// rest, q and p int8 codes with scales s and r. The rounding terms cover the transform, the norms, c . w_j, the bound's own
-// arithmetic and the canonical float32 dot itself, so an entry that is not a candidate cannot pass: nothing is missed, on
-// any data. A second stage adds the product of p with int8 codes of what q left over: the error of x is gone then. Rows that are not finite or out of range (2^-40 .. 2^40) have every entry as a candidate.
+// rest, q and p int8 codes. S and R scale them, one number per row and chunk of d (screen_chunk): the largest of 256 elements
+// is a fifth below that of 5,376, and so are dX and dW. Since X . W - (S q) . (R p) = (S q) . dW + dX . W, the bound is that
+// of Cauchy and Schwarz, and holds whatever S and R are.
+// The rounding terms cover the transform, the norms, c . w_j, the sum over chunks, the bound's own arithmetic and the
+// canonical float32 dot itself, so an entry that is not a candidate cannot pass: nothing is missed, on any data. A second
+// stage adds the product of R p with int8 codes of what q left over: the error of x is gone then.
+// Rows that are not finite or out of range (2^-40 .. 2^40) have every entry as a candidate.
 #pragma once
 
 #include <functional>
@@ -24,26 +28,24 @@ struct EncodeLimits {
   std::function<float(int64_t row)> row;
 };
 
-// A latent's share of the bounds, in units of its codes.
+// A latent's share of the bounds.
 struct LatentStats {
-  float inverse;  // codes per unit of H w; 0: every entry is a candidate
-  float size;     // >= |H w| inverse
-  float error;    // >= |H w inverse - p|, transform's rounding included
-  float dot;      // c . w
+  float size;   // >= |W|; infinite: every entry is a candidate
+  float error;  // >= |dW|, transform's rounding included
+  float dot;    // c . w
 };
 
-// Codes + 128 and stats of a block of kScreenBlock latents.
+// Codes + 128, stats and scales [chunks][kScreenBlock] of a block of kScreenBlock latents.
 struct LatentBlock {
   const uint8_t* codes;
   const LatentStats* stats;
+  const float* scales;
 };
 
-// A token in the second stage: with its fine codes f, |y - q - f / kFine| is all that the codes leave.
+// A token in the second stage: with its fine codes f, dX' = X - S (q + f / kFine) is all that the codes leave.
 struct FineToken {
-  float inverse;
-  float a;      // >= |q + f / kFine|
-  float b;      // >= |y - q - f / kFine|, rounding included
-  int32_t sum;  // of f
+  float a;  // >= |S (q + f / kFine)|
+  float b;  // >= |dX'|, rounding included
 };
 
 // The tokens' side: codes and bounds of all rows of x, made once per call.
@@ -61,51 +63,60 @@ class ScreenedTokens {
   const ScreenTokens& tokens(int64_t row) const {
     return tokens_[static_cast<size_t>(row / kScreenRows)];
   }
-  // Fine codes, a contiguous row per token, and what is known of them.
-  const int8_t* fine_codes() const { return fine_codes_.data(); }
   const FineToken& fine(int64_t row) const { return fine_[static_cast<size_t>(row)]; }
+  // The token's half of the second stage's product.
+  FinePair fine_pair(int64_t row) const {
+    const int64_t at = row / kScreenRows * kScreenRows * chunks_ + row % kScreenRows;
+    return {nullptr, nullptr, fine_codes_.data() + row * d_, scales_.data() + at};
+  }
 
  private:
-  void quantise(int64_t row, int64_t count, float* lanes, float* work, int8_t* fine);
+  void quantise(int64_t row, int64_t count, float* lanes, float* work, int8_t* fine,
+                QuantisedChunk* chunks);
 
   const ScreenTable& table_;
   const float* x_;
-  int64_t x_stride_, n_, d_in_, d_;
+  int64_t x_stride_, n_, d_in_, d_, chunks_;
   const float* center_;
   double center_norm_ = 0;
-  std::vector<int8_t> codes_, fine_codes_;
+  std::vector<int8_t> codes_, fine_codes_;  // the fine ones a contiguous row per token
+  std::vector<float> scales_;               // [tiles][chunks][kScreenRows]
+  std::vector<int32_t> sums_;               // the same
   std::vector<ScreenTokens> tokens_;
   std::vector<FineToken> fine_;
 };
 
-// False where entry (i, j), i row r of the tile, cannot pass its limit: product = q . p. As the tile compares.
+// False where entry (i, j), i row r of the tile, cannot pass its limit: product = P. As the tile compares.
 inline bool may_pass(const ScreenTokens& tokens, int64_t r, float limit,
-                     const ScreenLatents& latents, int64_t j, int32_t product) {
+                     const ScreenLatents& latents, int64_t j, float product) {
   const float margin = tokens.a[r] * latents.alpha[j] + tokens.b[r] * latents.beta[j];
-  const float base = limit * latents.slope[j] + latents.base[j];
-  return !(static_cast<float>(product) <= tokens.inverse[r] * base - margin);
+  return !(product <= limit * latents.slope[j] + latents.base[j] - margin);
 }
 
-// The same in the second stage: fine = f . (p + 128).
+// The same in the second stage: fine = the sum that fine_dots gives.
 bool may_pass(const FineToken& token, float limit, const ScreenLatents& latents, int64_t j,
-              int32_t product, int32_t fine);
+              float product, float fine);
 
 // Scratch of one thread that quantises latents.
 struct LatentScratch {
   FloatBuffer lanes, work, rows;
+  std::vector<QuantisedChunk> chunks;
   std::vector<uint8_t> codes;
   std::vector<LatentStats> stats;
+  std::vector<float> scales;
 };
 
-// d_in padded as the codes are.
+// d_in padded as the codes are, and the scales of such a row.
 int64_t screened_width(int64_t d_in);
+inline int64_t screen_chunks(int64_t d) { return d / screen_chunk(d); }
 
-// Quantises latents [begin, begin + count) of w, count <= kScreenBlock, into codes (kScreenBlock * d bytes) and stats.
+// Quantises latents [begin, begin + count) of w, count <= kScreenBlock, into codes (kScreenBlock * d bytes), stats and
+// scales [chunks][kScreenBlock].
 void quantise_latents(const PaddedRows& w, int64_t begin, int64_t count, const float* center,
-                      LatentScratch& scratch, uint8_t* codes, LatentStats* stats);
+                      LatentScratch& scratch, uint8_t* codes, LatentStats* stats, float* scales);
 
 // The bounds of latents [begin, begin + count).
-ScreenLatents screen_latents(const EncodeLimits& limits, const LatentStats* stats, int64_t begin,
+ScreenLatents screen_latents(const EncodeLimits& limits, const LatentBlock& block, int64_t begin,
                              int64_t count, int64_t d);
 
 // A group's codes [d / 4][16][4] as 16 rows of d bytes; both aligned to 4 bytes. Moved as 32-bit patterns.

@@ -179,15 +179,19 @@ double screen_rate(Target target, int64_t threads) {
   const auto work = [&] {
     const std::vector<uint8_t> w(kScreenBlock * kWidth, 1);
     const std::vector<int8_t> x(kGroupRows * kWidth, 1);
-    const ScreenLatents latents = {};
-    const ScreenTokens tokens = {};
-    const ReadAhead nothing = {reinterpret_cast<const char*>(x.data()), 0};
+    const std::vector<float> scale(kScreenBlock, 1.0f);
+    const std::vector<int32_t> sum(kScreenRows, 0);
+    ScreenLatents latents = {};
+    latents.scale = scale.data();
+    ScreenTokens tokens = {};
+    tokens.scale = scale.data();
+    tokens.sum = sum.data();
+    const std::vector<const char*> nothing(kWidth / kScreenUnit,
+                                           reinterpret_cast<const char*>(x.data()));
+    const ScreenTile tile = {w.data(), x.data(), kScreenRows, kWidth, 0, kWidth, nothing.data()};
     uint64_t masks[kScreenRows];
-    int32_t products[kScreenRows * kScreenBlock];
-    for (int64_t i = 0; i < kTiles; ++i) {
-      table.tile(w.data(), x.data(), kScreenRows, kWidth, latents, tokens, nothing, masks,
-                 products);
-    }
+    float products[kScreenRows * kScreenBlock];
+    for (int64_t i = 0; i < kTiles; ++i) table.tile(tile, latents, tokens, masks, products);
   };
   double best = 0;
   for (int repeat = 0; repeat < 3; ++repeat) {

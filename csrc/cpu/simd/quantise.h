@@ -1,6 +1,6 @@
 // int8 codes of 16 rotated rows that lie in the lanes, and the norms that the bounds are made of.
 //
-//   y = inverse * H(row - subtract),  p = round(y),  f = round(kFine (y - p))
+//   y = H(row - subtract) / scale,  p = round(y),  f = round(kFine (y - p)),  a scale for each chunk of d
 //
 // Algorithm: with one row per lane a Hadamard butterfly is an addition and a subtraction of registers at any distance: 16
 // points, then the remaining 4 to 16. Element k = t * (d / block) + c takes place t of transform c, so that neighbouring
@@ -123,11 +123,16 @@ static inline F16x last_points(float* block, F16x largest) {
   return largest;
 }
 
-static inline void inverses(F16x largest, QuantisedRows* out) {
-  store(out->largest, largest);
+// A chunk's scales and their inverses. Next to a much larger chunk of the row they need not be finer than 2^-20 of its.
+static inline F16x scales(F16x own, const float* largest, float* scale) {
+  float chunk[16], inverse[16];
+  store(chunk, own);
   for (int r = 0; r < 16; ++r) {
-    out->inverse[r] = out->largest[r] > 0 ? 127.0f / out->largest[r] : 1.0f;
+    const float least = largest[r] * 0x1p-20f, most = chunk[r] > least ? chunk[r] : least;
+    scale[r] = most > 0 ? most / 127.0f : 1.0f;
+    inverse[r] = most > 0 ? 127.0f / most : 1.0f;
   }
+  return load(inverse);
 }
 
 static inline void store_sum(float* to, const F16x (&part)[4]) {
@@ -135,7 +140,7 @@ static inline void store_sum(float* to, const F16x (&part)[4]) {
 }
 
 struct CodeSums {
-  F16x size[4], code[4], error[4], rest[4], sum[4], fine_sum[4];
+  F16x size[4], code[4], error[4], rest[4], sum[4];
 };
 
 // Elements [k, k + 4) of 16 rows.
@@ -158,7 +163,6 @@ static inline void code4(const float* work, F16x inverse, int8_t* codes, int8_t*
   round4(f, fine);
 #pragma GCC unroll 4
   for (int e = 0; e < 4; ++e) {
-    sums.fine_sum[e] = add(sums.fine_sum[e], f[e]);
     y[e] = sub(y[e], mul(f[e], broadcast(1 / kFine)));
     sums.rest[e] = fma(y[e], y[e], sums.rest[e]);
   }
@@ -173,15 +177,13 @@ static inline void store_integers(int32_t* to, const F16x (&part)[4]) {
   }
 }
 
-static void codes_of(const float* work, int64_t d, int8_t* codes, int8_t* fine,
-                     QuantisedRows* out) {
-  const F16x inverse = load(out->inverse);
+static void codes_of(const float* work, int64_t width, F16x inverse, int8_t* codes, int8_t* fine,
+                     QuantisedChunk* out) {
   CodeSums sums;
   for (int e = 0; e < 4; ++e) {
-    sums.size[e] = sums.code[e] = sums.error[e] = sums.rest[e] = sums.sum[e] = sums.fine_sum[e] =
-        zero();
+    sums.size[e] = sums.code[e] = sums.error[e] = sums.rest[e] = sums.sum[e] = zero();
   }
-  for (int64_t k = 0; k < d; k += 4) {
+  for (int64_t k = 0; k < width; k += 4) {
     code4(work + k * 16, inverse, codes + k * 16, fine == nullptr ? nullptr : fine + k * 16, sums);
   }
   store_sum(out->y_squared, sums.size);
@@ -189,28 +191,37 @@ static void codes_of(const float* work, int64_t d, int8_t* codes, int8_t* fine,
   store_sum(out->error_squared, sums.error);
   store_sum(out->fine_squared, sums.rest);
   store_integers(out->sum, sums.sum);
-  store_integers(out->fine_sum, sums.fine_sum);
 }
 
 static void quantise(const float* rows, int64_t count, int64_t d, const float* subtract,
                      const float* with, float* work, int8_t* codes, int8_t* fine,
-                     QuantisedRows* out) {
-  const int64_t block = hadamard_block(d), step = d / block;
+                     QuantisedRows* out, QuantisedChunk* chunks) {
+  const int64_t block = hadamard_block(d), step = d / block, width = screen_chunk(d);
   Sums sums = {{zero(), zero(), zero(), zero()}, zero()};
-  F16x largest = zero();
-  for (int64_t c = 0; c < step; ++c) {
-    float* to = work + c * block * 16;
-    for (int64_t t = 0; t < block; t += 16) {
-      first_points(rows, count, t * step + c, step, subtract, with, sums, to + t * 16);
+  F16x all = zero();
+  for (int64_t k = 0; k < d; k += width) {
+    F16x largest = zero();
+    for (int64_t c = k / block; c < (k + width) / block; ++c) {
+      float* to = work + c * block * 16;
+      for (int64_t t = 0; t < block; t += 16) {
+        first_points(rows, count, t * step + c, step, subtract, with, sums, to + t * 16);
+      }
+      if (block == 64) largest = last_points<4>(to, largest);
+      if (block == 128) largest = last_points<8>(to, largest);
+      if (block == 256) largest = last_points<16>(to, largest);
     }
-    if (block == 64) largest = last_points<4>(to, largest);
-    if (block == 128) largest = last_points<8>(to, largest);
-    if (block == 256) largest = last_points<16>(to, largest);
+    all = max_abs(largest, all);
+    store(chunks[k / width].scale, largest);
   }
   store_sum(out->raw_squared, sums.raw);
   store(out->dot, sums.dot);
-  inverses(largest, out);
-  codes_of(work, d, codes, fine, out);
+  store(out->largest, all);
+  for (int64_t k = 0; k < d; k += width) {
+    QuantisedChunk* chunk = chunks + k / width;
+    const F16x inverse = scales(load(chunk->scale), out->largest, chunk->scale);
+    codes_of(work + k * 16, width, inverse, codes + k * 16,
+             fine == nullptr ? nullptr : fine + k * 16, chunk);
+  }
 }
 
 }  // namespace GSF_TARGET

@@ -16,38 +16,54 @@ constexpr int64_t kScreenBlock = kScreenGroups * kGroupRows;
 constexpr int64_t kScreenRows = 8;   // tokens of one tile
 constexpr int64_t kScreenUnit = 64;  // d is padded to a multiple of it
 
-// What is known of 16 quantised rows. H is the block Hadamard transform times sqrt(block), y = inverse * H(row - subtract),
-// p = round(y) the codes. All but `inverse` are sums as computed, in float32.
+// What is known of 16 quantised rows. H is the block Hadamard transform times sqrt(block). A *chunk* is whole blocks of H with
+// a scale of their own: y = H(row - subtract) / scale, p = round(y) the codes. All but `scale` are sums as computed, in float32.
 struct QuantisedRows {
-  float inverse[kGroupRows];        // 127 / max |H(row - subtract)|, or 1 for a row of zeros
-  float largest[kGroupRows];        // max |H(row - subtract)|
+  float largest[kGroupRows];      // max |H(row - subtract)|
+  float raw_squared[kGroupRows];  // |row|^2
+  float dot[kGroupRows];          // <row, with>, or 0
+};
+struct QuantisedChunk {
+  float scale[kGroupRows];  // max |H(row - subtract)| of the chunk / 127, or 1 for a row of zeros
   float y_squared[kGroupRows];      // |y|^2
   float p_squared[kGroupRows];      // |p|^2
   float error_squared[kGroupRows];  // |y - p|^2
-  float raw_squared[kGroupRows];    // |row|^2
-  float dot[kGroupRows];            // <row, with>, or 0
   float fine_squared[kGroupRows];   // |y - p - f / kFine|^2, f the fine codes
   int32_t sum[kGroupRows];          // sum of the codes
-  int32_t fine_sum[kGroupRows];     // sum of the fine codes
 };
 
 // A fine code is round(kFine (y - p)): what the code left over, in int8 again.
 constexpr float kFine = 254.0f;
 
 // Per latent of a block and per token of a tile: entry (i, j) is a candidate unless
-//   sum_k p q  <=  inverse_i (base_j + limit_i slope_j) - a_i alpha_j - b_i beta_j
+//   P = sum over chunks of scale_i scale_j sum_k p q  <=  base_j + limit_i slope_j - a_i alpha_j - b_i beta_j
 struct ScreenLatents {
   float base[kScreenBlock], slope[kScreenBlock], alpha[kScreenBlock], beta[kScreenBlock];
+  const float* scale;  // [chunks][kScreenBlock]
 };
 struct ScreenTokens {
-  float inverse[kScreenRows], a[kScreenRows], b[kScreenRows], limit[kScreenRows];
-  int32_t sum[kScreenRows];  // of the codes
+  float a[kScreenRows], b[kScreenRows], limit[kScreenRows];
+  const float* scale;  // [chunks][kScreenRows]
+  const int32_t* sum;  // the same: of the codes
 };
 
-// Memory that later code wants, read on the way: a byte in each of d / 4 places `step` bytes apart.
-struct ReadAhead {
-  const char* at;
-  int64_t step;
+// Part of a tile: one chunk of its codes. w: kScreenGroups groups of latents, each d * 16 bytes, codes + 128; x: a group of
+// tokens, shifted to the tile's first row (4 bytes a row).
+struct ScreenTile {
+  const uint8_t* w;
+  const int8_t* x;
+  int64_t rows, d, chunk, width;  // elements [chunk * width, (chunk + 1) * width) of d
+  // Memory that later code wants, read on the way: kPiece bytes for every kScreenUnit elements.
+  const char* const* ahead;
+};
+constexpr int64_t kPiece = 1024;
+
+// One entry of the second stage: rows of codes, and what scales them.
+struct FinePair {
+  const uint8_t* w;      // codes + 128
+  const float* w_scale;  // one per chunk, kScreenBlock apart
+  const int8_t* x;       // fine codes
+  const float* x_scale;  // one per chunk, kScreenRows apart
 };
 
 struct ScreenTable {
@@ -55,19 +71,19 @@ struct ScreenTable {
   bool fast;
 
   // Quantises 16 rows given transposed, rows[k * 16 + r], k < count; d >= count is a multiple of kScreenUnit and what is
-  // missing is zero. subtract and with [count] may be null. work: d * 16 floats; codes, and fine or null: d * 16 bytes.
+  // missing is zero. subtract and with [count] may be null. work: d * 16 floats; codes, and fine or null: d * 16 bytes;
+  // chunks: d / screen_chunk(d).
   void (*quantise)(const float* rows, int64_t count, int64_t d, const float* subtract,
-                   const float* with, float* work, int8_t* codes, int8_t* fine, QuantisedRows* out);
+                   const float* with, float* work, int8_t* codes, int8_t* fine, QuantisedRows* out,
+                   QuantisedChunk* chunks);
 
-  // masks[r] bit j: entry (token r, latent j) of the block is a candidate; products[r * kScreenBlock + j] is its q . p. w: kScreenGroups groups of latents, each d * 16
-  // bytes, codes + 128; x: a group of tokens, shifted to the tile's first row (4 bytes a row).
-  void (*tile)(const uint8_t* w, const int8_t* x, int64_t rows, int64_t d,
-               const ScreenLatents& latents, const ScreenTokens& tokens, ReadAhead ahead,
-               uint64_t* masks, int32_t* products);
+  // Adds a chunk to products[r * kScreenBlock + j], the P of token r and latent j, which the first chunk starts. The last
+  // one sets masks[r] bit j: the entry is a candidate.
+  void (*tile)(const ScreenTile& tile, const ScreenLatents& latents, const ScreenTokens& tokens,
+               uint64_t* masks, float* products);
 
-  // out[i] = sum_k w[i][k] x[i][k], i < count: codes + 128 against fine codes.
-  void (*fine_dots)(const uint8_t* const* w, const int8_t* const* x, int64_t count, int64_t d,
-                    int32_t* out);
+  // out[i] = sum over chunks of w_scale x_scale sum_k p g, i < count: codes against fine codes.
+  void (*fine_dots)(const FinePair* pairs, int64_t count, int64_t d, float* out);
 };
 
 const ScreenTable& screen_table(SimdTarget target);
@@ -77,6 +93,16 @@ inline int64_t hadamard_block(int64_t d) {
   int64_t block = kScreenUnit;
   while (block < 256 && d % (2 * block) == 0) block *= 2;
   return block;
+}
+
+// Elements that share a scale: the fewest whole transforms that are at least 256 and divide d. Few, because the largest of
+// them sets the scale, and because a tile's part of a chunk then stays in L1; not fewer, because each costs the tile as much
+// as 8 elements.
+inline int64_t screen_chunk(int64_t d) {
+  const int64_t block = hadamard_block(d);
+  int64_t chunk = block;
+  while (chunk < d && (chunk < 256 || d % chunk != 0)) chunk += block;
+  return chunk;
 }
 
 }  // namespace gemmascope_fast
