@@ -158,6 +158,7 @@ def test_what_was_not_built_is_said(
     text = " ".join(" ".join(lines).split())
     assert f"problem: the package at {tmp_path} has no compiled library" in text
     assert not [line for line in lines if line.startswith("ok:")]
+    assert "SIMD target" not in text and "code serves" not in text  # of a library that is absent
 
 
 def test_cuda_reasons(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,8 @@ def _forced(found: Report) -> Iterator[Advice]:
 
 def _processor(found: Report) -> Iterator[Advice]:
     cpu = found["cpu"]
+    if found["build"] is None:
+        return  # nothing of it serves
     target, best = cpu["simd_target"], cpu["simd_best"]
     if target != best and "GEMMASCOPE_FAST_CPU" in found["environment"]:
         yield Advice(

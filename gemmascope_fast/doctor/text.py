@@ -25,6 +25,7 @@ def as_text(found: dict[str, Any]) -> str:
 def _facts(found: dict[str, Any]) -> list[str]:
     cpu, build = found["cpu"], found["build"]
     cores = f" of {cpu['cores']} cores" if cpu["cores"] else ""
+    simd = f", SIMD target {cpu['simd_target']}" if build is not None else ""
     int8 = " with int8 dot products" if cpu["int8"] else ""
     devices = [
         f"{d['name']} (compute capability {d['capability']})" for d in found["gpu"]["devices"]
@@ -32,8 +33,7 @@ def _facts(found: dict[str, Any]) -> list[str]:
     facts = [
         _pairs(found["versions"]),
         f"package: {found['install']['path']}",
-        f"cpu: {cpu['machine']}, {cpu['threads']} threads{cores}, SIMD target "
-        f"{cpu['simd_target']}{int8}",
+        f"cpu: {cpu['machine']}, {cpu['threads']} threads{cores}{simd}{int8}",
         f"cpu features: {' '.join(cpu['features']) or 'none known'}",
         "gpu: " + (", ".join(devices) or "none that torch can use"),
         "build: " + ("not built" if build is None else _pairs(build)),
