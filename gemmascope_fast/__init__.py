@@ -1,5 +1,7 @@
 """A compute backend for sparse autoencoders: sparse encoders, decoders and their gradients."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import losses, optim, queries, reference, sources
 from .activations import BatchTopK, JumpReLU, TopK
 from .artefacts import StreamedLayers, StreamedSAE, load
@@ -30,6 +32,9 @@ from .training.runs import train
 from .training.trainer import NonFiniteError
 from .version import __version__ as __version__
 
+if TYPE_CHECKING:
+    from . import distributed
+
 __all__ = [
     "SAE",
     "Audit",
@@ -58,6 +63,7 @@ __all__ = [
     "clip_grad_norm_",
     "decode",
     "decode_",
+    "distributed",
     "estimate_memory",
     "evaluate",
     "explain",
@@ -77,3 +83,12 @@ __all__ = [
     "train",
     "wrap",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`distributed` at its first use: importing DTensor doubles the import time."""
+    if name != "distributed":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return importlib.import_module(".distributed", __name__)

@@ -194,10 +194,12 @@ def _device(device: torch.device | str | None) -> torch.device:
         raise ValueError(f"load: device must name a torch device, got {device!r}") from error
 
 
-def open_source(source: Source) -> Artefact:
+def open_source(
+    source: Source, subfolder: str | None = None, revision: str | None = None
+) -> Artefact:
     """What `load` would read, open: its tensors by blocks, its config.
 
     Raises:
         Exception: as `load`.
     """
-    return open_artefact(_located(source, None, None))
+    return open_artefact(_located(source, subfolder, revision))

@@ -19,7 +19,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..effective import smallest_active
 from ..modules import BatchTopK, TopK
 from .entry_paths import ENCODER, Block, backward, decode_prefixes
 from .evaluation import Gradients, Inputs
@@ -31,7 +30,7 @@ def sparse_block(inputs: Inputs, rows: slice, objective: Objective, gradients: G
     x = inputs.tensors["x"][rows]
     block = _encode(inputs, x, inputs.emission)
     if isinstance(inputs.activation, BatchTopK):
-        inputs.smallest.append(smallest_active(block.values, block.gate))
+        inputs.smallest.append(inputs.whole.smallest_active(block.values, block.gate))
     recons = decode_prefixes(inputs, block, objective.ends)
     _add_skip(inputs, x, recons)
     l0 = torch.segment_reduce(block.gate, "sum", offsets=block.offsets, unsafe=True, initial=0)
@@ -98,10 +97,9 @@ def _encode(inputs: Inputs, x: Tensor, window: float, by_feature: bool = True) -
     args = (x, tensors["W_enc"], tensors["b_enc"])
     by_feature = by_feature and inputs.needs_any("W_dec", *ENCODER)
     if isinstance(activation, TopK):
-        found = inputs.op("topk_encode")(*args, activation.k, by_feature)
+        found = inputs.whole.topk(inputs.op, args, activation.k, by_feature)
     elif isinstance(activation, BatchTopK):
-        k = float(activation.k)
-        found = inputs.op("batchtopk_encode")(*args, k, None, None, by_feature)
+        found = inputs.whole.batchtopk(inputs.op, args, float(activation.k), by_feature)
     else:
         found = inputs.op("jumprelu_encode")(*args, tensors["threshold"], window, None, by_feature)
     transpose = (found[-2], found[-1]) if by_feature else (None, None)
@@ -121,6 +119,7 @@ def _per_entry(d_l0: Tensor | None, d_counts: Tensor | None, block: Block) -> Te
 def _dense_prefixes(inputs: Inputs, acts: Tensor, ends: tuple[int, ...]) -> Tensor:
     """`[G, rows, d_out]` reconstructions by the first latents; each adds to the one before."""
     recon, start, found = inputs.wide("b_dec"), 0, []
+    recon = recon if inputs.whole.first else torch.zeros_like(recon)
     for end in ends:
         recon = torch.addmm(recon, acts[:, start:end], inputs.wide("W_dec")[start:end])
         found.append(recon)
@@ -225,7 +224,7 @@ def _dense_encode_backward(
 
 def _add_skip(inputs: Inputs, x: Tensor, recons: Tensor) -> None:
     """Add the affine skip connection, where there is one, to every reconstruction in place."""
-    if "W_skip" in inputs.tensors:
+    if "W_skip" in inputs.tensors and inputs.whole.first:
         for recon in recons:
             recon.addmm_(x.to(inputs.acc), inputs.wide("W_skip"))
 
@@ -239,6 +238,6 @@ def _finish(
     if inputs.needs_any("W_skip"):
         gradients.buffer("W_skip").addmm_(x.to(inputs.acc).t(), d_recon)
     if inputs.needs_any("x"):
-        if "W_skip" in inputs.tensors:
+        if "W_skip" in inputs.tensors and inputs.whole.first:
             d_x = d_x.to(inputs.acc) + d_recon @ inputs.wide("W_skip").t()
         gradients.write("x", rows, d_x)

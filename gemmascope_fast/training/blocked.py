@@ -31,6 +31,7 @@ from .losses_weights import WeightTerm
 from .objective import Objective
 from .preparing import check_call, check_fit, inputs_of, tensors_of
 from .weight_pass import weight_pass
+from .whole import WHOLE, Whole
 
 OP = "loss"
 SAMPLE_ROWS, SAMPLE_LATENTS = 64, 2048
@@ -79,15 +80,16 @@ def sae_loss(
     target: Tensor | None,
     terms: Sequence[LossTerm],
     limits: Limits = DEFAULT_LIMITS,
+    whole: Whole = WHOLE,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and metrics of `module` on x; `SAE.loss` documents them."""
-    checked = check_terms(OP, terms)
-    check_fit(OP, module, checked)
-    target = check_call(OP, module, x, target)
+    checked, d_sae = check_terms(OP, terms), whole.d_sae(module.d_sae)
+    check_fit(OP, module, checked, d_sae)
+    target = check_call(OP, module, x, target, d_sae)
     tensors, activation = tensors_of(module, x, target)
     enabled = torch.is_grad_enabled()
     needs = frozenset(name for name, t in tensors.items() if enabled and t.requires_grad)
-    inputs = inputs_of(module, tensors, activation, needs)
+    inputs = inputs_of(module, tensors, activation, needs, whole)
     keep = getattr(module.deferred, "keep", None)  # a fused optimizer's
     deferrable = keep is not None and needs >= {"W_enc", "W_dec"} and "x" not in needs
     loss, metrics, gradients = _evaluate(inputs, checked, limits, deferrable)
@@ -99,6 +101,8 @@ def sae_loss(
         receive = keep(**kept) if keep is not None and kept else None
         late = ("W_dec", *ENCODER) if kept else ()
         found = [None if name in late else gradients.pop(name) for name in tensors]
+        if found[0] is not None:  # of x, the first tensor; here are the summands of these latents
+            found[0] = whole.over_latents(found[0])
         loss = _Precomputed.apply(loss, found, receive, *tensors.values())  # type: ignore[no-untyped-call]
     return loss, metrics
 
@@ -176,8 +180,8 @@ def _evaluate(
     blocks = {True: 0, False: 0}
     with torch.autocast(inputs.tensors["x"].device.type, enabled=False):
         plan = list(_plan(inputs, limits))
-        if objective.needs_counts and len(plan) > 1:
-            objective.counts = _count(inputs, plan)
+        if objective.needs_counts and len(plan) != 1:
+            objective.counts = inputs.whole.counts(_count(inputs, plan))
         deferrable = deferrable and not any(isinstance(term, WeightTerm) for term in terms)
         if deferrable and [dense for _, dense in plan] == [False]:
             gradients.kept = {}
@@ -190,13 +194,13 @@ def _evaluate(
                 rest, budget = objective.residual, limits.entry_bytes // ENTRY_BYTES
                 value = weight_pass(OP, inputs, term, rest, budget, gradients)
                 objective.sums[at] = value * inputs.n
-    sums, tokens = objective.sums, max(inputs.n, 1)
-    error, deviation, l0 = sums[len(terms) :]
+    sums, tokens = objective.totals(), max(inputs.tokens, 1)
+    error, l0 = sums[len(terms) :]
     values = sums[: len(terms)] / tokens
     metrics = {term.name: value for term, value in zip(terms, values, strict=True)}
-    metrics["fvu"] = error / deviation
+    metrics["fvu"] = error / objective.deviation
     metrics["l0"] = l0 / tokens
-    metrics["density"] = metrics["l0"] / inputs.d_sae
+    metrics["density"] = metrics["l0"] / inputs.whole.d_sae(inputs.d_sae)
     metrics = {name: value.to(inputs.acc) for name, value in metrics.items()}
     metrics["dense_blocks"] = torch.tensor(blocks[True], device=sums.device)
     metrics["blocks"] = torch.tensor(sum(blocks.values()), device=sums.device)
@@ -208,13 +212,15 @@ def _plan(inputs: Inputs, limits: Limits) -> Iterator[tuple[slice, bool]]:
     n, d_sae, activation = inputs.n, inputs.d_sae, inputs.activation
     entries = max(limits.entry_bytes // ENTRY_BYTES, 1)
     if isinstance(activation, BatchTopK):
-        yield from _split(0, n, n, False)
+        if inputs.tokens:  # an empty part of a batch takes part in its selection
+            yield slice(0, n), False
         return
     if isinstance(activation, TopK):
         yield from _split(0, n, entries // max(activation.k, 1), False)
         return
-    tile = max(limits.tile_bytes // (d_sae * inputs.acc.itemsize), 1)
+    tile = max(limits.tile_bytes // (max(d_sae, 1) * inputs.acc.itemsize), 1)
     crossover = _crossover(inputs) if limits.crossover is None else limits.crossover
+    spans, sizes = [], []
     for start in range(0, n, limits.span_rows):
         stop = min(start + limits.span_rows, n)
         density = 1.0
@@ -222,7 +228,10 @@ def _plan(inputs: Inputs, limits: Limits) -> Iterator[tuple[slice, bool]]:
             density = _measure(inputs, start, stop, min(tile, SAMPLE_ROWS))
         dense = density > crossover
         per_row = max(density * d_sae, 1.0)
-        yield from _split(start, stop, tile if dense else int(entries / per_row), dense)
+        spans.append((start, stop, dense))
+        sizes.append(tile if dense else int(entries / per_row))
+    for (start, stop, dense), rows in zip(spans, inputs.whole.smallest(sizes), strict=True):
+        yield from _split(start, stop, rows, dense)
 
 
 def _split(start: int, stop: int, rows: int, dense: bool) -> Iterator[tuple[slice, bool]]:
@@ -253,6 +262,8 @@ def sampled_density(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, limit: Tensor, sample_rows: int = SAMPLE_ROWS
 ) -> float:
     """Share of `pre > limit` in a strided sample of x `[n, d_in]` and of the latents."""
+    if W_enc.shape[1] == 0:
+        return 0.0
     rows = _strata(x.shape[0], sample_rows).to(x.device)
     latents = _strata(W_enc.shape[1], SAMPLE_LATENTS).to(x.device)
     weights = W_enc.t()[latents].t()

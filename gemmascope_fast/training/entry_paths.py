@@ -64,7 +64,8 @@ class Block:
 
 def decode_prefixes(inputs: Inputs, block: Block, ends: tuple[int, ...]) -> Tensor:
     """`[G, r, d_out]` reconstructions by the first latents; each adds to the one before."""
-    W_dec, b_dec, op = inputs.tensors["W_dec"], inputs.tensors["b_dec"], inputs.op("decode")
+    W_dec, op = inputs.tensors["W_dec"], inputs.op("decode")
+    b_dec = inputs.tensors["b_dec"] if inputs.whole.first else None
     if len(ends) == 1:
         found: Tensor = op(*block.entries, W_dec, b_dec, *block.view, inputs.acc)
         return found[None]

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..modules import Activation, JumpReLU
 from ..semantics import Semantics
+from .whole import WHOLE, Whole
 
 DATA = ("x", "target")
 """The tensors with one row per token; the others are weights."""
@@ -27,6 +28,8 @@ class Inputs:
         needs: names of the tensors whose gradient is wanted.
         acc: float32, or float64 where x or a weight is.
         semantics: those of the module, as far as they are not applied to the tensors already.
+        whole: answers for the processes that share tokens or latents.
+        tokens: number of tokens of all of them.
         smallest: the smallest active value of each block of a BatchTopK, None where none is.
     """
 
@@ -35,17 +38,19 @@ class Inputs:
     needs: frozenset[str]
     acc: torch.dtype
     semantics: Semantics = Semantics()
+    whole: Whole = WHOLE
+    tokens: int = 0
     smallest: list[Tensor | None] = field(default_factory=list)
     _wide: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def n(self) -> int:
-        """Number of tokens."""
+        """Number of tokens here."""
         return self.tensors["x"].shape[0]
 
     @property
     def d_sae(self) -> int:
-        """Number of latents."""
+        """Number of latents here."""
         return self.tensors["W_enc"].shape[1]
 
     @property

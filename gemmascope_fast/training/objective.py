@@ -29,21 +29,24 @@ class Objective:
     Attributes:
         ends: numbers of leading latents whose reconstructions are wanted, ascending; the last is
             d_sae.
-        sums: `[len(terms) + 3]` float64 sums over the tokens: one per term, then squared error,
-            squared deviation of the target from its mean, and l0.
+        sums: `[len(terms) + 2]` float64 sums over the tokens here: one per term, then squared error
+            and l0.
+        deviation: squared deviation of all targets from their mean, a float64 sum.
         residual: `[n, d_out]` target minus reconstruction, where a term needs it.
-        counts: `[d_sae]` firing counts of this batch, where known.
+        counts: `[d_sae]` firing counts of the whole batch, where known.
     """
 
     def __init__(self, inputs: Inputs, terms: Sequence[LossTerm]) -> None:
         self._inputs, self._terms = inputs, terms
         target = inputs.tensors["target"]
-        self.sums = torch.zeros(len(terms) + 3, dtype=torch.float64, device=target.device)
-        mean = target.mean(0, dtype=inputs.acc)
+        self.sums = torch.zeros(len(terms) + 2, dtype=torch.float64, device=target.device)
+        self.deviation = torch.zeros((), dtype=torch.float64, device=target.device)
+        mean = inputs.whole.mean(target, inputs.acc)
         for part in target.split(SLICE):  # type: ignore[no-untyped-call]
             wide = part.to(inputs.acc)
-            self.sums[-2] += F.mse_loss(wide, mean.expand_as(wide), reduction="sum").double()
-        self._deviation = (self.sums[-2] / max(inputs.n, 1)).to(inputs.acc)
+            self.deviation += F.mse_loss(wide, mean.expand_as(wide), reduction="sum").double()
+        self.deviation = inputs.whole.over_tokens(self.deviation)
+        self._deviation = (self.deviation / max(inputs.tokens, 1)).to(inputs.acc)
         ends = {end for t in terms if isinstance(t, Term) for end in t.prefixes}
         self.ends = (*sorted(ends - {inputs.d_sae}), inputs.d_sae)
         kept = any(isinstance(t, WeightTerm) and t.needs_residual for t in terms)
@@ -57,13 +60,21 @@ class Objective:
         """Whether a term needs the counts of the batch before the first gradient."""
         return any(isinstance(t, BatchTerm) and t.counts is None for t in self._terms)
 
+    def totals(self) -> Tensor:
+        """`sums` over all tokens and latents, once every block has added to them."""
+        mine = [at for at, t in enumerate(self._terms) if isinstance(t, EntryTerm)]
+        if mine:  # of the latents here; the other terms are of whole reconstructions and counts
+            self.sums[mine] = self._inputs.whole.over_latents(self.sums[mine])
+        return self._inputs.whole.over_tokens(self.sums)
+
     def tokens(
         self, recons: Tensor, l0: Tensor, rows: slice, gradients: Gradients
     ) -> tuple[Tensor, Tensor | None]:
         """Count the block of tokens `rows`, and differentiate the terms per token.
 
         Args:
-            recons: `[G, r, d_out]` in the accumulation dtype, one per element of `ends`.
+            recons: `[G, r, d_out]` in the accumulation dtype, one per element of `ends`, made by
+                the latents here.
             l0: `[r]`, likewise.
             rows: position of the block in the batch.
             gradients: receives the gradient of the target.
@@ -71,10 +82,12 @@ class Objective:
         Returns:
             d_recons `[G, r, d_out]`, and d_l0 `[r]` or None where no term depends on l0.
         """
-        target = self._inputs.tensors["target"][rows].to(self._inputs.acc)
+        whole, target = self._inputs.whole, self._inputs.tensors["target"][rows]
+        recons, l0 = whole.over_latents(recons), whole.over_latents(l0)
+        target = target.to(self._inputs.acc)
         d_recons, d_target, d_l0 = self._differentiate(recons, target, l0)
         error = F.mse_loss(recons[-1], target, reduction="sum")
-        self.sums[-3] += error.double()
+        self.sums[-2] += error.double()
         self.sums[-1] += l0.sum().double()
         if self.residual is not None:
             torch.sub(target, recons[-1], out=self.residual[rows])
@@ -99,7 +112,7 @@ class Objective:
                     value = _per_token(term, statistics).sum()
                     self.sums[at] += value.detach().double()
                     total = total + value
-            total = total / self._inputs.n
+            total = total / self._inputs.tokens
         if not total.requires_grad:
             return None, None, None
         sources = [t for t in leaves if t.requires_grad]
@@ -132,7 +145,7 @@ class Objective:
             for at, term in terms:
                 value = term.per_entry(leaf * mine if term.by_norm else leaf).sum()
                 self.sums[at] += value.detach().double()
-                total = total + value / self._inputs.n
+                total = total + value / self._inputs.tokens
         if not total.requires_grad:
             return None
         if not mine.requires_grad:
@@ -161,19 +174,18 @@ class Objective:
             return self._d_counts
         inputs = self._inputs
         if self.counts is None and self.needs_counts:
-            self.counts = own()
-        known = (
-            inputs.tensors["b_enc"].new_zeros(inputs.d_sae) if self.counts is None else self.counts
-        )
+            self.counts = inputs.whole.counts(own())
+        d_sae = inputs.whole.d_sae(inputs.d_sae)
+        known = inputs.tensors["b_enc"].new_zeros(d_sae) if self.counts is None else self.counts
         leaf = known.to(inputs.acc).requires_grad_(inputs.bandwidth > 0)
         with torch.enable_grad():
             total = leaf.sum() * 0.0
             for at, term in terms:
-                value = term.of_rates(rates(leaf, inputs.n, term.counts, term.tokens))
+                value = term.of_rates(rates(leaf, inputs.tokens, term.counts, term.tokens))
                 self.sums[at] = value.detach().double() * inputs.n
                 total = total + value
         if total.requires_grad:
-            (self._d_counts,) = torch.autograd.grad(total, leaf)
+            self._d_counts = inputs.whole.part(torch.autograd.grad(total, leaf)[0])
         return self._d_counts
 
 

@@ -18,12 +18,13 @@ from .evaluation import Inputs
 from .losses import LossTerm, Term
 from .losses_batch import BatchTerm
 from .losses_weights import WeightTerm
+from .whole import WHOLE, Whole
 
 
-def check_call(op: str, module: SAE, x: Tensor, target: Tensor | None) -> Tensor:
+def check_call(op: str, module: SAE, x: Tensor, target: Tensor | None, d_sae: int) -> Tensor:
     """Raise on arguments that do not fit; return the target."""
     check_encoder(op, x, module.W_enc, module.b_enc)
-    _check_activation(op, module)
+    _check_activation(op, module, d_sae)
     if target is None:
         if isinstance(module, Transcoder) or module.d_in != module.d_out:
             raise ValueError(
@@ -39,10 +40,10 @@ def check_call(op: str, module: SAE, x: Tensor, target: Tensor | None) -> Tensor
     return target
 
 
-def _check_activation(op: str, module: SAE) -> None:
+def _check_activation(op: str, module: SAE, d_sae: int) -> None:
     activation = module.activation
     if isinstance(activation, TopK):
-        check_count(op, "k", activation.k, module.d_sae, "d_sae")
+        check_count(op, "k", activation.k, d_sae, "d_sae")
     if isinstance(activation, BatchTopK):
         check_number(op, "k", activation.k)
     if not isinstance(activation, JumpReLU) or module.threshold is None:
@@ -56,18 +57,17 @@ def _check_activation(op: str, module: SAE) -> None:
         )
 
 
-def check_fit(op: str, module: SAE, terms: Sequence[LossTerm]) -> None:
-    """Prefixes, counts and latents that the terms name exist in the module."""
+def check_fit(op: str, module: SAE, terms: Sequence[LossTerm], d_sae: int) -> None:
+    """Prefixes, counts and latents that the terms name exist among the `d_sae` of the whole."""
     for term in terms:
-        if isinstance(term, Term) and any(end > module.d_sae for end in term.prefixes):
+        if isinstance(term, Term) and any(end > d_sae for end in term.prefixes):
             raise ValueError(
-                f"{op}: {term.name} has a prefix of {max(term.prefixes)} latents, and "
-                f"d_sae={module.d_sae}"
+                f"{op}: {term.name} has a prefix of {max(term.prefixes)} latents, and d_sae={d_sae}"
             )
         if isinstance(term, BatchTerm):
-            check_totals(f"{op}: {term.name}", term.counts, term.tokens, module.d_sae)
+            check_totals(f"{op}: {term.name}", term.counts, term.tokens, d_sae)
         if isinstance(term, WeightTerm):
-            term.latents(op, module.d_sae, module.W_enc.device)
+            term.latents(op, d_sae, module.W_enc.device)
 
 
 def tensors_of(module: SAE, x: Tensor, target: Tensor) -> tuple[dict[str, Tensor], Activation]:
@@ -92,11 +92,16 @@ def tensors_of(module: SAE, x: Tensor, target: Tensor) -> tuple[dict[str, Tensor
 
 
 def inputs_of(
-    module: SAE, tensors: dict[str, Tensor], activation: Activation, needs: frozenset[str]
+    module: SAE,
+    tensors: dict[str, Tensor],
+    activation: Activation,
+    needs: frozenset[str],
+    whole: Whole = WHOLE,
 ) -> Inputs:
     """Inputs of an evaluation; sums are float64 where x or a weight is."""
     acc = torch.float32
     if any(t.dtype == torch.float64 for name, t in tensors.items() if name != "target"):
         acc = torch.float64
     detached = {name: t.detach() for name, t in tensors.items()}
-    return Inputs(detached, activation, needs, acc, module.semantics)
+    tokens = whole.n(tensors["x"].shape[0])
+    return Inputs(detached, activation, needs, acc, module.semantics, whole, tokens)

@@ -1,0 +1,160 @@
+"""Processes for tests of `torch.distributed`: started once, sent functions, watched.
+
+    results = ranks.run(3, function, *args)      # [function(*args) of rank 0, 1, 2]
+
+A run has a gloo group of its own over as many of the pool's processes as it asks for. An exception
+on a rank, or a rank that does not answer in time, fails the test with the traceback of every rank,
+and the processes are killed; the next run starts new ones. They come from a fork server that has
+imported torch, because the import alone takes seconds.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+POLL = 0.05
+GRACE = 5.0
+"""Seconds that the other ranks get to end by themselves once one has failed."""
+
+
+class Ranks:
+    """A pool of processes.
+
+    Args:
+        size: how many there are at most.
+        timeout: seconds that a run may take; time during which this process stood still is free.
+    """
+
+    def __init__(self, size: int = 4, timeout: float = 60.0) -> None:
+        self.size, self.timeout = size, timeout
+        self.folder = Path(tempfile.mkdtemp(prefix="ranks-"))
+        self.runs = 0
+        self.workers: list[_Worker] = []
+
+    def run(
+        self, world: int, function: Callable[..., Any], *args: Any, **options: Any
+    ) -> list[Any]:
+        """What `function(*args, **options)` returns on each of `world` ranks.
+
+        Raises:
+            AssertionError: a rank raised, died, or did not answer in time.
+        """
+        assert 1 <= world <= self.size
+        while len(self.workers) < self.size:
+            self.workers.append(_Worker(self.folder, len(self.workers)))
+        self.runs += 1
+        task = (str(self.folder / f"store{self.runs}"), world, function, args, options)
+        workers = self.workers[:world]
+        for rank, worker in enumerate(workers):
+            worker.send((rank, *task))
+        answers = self._answers(workers)
+        if all(answer is not None and answer[0] for answer in answers):
+            return [answer[1] for answer in answers if answer is not None]
+        texts = [
+            f"rank {rank}: {worker.where() if answer is None else answer[1]}"
+            for rank, (worker, answer) in enumerate(zip(workers, answers, strict=True))
+            if answer is None or not answer[0]
+        ]
+        self.close()
+        raise AssertionError("\n\n".join(texts))
+
+    def _answers(self, workers: list[_Worker]) -> list[tuple[bool, Any] | None]:
+        """`(whether it worked, result or traceback)` of each; None of those that do not answer."""
+        answers: list[tuple[bool, Any] | None] = [None] * len(workers)
+        left = self.timeout
+        while left > 0 and None in answers:
+            for at, worker in enumerate(workers):
+                if answers[at] is None and worker.ready():
+                    answers[at] = worker.receive()
+                    if not answers[at][0]:
+                        left = min(left, GRACE)
+            time.sleep(POLL / 10 if left > self.timeout - 1 else POLL)
+            left -= POLL / 10 if left > self.timeout - 1 else POLL
+        return answers
+
+    def close(self) -> None:
+        """Kill the processes."""
+        for worker in self.workers:
+            worker.kill()
+        self.workers = []
+
+
+class _Worker:
+    """One process, as its parent sees it."""
+
+    def __init__(self, folder: Path, at: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed.tensor", "gemmascope_fast"])
+        self.stacks = folder / f"stacks{at}"
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, str(self.stacks)), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def send(self, task: Any) -> None:
+        self.pipe.send_bytes(pickle.dumps(task))
+
+    def ready(self) -> bool:
+        return self.pipe.poll() or not self.process.is_alive()
+
+    def receive(self) -> tuple[bool, Any]:
+        try:
+            worked, found = pickle.loads(self.pipe.recv_bytes())
+            return worked, found
+        except EOFError:
+            self.process.join(1)
+            return False, f"died with exit code {self.process.exitcode}"
+
+    def where(self) -> str:
+        """The stacks of a process that does not answer."""
+        if self.process.is_alive() and self.process.pid is not None:
+            os.kill(self.process.pid, signal.SIGUSR1)
+            time.sleep(0.5)
+        return "no answer\n" + self.stacks.read_text()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def _serve(pipe: Connection, stacks: str) -> None:
+    """Run what comes through the pipe until it is closed."""
+    import torch
+    import torch.distributed as dist
+
+    log = open(stacks, "w")  # noqa: SIM115 - open as long as the process lives
+    faulthandler.register(signal.SIGUSR1, file=log, all_threads=False)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
+    while True:
+        try:
+            rank, store, world, function, args, options = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        try:
+            torch.manual_seed(0)
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{store}",
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(minutes=10),
+            )
+            answer = True, function(*args, **options)
+        except BaseException:
+            answer = False, traceback.format_exc()
+        pipe.send_bytes(pickle.dumps(answer))
+        if answer[0]:
+            dist.destroy_process_group()

@@ -1,0 +1,116 @@
+"""`loss` of latent-sharded SAEs: terms, blocks and gradients against one process on gloo."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import sharded as problems
+import torch
+from ranks import Ranks
+from sharded import JUMP, batch, close, parted, rows_of, same_gradients
+
+from gemmascope_fast import BatchTopK, TopK
+from gemmascope_fast.distributed.peers import Peers
+from gemmascope_fast.training import (
+    L0,
+    L1,
+    Frequency,
+    QuadraticL0,
+    QuadraticMeanL0,
+    Reconstruction,
+    Tanh,
+)
+from gemmascope_fast.training.blocked import Limits, sae_loss
+
+TERMS = (
+    Reconstruction(0.7, normalisation="variance"),
+    L0(0.3),
+    QuadraticL0(target=9, coefficient=0.05),
+    QuadraticMeanL0(coefficient=0.02, target=9),
+    Frequency(0.01),
+    L1(0.1),
+    Tanh(0.2, by_norm=False),
+)
+PATHS = {
+    "dense": Limits(crossover=0.0),
+    "dense tiles": Limits(span_rows=16, tile_bytes=1 << 10, crossover=0.0),
+    "sparse": Limits(crossover=1.0),
+    "sparse blocks": Limits(span_rows=16, entry_bytes=4000, crossover=1.0),
+    "mixed": Limits(span_rows=8, entry_bytes=4000, crossover=0.4),  # ranks choose differently
+}
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    pool = Ranks()
+    yield pool
+    pool.close()
+
+
+def losses(
+    dp: int,
+    tp: int,
+    activation: Any,
+    limits: Limits,
+    n: int = 39,
+    kind: str = "sae",
+    first: int | None = None,
+    **options: Any,
+) -> None:
+    """Loss, metrics and gradients are those of one process on the whole batch."""
+    dtype = options.get("dtype", torch.float32)
+    whole = getattr(problems, kind)(37, activation, **options)
+    sharded, mesh = parted(whole, dp, tp)
+    everything = batch(n, dtype=dtype)
+    goal = None if kind == "sae" else torch.randn(n, 7, generator=torch.Generator().manual_seed(4))
+    rows = rows_of(mesh, n, first)
+    x = everything[rows].clone().requires_grad_()
+    everything.requires_grad_()
+    expected, metrics = sae_loss(whole, everything, goal, TERMS, limits)
+    expected.backward()
+    peers, mine = Peers(sharded.layout, x.device), None if goal is None else goal[rows]
+    found, seen = sharded._on_local(lambda v: sae_loss(v, x, mine, TERMS, limits, peers))
+    found.backward()
+    close(found, expected, "loss", dtype)
+    for name in metrics.keys() - {"blocks", "dense_blocks"}:
+        close(seen[name], metrics[name], name, dtype)
+    close(x.grad, everything.grad[rows], "d_x", dtype)
+    same_gradients(sharded, whole, dtype)
+
+
+def every_path(dp: int, tp: int) -> None:
+    for limits in PATHS.values():
+        losses(dp, tp, JUMP, limits)
+    losses(dp, tp, TopK(5), PATHS["sparse blocks"])
+    losses(dp, tp, BatchTopK(4.5), PATHS["sparse"])
+    losses(dp, tp, JUMP, PATHS["sparse"], kind="transcoder")
+    losses(dp, tp, JUMP, PATHS["dense"], kind="transcoder")
+
+
+@pytest.mark.parametrize(("dp", "tp"), [(1, 2), (1, 3), (2, 2)])
+def test_the_loss_is_that_of_one_process(ranks: Ranks, dp: int, tp: int) -> None:
+    ranks.run(dp * tp, every_path, dp, tp)
+
+
+def odd() -> None:
+    losses(1, 4, JUMP, PATHS["sparse"], dtype=torch.bfloat16)
+    losses(1, 4, JUMP, PATHS["dense"], dtype=torch.float64)
+    losses(1, 4, JUMP, PATHS["dense"], semantics="saelens_6")
+    losses(1, 4, BatchTopK(5), PATHS["sparse"], semantics="dictionary_learning_0_1")
+
+
+def test_it_holds_in_other_dtypes_and_semantics(ranks: Ranks) -> None:
+    ranks.run(4, odd)
+
+
+def one_row_without_tokens() -> None:
+    """A rank of "dp" that has no tokens takes part in every sum."""
+    for activation, limits in ((JUMP, "sparse"), (TopK(5), "sparse"), (BatchTopK(4.5), "sparse")):
+        losses(2, 2, activation, PATHS[limits], n=9, first=0)
+    losses(2, 2, JUMP, PATHS["dense tiles"], first=0)
+
+
+def test_a_rank_without_tokens_contributes_nothing(ranks: Ranks) -> None:
+    ranks.run(4, one_row_without_tokens)
