@@ -2,9 +2,10 @@
 
     results = ranks.run(3, function, *args)      # [function(*args) of rank 0, 1, 2]
 
-A run has a gloo group of its own over as many of the pool's processes as it asks for. An exception
-on a rank, or a rank that does not answer in time, fails the test with the traceback of every rank,
-and the processes are killed; the next run starts new ones. They come from a fork server that has
+Every number of ranks has processes of its own, whose gloo group lives as long as they do: DTensor
+caches groups, so that a process cannot have one default group after another. An exception on a
+rank, or a rank that does not answer in time, fails the test with the traceback of every rank, and
+the processes are killed; the next run starts new ones. They come from a fork server that has
 imported torch, because the import alone takes seconds.
 """
 
@@ -30,18 +31,17 @@ GRACE = 5.0
 
 
 class Ranks:
-    """A pool of processes.
+    """Pools of processes, one for each number of ranks.
 
     Args:
-        size: how many there are at most.
         timeout: seconds that a run may take; time during which this process stood still is free.
     """
 
-    def __init__(self, size: int = 4, timeout: float = 60.0) -> None:
-        self.size, self.timeout = size, timeout
+    def __init__(self, timeout: float = 60.0) -> None:
+        self.timeout = timeout
         self.folder = Path(tempfile.mkdtemp(prefix="ranks-"))
-        self.runs = 0
-        self.workers: list[_Worker] = []
+        self.started = 0
+        self.pools: dict[int, list[_Worker]] = {}
 
     def run(
         self, world: int, function: Callable[..., Any], *args: Any, **options: Any
@@ -51,14 +51,13 @@ class Ranks:
         Raises:
             AssertionError: a rank raised, died, or did not answer in time.
         """
-        assert 1 <= world <= self.size
-        while len(self.workers) < self.size:
-            self.workers.append(_Worker(self.folder, len(self.workers)))
-        self.runs += 1
-        task = (str(self.folder / f"store{self.runs}"), world, function, args, options)
-        workers = self.workers[:world]
-        for rank, worker in enumerate(workers):
-            worker.send((rank, *task))
+        if world not in self.pools:
+            self.started += 1
+            store = self.folder / f"store{self.started}"
+            self.pools[world] = [_Worker(store, rank, world) for rank in range(world)]
+        workers = self.pools[world]
+        for worker in workers:
+            worker.send((function, args, options))
         answers = self._answers(workers)
         if all(answer is not None and answer[0] for answer in answers):
             return [answer[1] for answer in answers if answer is not None]
@@ -67,7 +66,7 @@ class Ranks:
             for rank, (worker, answer) in enumerate(zip(workers, answers, strict=True))
             if answer is None or not answer[0]
         ]
-        self.close()
+        self._kill(self.pools.pop(world))
         raise AssertionError("\n\n".join(texts))
 
     def _answers(self, workers: list[_Worker]) -> list[tuple[bool, Any] | None]:
@@ -85,21 +84,27 @@ class Ranks:
         return answers
 
     def close(self) -> None:
-        """Kill the processes."""
-        for worker in self.workers:
-            worker.kill()
-        self.workers = []
+        """End all processes."""
+        while self.pools:
+            self._kill(self.pools.popitem()[1])
+
+    def _kill(self, workers: list[_Worker]) -> None:
+        for worker in workers:
+            worker.process.kill()
+        for worker in workers:
+            worker.process.join()
 
 
 class _Worker:
     """One process, as its parent sees it."""
 
-    def __init__(self, folder: Path, at: int) -> None:
+    def __init__(self, store: Path, rank: int, world: int) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch.distributed.tensor", "gemmascope_fast"])
-        self.stacks = folder / f"stacks{at}"
+        self.stacks = store.with_name(f"{store.name}-stacks{rank}")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, str(self.stacks)), daemon=True)
+        arguments = (theirs, str(store), rank, world, str(self.stacks))
+        self.process = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
 
@@ -124,12 +129,8 @@ class _Worker:
             time.sleep(0.5)
         return "no answer\n" + self.stacks.read_text()
 
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.join()
 
-
-def _serve(pipe: Connection, stacks: str) -> None:
+def _serve(pipe: Connection, store: str, rank: int, world: int, stacks: str) -> None:
     """Run what comes through the pipe until it is closed."""
     import torch
     import torch.distributed as dist
@@ -138,23 +139,21 @@ def _serve(pipe: Connection, stacks: str) -> None:
     faulthandler.register(signal.SIGUSR1, file=log, all_threads=False)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(minutes=10),
+    )
     while True:
         try:
-            rank, store, world, function, args, options = pickle.loads(pipe.recv_bytes())
+            function, args, options = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
         try:
             torch.manual_seed(0)
-            dist.init_process_group(
-                "gloo",
-                init_method=f"file://{store}",
-                rank=rank,
-                world_size=world,
-                timeout=timedelta(minutes=10),
-            )
             answer = True, function(*args, **options)
         except BaseException:
             answer = False, traceback.format_exc()
         pipe.send_bytes(pickle.dumps(answer))
-        if answer[0]:
-            dist.destroy_process_group()

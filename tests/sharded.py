@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ D = 12
 JUMP = gsf.JumpReLU(bandwidth=0.4, init_threshold=0.3)
 
 
+@functools.cache
 def mesh_of(dp: int, tp: int) -> DeviceMesh:
     """("tp",) for one copy, else ("dp", "tp")."""
     if dp == 1:

@@ -16,7 +16,12 @@ from gemmascope_fast.distributed.peers import Peers
 from gemmascope_fast.training import (
     L0,
     L1,
+    AuxK,
     Frequency,
+    LossTerm,
+    Matryoshka,
+    MultiTopK,
+    PreAct,
     QuadraticL0,
     QuadraticMeanL0,
     Reconstruction,
@@ -57,6 +62,7 @@ def losses(
     n: int = 39,
     kind: str = "sae",
     first: int | None = None,
+    terms: tuple[LossTerm, ...] = TERMS,
     **options: Any,
 ) -> None:
     """Loss, metrics and gradients are those of one process on the whole batch."""
@@ -68,14 +74,14 @@ def losses(
     rows = rows_of(mesh, n, first)
     x = everything[rows].clone().requires_grad_()
     everything.requires_grad_()
-    expected, metrics = sae_loss(whole, everything, goal, TERMS, limits)
+    expected, metrics = sae_loss(whole, everything, goal, terms, limits)
     expected.backward()
     peers, mine = Peers(sharded.layout, x.device), None if goal is None else goal[rows]
-    found, seen = sharded._on_local(lambda v: sae_loss(v, x, mine, TERMS, limits, peers))
+    found, seen = sharded._on_local(lambda v: sae_loss(v, x, mine, terms, limits, peers))
     found.backward()
-    close(found, expected, "loss", dtype)
     for name in metrics.keys() - {"blocks", "dense_blocks"}:
         close(seen[name], metrics[name], name, dtype)
+    close(found, expected, "loss", dtype)
     close(x.grad, everything.grad[rows], "d_x", dtype)
     same_gradients(sharded, whole, dtype)
 
@@ -92,6 +98,35 @@ def every_path(dp: int, tp: int) -> None:
 @pytest.mark.parametrize(("dp", "tp"), [(1, 2), (1, 3), (2, 2)])
 def test_the_loss_is_that_of_one_process(ranks: Ranks, dp: int, tp: int) -> None:
     ranks.run(dp * tp, every_path, dp, tp)
+
+
+DEAD = torch.arange(37) % 3 == 1
+WITH_WEIGHTS = (
+    Reconstruction(),
+    AuxK(DEAD, k_aux=6, normalisation="residual"),
+    PreAct(DEAD, coefficient=0.2),
+    MultiTopK((2, 9, 20), weights=(0.5, 0.3, 0.2)),
+    Matryoshka((3, 13, 20, 37)),
+)
+
+
+def every_weight_term(dp: int, tp: int) -> None:
+    for path in ("dense tiles", "sparse", "sparse blocks"):
+        losses(dp, tp, JUMP, PATHS[path], terms=WITH_WEIGHTS)
+    for kind in ("sae", "transcoder"):
+        losses(dp, tp, TopK(5), PATHS["sparse blocks"], kind=kind, terms=WITH_WEIGHTS)
+    few = torch.zeros(37, dtype=torch.bool)
+    few[2] = True  # the other ranks have none
+    options = {"scaled": True, "rectified": False, "normalisation": "target"}
+    for terms in ((AuxK(few, 6, **options),), (AuxK(DEAD, 6, encoder_gradient=False, **options),)):
+        losses(dp, tp, TopK(5), PATHS["sparse"], terms=(Reconstruction(), *terms))
+    if dp > 1:
+        losses(dp, tp, JUMP, PATHS["sparse"], terms=WITH_WEIGHTS, first=0)
+
+
+@pytest.mark.parametrize(("dp", "tp"), [(1, 2), (1, 4), (2, 2)])
+def test_terms_with_activations_of_their_own_and_prefixes(ranks: Ranks, dp: int, tp: int) -> None:
+    ranks.run(dp * tp, every_weight_term, dp, tp)
 
 
 def odd() -> None:

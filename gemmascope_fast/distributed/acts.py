@@ -10,6 +10,7 @@ from torch import Tensor
 from ..entries import cumulative
 from ..sparse import SparseActs
 from .communication import all_gather, leave
+from .debugging import check_agreement
 from .layout import Layout
 
 
@@ -79,6 +80,8 @@ class ShardedActs:
         for words, place in zip(every, places, strict=True):
             found[:, place] = words[:, : place.shape[0]]
         floats = found[1:].view(local.dtype)
+        if self.layout.debug:
+            check_agreement("gathered", "indices", found[0], self.layout)
         mine = places[self.layout.rank]
         values = floats[0].index_copy(0, mine, local.values[:nnz])
         gate = floats[1].index_copy(0, mine, local.gate[:nnz])

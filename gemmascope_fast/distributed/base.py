@@ -138,7 +138,14 @@ class Sharded(nn.Module):
 
         placed = tuple(self.layout.placements(name) for name in names)
         graded = tuple(self.layout.gradient_placements(name) for name in names)
-        return local_map(run, None, placed, graded, self.mesh)(*self.parameters()).value
+        kernels = local_map(
+            run,
+            out_placements=None,
+            in_placements=placed,
+            in_grad_placements=graded,
+            device_mesh=self.mesh,
+        )
+        return kernels(*self.parameters()).value
 
     def _bind(self) -> None:
         """Make DTensors of the local module's parameters, over the same memory."""
@@ -214,9 +221,9 @@ class Sharded(nn.Module):
             recon = leave(partial, self.tp_group) + whole
         return recon.to(self.dtype if dtype is None else dtype)
 
-    def _debug(self, op: str, name: str, t: Tensor) -> None:
+    def _debug(self, op: str, name: str, t: Tensor, everywhere: bool = False) -> None:
         if self.layout.debug:
-            check_agreement(op, name, t, self.layout)
+            check_agreement(op, name, t, self.layout, everywhere)
 
     def extra_repr(self) -> str:
         """The part, for `repr`."""

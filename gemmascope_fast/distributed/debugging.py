@@ -31,20 +31,28 @@ def debug_mode() -> bool:
     return value == "1"
 
 
-def check_agreement(op: str, name: str, t: Tensor, layout: Layout) -> None:
+def check_agreement(
+    op: str, name: str, t: Tensor, layout: Layout, everywhere: bool = False
+) -> None:
     """`t` has the same shape and the same bytes on all ranks of "tp".
+
+    With `everywhere` the ranks of "dp" hear of it too: for calls that they make together.
 
     Raises:
         RuntimeError: it has not.
     """
     found = torch.tensor([fingerprint(t), t.numel()], dtype=torch.int64, device=t.device)
-    every = all_gather(found, layout.tp_group)
-    wrong = (every != every[0]).any(1).nonzero()[:, 0].tolist()
+    every = all_gather(all_gather(found, layout.tp_group), layout.dp_group if everywhere else None)
+    ranks = layout.mesh.mesh.reshape(-1, layout.tp).to(t.device)
+    if not everywhere:
+        ranks = ranks[(ranks == dist.get_rank()).any(1)]
+    differs = (every != every[:, :1]).any(2)
+    wrong = [f"rank {int(rank)}" for rank in ranks[differs]]
     if wrong:
-        ranks = dist.get_process_group_ranks(layout.tp_group)
+        usual = [f"rank {int(rank)}" for rank in ranks[differs.any(1), 0]]
         raise RuntimeError(
-            f"{op}: {name} must be equal on all ranks of tp, and differs from rank {ranks[0]}'s on "
-            f"rank {', '.join(str(ranks[at]) for at in wrong)}"
+            f"{op}: {name} must be equal on all ranks of tp, and differs from that of "
+            f"{', '.join(usual)} on {', '.join(wrong)}"
         )
 
 

@@ -74,7 +74,7 @@ def _select(
     if isinstance(kind, TopK):
         check_count("encode", "k", kind.k, layout.d_sae, "d_sae")
         candidates = [topk_encode(*encoder, min(kind.k, size)) for encoder in encoders]
-        return keep_topk(candidates, kind.k, layout), []
+        return keep_topk(candidates, kind.k, min(kind.k, max(layout.sizes())), layout), []
     assert isinstance(kind, BatchTopK)
     count = batch_count(check_number("encode", "k", kind.k), n, layout, x.device)
     share = batch_share(count, n, size)

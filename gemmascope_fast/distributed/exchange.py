@@ -7,27 +7,35 @@ from typing import Any
 
 import torch.distributed as dist
 
+from .debugging import fingerprint
 from .layout import LATENTS, Layout
+from .parts import decoders
 
 Record = tuple[tuple[str, str], ...]
 """What has to be equal on all ranks, as (what, value)."""
 
 
-def exchange(op: str, layout: Layout, local: Any, failure: Exception | None) -> None:
+def exchange(op: str, layout: Layout, local: Any, failure: Exception | None) -> list[int]:
     """Compare the ranks' parts; two gathers of small objects, over "tp" and over "dp".
+
+    Returns:
+        For a module of several layers the most columns that any rank's `W_dec[i]` has: where a rank
+        read zeros only, its decoder is packed, and another's may not be. Else nothing.
 
     Raises:
         RuntimeError: a rank failed, or holds something else than the others; on every rank.
     """
     own = f"{type(failure).__name__}: {failure}" if failure else record(local, layout)
-    found = _everyone((dist.get_rank(), own), layout)
-    failed = [f"rank {rank} failed: {said}" for rank, said in found if isinstance(said, str)]
+    columns = [] if failure else [p.shape[1] for p in decoders(local)]
+    found = _everyone((dist.get_rank(), own, columns), layout)
+    failed = [f"rank {rank} failed: {said}" for rank, said, _ in found if isinstance(said, str)]
     if failed:
         raise RuntimeError(f"{op}: " + "; ".join(failed)) from failure
-    usual = Counter(said for _, said in found).most_common(1)[0][0]
-    wrong = [_difference(rank, said, usual) for rank, said in found if said != usual]
+    usual = Counter(said for _, said, _ in found).most_common(1)[0][0]
+    wrong = [_difference(rank, said, usual) for rank, said, _ in found if said != usual]
     if wrong:
         raise RuntimeError(f"{op}: the parts do not belong together: " + "; ".join(wrong))
+    return [max(of_layer) for of_layer in zip(*(widths for _, _, widths in found), strict=True)]
 
 
 def record(local: Any, layout: Layout) -> Record:
@@ -47,8 +55,11 @@ def record(local: Any, layout: Layout) -> Record:
         shape = [str(s) for s in p.shape]
         if dim is not None and p.shape[dim] == size:
             shape[dim] = "F"
+        if dim is not None and name.startswith("W_dec."):
+            shape[1] = "m"
         grad = ", trained" if p.requires_grad else ""
-        found[name] = f"[{', '.join(shape)}] {p.dtype}{grad}"
+        bits = f", bits {fingerprint(p):08x}" if layout.debug and dim is None else ""
+        found[name] = f"[{', '.join(shape)}] {p.dtype}{grad}{bits}"
     return tuple(found.items())
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..checks import check_encoder, skip_input
 from ..sparse import SparseActs
 from ..training.blocked import sae_loss
-from ..training.losses import DEFAULT_TERMS, LossTerm, Term, check_terms
+from ..training.losses import DEFAULT_TERMS, LossTerm, check_terms
 from ..training.losses_weights import WeightTerm
 from . import encoding
 from .acts import ShardedActs
@@ -125,7 +125,7 @@ class ShardedSAE(Sharded):
         """
         check_terms("loss", terms)
         check_sharded("loss", terms)
-        self._debug("loss", "x", x)
+        self._debug("loss", "x", x, everywhere=True)
         peers = Peers(self.layout, x.device)
         found = self._on_local(lambda view: sae_loss(view, x, target, terms, whole=peers))
         return found  # type: ignore[no-any-return]
@@ -170,5 +170,8 @@ class ShardedTranscoder(ShardedSAE):
 def check_sharded(op: str, terms: Sequence[LossTerm]) -> None:
     """The terms are served where latents lie on several ranks."""
     for term in terms:
-        if isinstance(term, WeightTerm) or (isinstance(term, Term) and term.prefixes):
-            raise ValueError(f"{op}: {term.name} is not served over several ranks")
+        if isinstance(term, WeightTerm) and not term.among_peers:
+            raise ValueError(
+                f"{op}: {term.name} is not served over several ranks: {type(term).__name__} has no "
+                "among_peers"
+            )

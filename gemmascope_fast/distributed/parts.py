@@ -45,6 +45,20 @@ def placed(part: Any, device_type: str) -> Any:
     return part
 
 
+def decoders(part: Any) -> list[Tensor]:
+    """`W_dec` of every source layer; none for a module of a single one."""
+    return list(part.W_dec) if isinstance(part.W_dec, nn.ParameterList) else []
+
+
+@torch.no_grad()
+def widen(part: Any, columns: list[int]) -> None:
+    """Give `W_dec[i]` `columns[i]` columns: the outputs before its own, which are 0."""
+    for i, (p, wanted) in enumerate(zip(decoders(part), columns, strict=True)):
+        if p.shape[1] < wanted:
+            whole = torch.nn.functional.pad(p.detach(), (wanted - p.shape[1], 0))
+            part.W_dec[i] = nn.Parameter(whole, requires_grad=p.requires_grad)
+
+
 def _compact(name: str, t: Tensor) -> Tensor:
     """A copy with one contiguous row of memory per latent."""
     if name.split(".")[0] != "W_enc":

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..functional import decode
 from ..sparse import SparseActs
 from ..training.whole import Encoder, Whole
-from .communication import MIN, all_reduce, gather_parts
+from .communication import MAX, MIN, all_reduce, gather_parts, leave
 from .layout import Layout
 from .selection import batch_count, batch_share, keep_batchtopk, keep_topk
 
@@ -70,7 +71,7 @@ class Peers(Whole):
         """`selection.keep_topk` of the local op's candidates."""
         size = encoder[1].shape[1]
         acts = _acts(op("topk_encode")(*encoder, min(k, size), False), encoder)
-        (kept,) = keep_topk([acts], k, self._layout)
+        (kept,) = keep_topk([acts], k, min(k, max(self._layout.sizes())), self._layout)
         return _tuple(kept, by_feature)
 
     def batchtopk(
@@ -83,6 +84,42 @@ class Peers(Whole):
         found = op("batchtopk_encode")(*encoder, share, None, None, False)
         (kept,), _ = keep_batchtopk([_acts(found, encoder)], count, self._layout)
         return _tuple(kept, by_feature)
+
+    def ends(self, ends: tuple[int, ...]) -> tuple[int, ...]:
+        """Leading latents of the whole that are this rank's."""
+        here = self._layout.latents
+        return tuple(min(max(end, here.start), here.stop) - here.start for end in ends)
+
+    def own(self, latents: Tensor) -> Tensor:
+        """This rank's, counted from its first."""
+        here = self._layout.latents
+        mine = latents[(latents >= here.start) & (latents < here.stop)]
+        return torch.sub(mine, here.start)
+
+    def deviation(self, t: Tensor) -> Tensor:
+        """Over the tokens of all ranks of "dp"; `mean`, `n` and one all-reduce of a number."""
+        if self._layout.dp == 1:
+            return super().deviation(t)
+        total = self.over_tokens((t - self.mean(t, t.dtype)).square().sum())
+        return total / max(self.n(t.shape[0]), 1)
+
+    def keep(self, acts: SparseActs, k: int, held: int) -> SparseActs:
+        """`selection.keep_topk`, and before it one all-reduce of the number of candidates."""
+        most = torch.tensor(min(acts.d_sae, held), device=self._device)
+        width = int(all_reduce(most, self._layout.tp_group, MAX))
+        return keep_topk([acts], k, width, self._layout)[0]
+
+    def join(self, partial: Tensor) -> Tensor:
+        """Sum over "tp"; the gradient needs no collective."""
+        return leave(partial, self._layout.tp_group)
+
+    def decode(self, acts: SparseActs, W_dec: Tensor, b_dec: Tensor, dtype: torch.dtype) -> Tensor:
+        """One all-reduce over "tp"."""
+        return self.join(decode(acts, W_dec, None, dtype=dtype)) + b_dec.to(dtype)
+
+    def alike(self, t: Tensor) -> Tensor:
+        """The gradient is the first rank's."""
+        return t if self.first else t.detach()
 
     def smallest_active(self, values: Tensor, gate: Tensor) -> Tensor | None:
         """Least over all ranks; one all-reduce of a number over "tp" and one over "dp"."""

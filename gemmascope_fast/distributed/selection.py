@@ -26,25 +26,31 @@ DIGIT = 8
 BINS = 1 << DIGIT
 
 
-def keep_topk(candidates: Sequence[SparseActs], k: int, layout: Layout) -> list[SparseActs]:
+def keep_topk(
+    candidates: Sequence[SparseActs], k: int, width: int, layout: Layout
+) -> list[SparseActs]:
     """The entries of this rank among the k largest of every token; one all-gather.
 
     Args:
-        candidates: per source, `min(k, local latents)` entries per token.
+        candidates: per source, the entries that may be kept.
         k: entries to keep per token and source.
-        layout: of the latents. Sent: `[sources * n, min(k, largest shard)]` values.
+        width: the most candidates that any rank has for a token. Sent: `[sources * n, width]`
+            values, and no indices: they follow from the places.
+        layout: of the latents.
     """
-    sizes = layout.sizes()
-    width, mine = min(k, max(sizes)), min(k, sizes[layout.rank])
-    rows = [c.values.detach().view(c.n, mine) for c in candidates]
-    own = torch.cat(rows)
-    padded = own.new_full((own.shape[0], width), -torch.inf)
-    padded[:, :mine] = own
+    places = []
+    for at, c in enumerate(candidates):
+        rows = c.tokens()
+        places.append((rows + at * c.n, torch.arange(c.nnz, device=c.device) - c.offsets[rows]))
+    row, slot = (torch.cat(each) for each in zip(*places, strict=True))
+    own = torch.cat([c.values.detach() for c in candidates])
+    padded = own.new_full((candidates[0].n * len(candidates), width), -torch.inf)
+    padded[row, slot] = own
     every = all_gather(padded, layout.tp_group).transpose(0, 1)  # [rows, tp, width]
     order = every.flatten(1).sort(dim=1, descending=True, stable=True)[1][:, :k]
     kept = torch.zeros_like(every, dtype=torch.bool, memory_format=torch.contiguous_format)
     kept.flatten(1).scatter_(1, order, True)
-    masks = kept[:, layout.rank, :mine].reshape(len(candidates), -1)
+    masks = torch.split(kept[row, layout.rank, slot], [c.nnz for c in candidates])
     return [c._keep(mask) for c, mask in zip(candidates, masks, strict=True)]
 
 

@@ -19,7 +19,7 @@ from .exchange import exchange
 from .layout import Layout, check_mesh
 from .modules import ShardedSAE, ShardedTranscoder
 from .multilayer import ShardedCrosscoder, ShardedCrossLayerTranscoder
-from .parts import cut, placed
+from .parts import cut, placed, widen
 
 Module = SAE | Transcoder | Crosscoder | CrossLayerTranscoder
 KINDS: dict[type, type[Sharded]] = {
@@ -151,5 +151,5 @@ def _assembled(
         local = placed(make(layout.latents), mesh.device_type)
     except Exception as error:  # every rank has to hear of it
         failure = error
-    exchange(op, layout, local, failure)
+    widen(local, exchange(op, layout, local, failure))
     return KINDS[type(local)](local, layout)

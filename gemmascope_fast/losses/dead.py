@@ -11,6 +11,7 @@ keeps their order: TopK then selects, and `pre_at` computes what was selected.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -160,13 +161,19 @@ def aux_error(
     k_aux: int,
     rectified: bool = True,
     encoder_gradient: bool = True,
+    keep: Callable[[SparseActs], SparseActs] = lambda acts: acts,
+    join: Callable[[Tensor], Tensor] = lambda partial: partial,
 ) -> Tensor:
-    """Summed squared error of the reconstruction of `residual` by a dictionary of dead latents."""
+    """Summed squared error of the reconstruction of `residual` by a dictionary of dead latents.
+
+    Where other processes have dead latents too, `keep` returns the entries that stand among theirs,
+    and `join` sums the reconstructions.
+    """
     largest = topk_encode if rectified else _largest
-    acts = largest(x, W_enc, b_enc, min(k_aux, W_enc.shape[1]))
+    acts = keep(largest(x, W_enc, b_enc, min(k_aux, W_enc.shape[1])))
     if not encoder_gradient:
         acts = acts.detach()
-    return (decode(acts, W_dec, dtype=residual.dtype) - residual).square().sum()
+    return (join(decode(acts, W_dec, dtype=residual.dtype)) - residual).square().sum()
 
 
 def _largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> SparseActs:
@@ -174,6 +181,8 @@ def _largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> SparseActs:
     x, W_enc, b_enc = encoder_args(x, W_enc, b_enc)
     wide = torch.promote_types(torch.promote_types(x.dtype, b_enc.dtype), W_enc.dtype)
     x, W_enc, b_enc = x.to(wide), W_enc.to(wide), b_enc.to(wide)
+    if W_enc.shape[1] == 0:
+        return topk_encode(x, W_enc, b_enc, 0)
     with torch.autocast(x.device.type, enabled=False):
         with torch.no_grad():
             longest = torch.linalg.vector_norm(W_enc, dim=0).amax()
@@ -184,13 +193,22 @@ def _largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> SparseActs:
     return chosen._replace(values=values, gate=torch.ones_like(values))
 
 
-def aux_denominator(normalisation: str, residual: Tensor, target: Tensor) -> Tensor:
+def mean_deviation(flat: Tensor) -> Tensor:
+    """Mean squared deviation of the rows of `flat [n, d]` from their mean."""
+    return (flat - flat.mean(0)).square().sum() / max(flat.shape[0], 1)
+
+
+def aux_denominator(
+    normalisation: str,
+    residual: Tensor,
+    target: Tensor,
+    deviation_of: Callable[[Tensor], Tensor] = mean_deviation,
+) -> Tensor:
     """Mean squared deviation from the batch mean, or 1; infinite where it is 0."""
     if normalisation == "none":
         return residual.new_ones(())
     chosen = residual if normalisation == "residual" else target
-    flat = chosen.reshape(-1, chosen.shape[-1]).to(residual.dtype)
-    deviation = (flat - flat.mean(0)).square().sum() / max(flat.shape[0], 1)
+    deviation = deviation_of(chosen.reshape(-1, chosen.shape[-1]).to(residual.dtype))
     return deviation.masked_fill(~(deviation > 0) & ~deviation.isnan(), torch.inf)
 
 

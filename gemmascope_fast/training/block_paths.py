@@ -31,7 +31,8 @@ def sparse_block(inputs: Inputs, rows: slice, objective: Objective, gradients: G
     block = _encode(inputs, x, inputs.emission)
     if isinstance(inputs.activation, BatchTopK):
         inputs.smallest.append(inputs.whole.smallest_active(block.values, block.gate))
-    recons = decode_prefixes(inputs, block, objective.ends)
+    ends = inputs.whole.ends(objective.ends)
+    recons = decode_prefixes(inputs, block, ends)
     _add_skip(inputs, x, recons)
     l0 = torch.segment_reduce(block.gate, "sum", offsets=block.offsets, unsafe=True, initial=0)
     d_recons, d_l0 = objective.tokens(recons, l0, rows, gradients)
@@ -39,7 +40,7 @@ def sparse_block(inputs: Inputs, rows: slice, objective: Objective, gradients: G
     d_counts = objective.latents(lambda: _counts(inputs, block))
     d_values = objective.entries(block.values, block.indices.long(), gradients)
     d_gate = _per_entry(d_l0, d_counts, block)
-    d_x = backward(inputs, block, objective.ends, (d_recons, d_values, d_gate), gradients)
+    d_x = backward(inputs, block, ends, (d_recons, d_values, d_gate), gradients)
     _finish(inputs, x, rows, d_recons.sum(0), d_x, gradients)
 
 
@@ -55,14 +56,15 @@ def dense_block(inputs: Inputs, rows: slice, objective: Objective, gradients: Gr
     acts = torch.empty_like(pre)
     l0 = torch.logical_not(inactive, out=acts).sum(1)  # summing booleans would make int64 tiles
     torch.where(inactive, pre.new_zeros(()), pre, out=acts)
-    recons = _dense_prefixes(inputs, acts, objective.ends)
+    ends = inputs.whole.ends(objective.ends)
+    recons = _dense_prefixes(inputs, acts, ends)
     _add_skip(inputs, x, recons)
     d_recons, d_l0 = objective.tokens(recons, l0, rows, gradients)
     del recons
     d_counts = objective.latents(lambda: inactive.shape[0] - inactive.sum(0))
     d_values = objective.entries(acts, None, gradients)
     d_x = x.new_empty(0)
-    d_acts = _dense_decode_backward(inputs, acts, objective.ends, d_recons, gradients)
+    d_acts = _dense_decode_backward(inputs, acts, ends, d_recons, gradients)
     if inputs.needs_any("x", *ENCODER):
         if d_values is not None:
             d_acts += d_values

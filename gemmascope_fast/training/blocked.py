@@ -193,7 +193,7 @@ def _evaluate(
             if isinstance(term, WeightTerm):
                 rest, budget = objective.residual, limits.entry_bytes // ENTRY_BYTES
                 value = weight_pass(OP, inputs, term, rest, budget, gradients)
-                objective.sums[at] = value * inputs.n
+                objective.sums[at] = value * inputs.tokens
     sums, tokens = objective.totals(), max(inputs.tokens, 1)
     error, l0 = sums[len(terms) :]
     values = sums[: len(terms)] / tokens

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..arguments import check_number
 from ..entries import latent_ids
-from ..functional import decode, topk_encode
+from ..functional import topk_encode
 from ..losses.dead import (
     aux_denominator,
     aux_error,
@@ -26,6 +27,7 @@ from ..losses.dead import (
 )
 from ..losses.prefixes import check_prefixes, group_weights
 from .losses import LossTerm
+from .whole import WHOLE, Whole
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Dictionary:
         W_dec: `[D, d_out]`.
         b_dec: `[d_out]`.
         W_skip: `[d_in, d_out]` or None.
+        whole: answers for the processes that have the other latents.
     """
 
     x: Tensor
@@ -53,12 +56,20 @@ class Dictionary:
     W_dec: Tensor
     b_dec: Tensor
     W_skip: Tensor | None
+    whole: Whole = WHOLE
 
 
 class WeightTerm(LossTerm):
-    """A summand that autograd differentiates down to the weights."""
+    """A summand that autograd differentiates down to the weights.
+
+    Attributes:
+        needs_residual: whether it reads `Dictionary.residual`.
+        among_peers: how it goes with latents on several processes: "apart", a sum over latents, of
+            which each process makes its own; "joined", by `Dictionary.whole`; "" not at all.
+    """
 
     needs_residual: ClassVar[bool] = False
+    among_peers: ClassVar[str] = ""
 
     @abstractmethod
     def latents(self, op: str, d_sae: int, device: torch.device) -> Tensor | None:
@@ -72,7 +83,9 @@ class WeightTerm(LossTerm):
     def entries_per_token(self, latents: int) -> int:
         """Entries that a token makes when there are so many latents."""
 
-    def scale(self, residual: Tensor | None, target: Tensor, latents: int) -> Tensor:
+    def scale(
+        self, residual: Tensor | None, target: Tensor, latents: int, whole: Whole = WHOLE
+    ) -> Tensor:
         """A constant factor, from the whole batch."""
         return target.new_ones(())
 
@@ -103,6 +116,7 @@ class AuxK(WeightTerm):
 
     name: ClassVar[str] = "auxk"
     needs_residual: ClassVar[bool] = True
+    among_peers: ClassVar[str] = "joined"
     dead: Tensor
     k_aux: int
     coefficient: float = 1 / 32
@@ -123,11 +137,13 @@ class AuxK(WeightTerm):
         """K of the auxiliary dictionary."""
         return min(self.k_aux, latents)
 
-    def scale(self, residual: Tensor | None, target: Tensor, latents: int) -> Tensor:
+    def scale(
+        self, residual: Tensor | None, target: Tensor, latents: int, whole: Whole = WHOLE
+    ) -> Tensor:
         """Share of the dead over the denominator."""
         assert residual is not None
         factor = aux_scale(latents, self.k_aux, self.scaled)
-        return factor / aux_denominator(self.normalisation, residual, target)
+        return factor / aux_denominator(self.normalisation, residual, target, whole.deviation)
 
     def total(self, dictionary: Dictionary) -> Tensor:
         """Squared error, weighted."""
@@ -135,7 +151,8 @@ class AuxK(WeightTerm):
         assert d.residual is not None
         weights = (d.W_enc, d.b_enc, d.W_dec)
         options = (self.rectified, self.encoder_gradient)
-        error = aux_error(d.x, d.residual, *weights, self.k_aux, *options)
+        keep = partial(d.whole.keep, k=self.k_aux, held=self.k_aux)
+        error = aux_error(d.x, d.residual, *weights, self.k_aux, *options, keep, d.whole.join)
         return self.coefficient * error
 
 
@@ -159,6 +176,7 @@ class PreAct(WeightTerm):
     """
 
     name: ClassVar[str] = "pre_act"
+    among_peers: ClassVar[str] = "apart"
     dead: Tensor
     coefficient: float
     to_threshold: bool = True
@@ -202,6 +220,7 @@ class MultiTopK(WeightTerm):
     """
 
     name: ClassVar[str] = "multi_topk"
+    among_peers: ClassVar[str] = "joined"
     ks: tuple[int, ...]
     weights: str | Sequence[float] = "sum"
     coefficient: float = 1.0
@@ -225,16 +244,17 @@ class MultiTopK(WeightTerm):
     def total(self, dictionary: Dictionary) -> Tensor:
         """Squared error, weighted."""
         d = dictionary
-        widest = topk_encode(d.x, d.W_enc, d.b_enc, self.ks[-1])
+        last = self.ks[-1]
+        widest = topk_encode(d.x, d.W_enc, d.b_enc, min(last, d.W_enc.shape[1]))
         widest = widest if self.encoder_gradient else widest.detach()
         goal = d.target
         if d.W_skip is not None:
-            goal = goal - d.x.to(goal.dtype) @ d.W_skip.to(goal.dtype)
+            goal = goal - d.whole.alike(d.x).to(goal.dtype) @ d.W_skip.to(goal.dtype)
         total = goal.new_zeros(())
         for k, weight in zip(
             self.ks, group_weights(self.name, self.weights, len(self.ks)), strict=True
         ):
-            acts = widest if k == self.ks[-1] else widest.topk(k)
-            recon = decode(acts, d.W_dec, d.b_dec, dtype=goal.dtype)
+            acts = d.whole.keep(widest, k, last)
+            recon = d.whole.decode(acts, d.W_dec, d.b_dec, goal.dtype)
             total = total + self.coefficient * weight * (recon - goal).square().sum()
         return total

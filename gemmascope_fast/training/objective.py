@@ -28,7 +28,7 @@ class Objective:
 
     Attributes:
         ends: numbers of leading latents whose reconstructions are wanted, ascending; the last is
-            d_sae.
+            that of all.
         sums: `[len(terms) + 2]` float64 sums over the tokens here: one per term, then squared error
             and l0.
         deviation: squared deviation of all targets from their mean, a float64 sum.
@@ -48,7 +48,8 @@ class Objective:
         self.deviation = inputs.whole.over_tokens(self.deviation)
         self._deviation = (self.deviation / max(inputs.tokens, 1)).to(inputs.acc)
         ends = {end for t in terms if isinstance(t, Term) for end in t.prefixes}
-        self.ends = (*sorted(ends - {inputs.d_sae}), inputs.d_sae)
+        d_sae = inputs.whole.d_sae(inputs.d_sae)
+        self.ends = (*sorted(ends - {d_sae}), d_sae)
         kept = any(isinstance(t, WeightTerm) and t.needs_residual for t in terms)
         self.residual = torch.empty_like(target, dtype=inputs.acc) if kept else None
         self.counts: Tensor | None = None
@@ -62,8 +63,8 @@ class Objective:
 
     def totals(self) -> Tensor:
         """`sums` over all tokens and latents, once every block has added to them."""
-        mine = [at for at, t in enumerate(self._terms) if isinstance(t, EntryTerm)]
-        if mine:  # of the latents here; the other terms are of whole reconstructions and counts
+        mine = [at for at, t in enumerate(self._terms) if _of_latents(t)]
+        if mine:  # the other terms are of whole reconstructions and counts
             self.sums[mine] = self._inputs.whole.over_latents(self.sums[mine])
         return self._inputs.whole.over_tokens(self.sums)
 
@@ -187,6 +188,12 @@ class Objective:
         if total.requires_grad:
             self._d_counts = inputs.whole.part(torch.autograd.grad(total, leaf)[0])
         return self._d_counts
+
+
+def _of_latents(term: LossTerm) -> bool:
+    """Whether the term is a sum over latents, of which each process has its own."""
+    apart = isinstance(term, WeightTerm) and term.among_peers == "apart"
+    return apart or isinstance(term, EntryTerm)
 
 
 def _per_token(term: Term, statistics: TokenStatistics) -> Tensor:

@@ -26,13 +26,18 @@ def weight_pass(
     entries: int,
     gradients: Gradients,
 ) -> Tensor:
-    """Mean over tokens of the term, in blocks of about `entries` entries; adds its gradients."""
-    ids = term.latents(op, inputs.d_sae, inputs.tensors["x"].device)
-    latents = inputs.d_sae if ids is None else ids.shape[0]
+    """Sum of the term over the tokens here, over the number of all; adds its gradients.
+
+    In blocks of about `entries` entries.
+    """
+    whole, d_sae = inputs.whole, inputs.whole.d_sae(inputs.d_sae)
+    ids = term.latents(op, d_sae, inputs.tensors["x"].device)
+    latents = d_sae if ids is None else ids.shape[0]
     goal = inputs.tensors["target"].to(inputs.acc)
-    if inputs.n == 0 or latents == 0:
+    if inputs.tokens == 0 or latents == 0:
         return goal.new_zeros(())
-    factor = term.scale(residual, goal, latents) / inputs.n
+    factor = term.scale(residual, goal, latents, whole) / inputs.tokens
+    ids = ids if ids is None else whole.own(ids)
     weights = _weights(inputs, ids)
     sums: dict[str, Tensor] = {}
     rows = max(entries // max(term.entries_per_token(latents), 1), 1)
@@ -45,7 +50,7 @@ def weight_pass(
         leaves = {"x": x, "target": target, **weights}
         wanted = {name: t for name, t in leaves.items() if t is not None and t.requires_grad}
         with torch.set_grad_enabled(bool(wanted)):
-            value = term.total(Dictionary(x, target, rest, **weights)) * factor
+            value = term.total(Dictionary(x, target, rest, **weights, whole=whole)) * factor
         total += value.detach().double()
         if not value.requires_grad:
             continue

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from ..effective import smallest_active
+from ..functional import decode
+from ..losses.dead import mean_deviation
+from ..sparse import SparseActs
 
 Encoder = tuple[Tensor, Tensor, Tensor]
 """x `[n, d_in]`, W_enc, b_enc."""
@@ -67,6 +70,34 @@ class Whole:
     ) -> tuple[Tensor, ...]:
         """The entries here of `batchtopk_encode`."""
         return op("batchtopk_encode")(*encoder, k, None, None, by_feature)  # type: ignore[no-any-return]
+
+    def ends(self, ends: tuple[int, ...]) -> tuple[int, ...]:
+        """How many of the first `ends[g]` latents are here."""
+        return ends
+
+    def own(self, latents: Tensor) -> Tensor:
+        """Those of the `latents` that are here, counted from the first that is."""
+        return latents
+
+    def deviation(self, t: Tensor) -> Tensor:
+        """Mean squared deviation of `t [n, d]` from its mean, over all tokens."""
+        return mean_deviation(t)
+
+    def keep(self, acts: SparseActs, k: int, held: int) -> SparseActs:
+        """The entries here among the k largest per token, of acts that have up to `held`."""
+        return acts if k == held else acts.topk(k)
+
+    def join(self, partial: Tensor) -> Tensor:
+        """`over_latents`, differentiable; what follows is computed alike by each."""
+        return partial
+
+    def decode(self, acts: SparseActs, W_dec: Tensor, b_dec: Tensor, dtype: torch.dtype) -> Tensor:
+        """Reconstruction by the latents of all, differentiable."""
+        return decode(acts, W_dec, b_dec, dtype=dtype)
+
+    def alike(self, t: Tensor) -> Tensor:
+        """`t` where each computes the same with it: one of them has the gradient."""
+        return t
 
     def smallest_active(self, values: Tensor, gate: Tensor) -> Tensor | None:
         """Smallest active value, None where nothing is active or a value is NaN."""
