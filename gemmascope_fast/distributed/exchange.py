@@ -27,7 +27,7 @@ def exchange(op: str, layout: Layout, local: Any, failure: Exception | None) -> 
     """
     own = f"{type(failure).__name__}: {failure}" if failure else record(local, layout)
     columns = [] if failure else [p.shape[1] for p in decoders(local)]
-    found = _everyone((dist.get_rank(), own, columns), layout)
+    found = everyone((dist.get_rank(), own, columns), layout)
     failed = [f"rank {rank} failed: {said}" for rank, said, _ in found if isinstance(said, str)]
     if failed:
         raise RuntimeError(f"{op}: " + "; ".join(failed)) from failure
@@ -63,7 +63,7 @@ def record(local: Any, layout: Layout) -> Record:
     return tuple(found.items())
 
 
-def _everyone(own: Any, layout: Layout) -> list[Any]:
+def everyone(own: Any, layout: Layout) -> list[Any]:
     """`own` of every rank of the mesh."""
     found = [own]
     for group in (layout.tp_group, layout.dp_group):

@@ -80,7 +80,7 @@ def shard(
         found.activation = module.activation
         return found
 
-    return _assembled("shard", mesh, module.d_sae, make, debug)
+    return assembled("shard", mesh, module.d_sae, make, debug)
 
 
 def load(
@@ -127,7 +127,7 @@ def load(
         read = partial(artefacts.load, source, subfolder, revision=revision, **options)
         return _loaded(lambda some: read(latents=some), latents)
 
-    return _assembled(op, mesh, d_sae, make, debug)
+    return assembled(op, mesh, d_sae, make, debug)
 
 
 def _loaded(load: Callable[[slice], Any], latents: slice) -> Any:
@@ -137,7 +137,7 @@ def _loaded(load: Callable[[slice], Any], latents: slice) -> Any:
     return cut(load(slice(0, 1)), slice(0, 0))
 
 
-def _assembled(
+def assembled(
     op: str,
     mesh: DeviceMesh,
     d_sae: int,
