@@ -113,14 +113,16 @@ class SAE(Pretrained, Frozen):
         return self.W_dec.shape[1]
 
     @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the initial weights."""
+    def reset_parameters(
+        self, generator: torch.Generator | None = None, *, before: int = 0, after: int = 0
+    ) -> None:
+        """Draw the initial weights; those of a slice of latents have some `before` and `after`."""
         self.unfreeze()
-        unit_rows_(self.W_dec, generator)
+        unit_rows_(self.W_dec, generator, before, after)
         if self.d_in == self.d_out:
             self.W_enc.copy_(self.W_dec.t())
         else:
-            unit_rows_(self.W_enc.t(), generator)
+            unit_rows_(self.W_enc.t(), generator, before, after)
         self.b_enc.zero_()
         self.b_dec.zero_()
         if isinstance(self.activation, JumpReLU) and self.threshold is not None:

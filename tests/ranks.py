@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 POLL = 0.05
+PRELOADED = ["torch.distributed.tensor", "torch.distributed.checkpoint", "gemmascope_fast"]
 GRACE = 5.0
 """Seconds that the other ranks get to end by themselves once one has failed."""
 
@@ -100,7 +101,7 @@ class _Worker:
 
     def __init__(self, store: Path, rank: int, world: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.tensor", "gemmascope_fast"])
+        context.set_forkserver_preload(PRELOADED)
         self.stacks = store.with_name(f"{store.name}-stacks{rank}")
         self.pipe, theirs = context.Pipe()
         arguments = (theirs, str(store), rank, world, str(self.stacks))

@@ -49,7 +49,7 @@ LAYERS = [
 ]
 """Lowest first. A module imports layers below its own, or its own folder; longest name counts."""
 
-LATE = {("pretrained", "artefacts"), ("modules", "training")}
+LATE = {("pretrained", "artefacts"), ("modules", "training"), ("training", "distributed")}
 """Upward imports made inside a function, when it is called: the methods that wrap a package."""
 
 LINES = 300

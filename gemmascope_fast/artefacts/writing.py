@@ -26,9 +26,10 @@ from .files import CONFIG, CONFIG_LIMIT
 from .gemma_scope_2 import CONFIG_KEY, PARAMS, REPLACES_KEY, digest
 from .plans import OP, Plan
 from .validate import check_dtype
-from .writing_tensors import write_tensors
+from .writing_tensors import Stored, write_tensors
 
 Format = Callable[[Any, torch.dtype | None, Mapping[str, Any]], Plan]
+Writer = Callable[[IO[bytes], Mapping[str, Stored], Mapping[str, str]], None]
 FORMATS: dict[str, Format] = {
     "gemma_scope_2": writing_gemma_scope_2.plan,
     "saelens": writing_saelens.plan,
@@ -64,16 +65,26 @@ def save(
         raise ValueError(f"{OP}: format must be one of {', '.join(FORMATS)}, got {format!r}")
     folder = files.as_path(OP, "path", path)
     files.check_utf8(OP, folder)
-    plan = FORMATS[format](module, dtype, metadata)
+    write_plan(folder, FORMATS[format](module, dtype, metadata))
+
+
+def write_plan(folder: Path, plan: Plan, write: Writer = write_tensors) -> None:
+    """Make `folder` hold what `plan` says, or leave it as it is.
+
+    Args:
+        folder: made if it is missing.
+        plan: of the files.
+        write: makes one file of tensors, given its header's metadata.
+    """
     _check_place(folder, plan)
     with folders.written(OP, folder):
         _check_kind(folder, plan)
         layer_files.complete(folder)
         folders.remove_temporaries(folder)
-        _replace(folder, plan)
+        _replace(folder, plan, write)
 
 
-def _replace(folder: Path, plan: Plan) -> None:
+def _replace(folder: Path, plan: Plan, write: Writer) -> None:
     """Write all files under temporary names, then rename.
 
     On failure before the first rename nothing stays behind, after it the layers that miss their
@@ -85,7 +96,7 @@ def _replace(folder: Path, plan: Plan) -> None:
     try:
         header = _header(folder, plan, token)
         for name, tensors in plan.tensors.items():
-            _write(temporary[name], lambda file, t=tensors: write_tensors(file, t, header))  # type: ignore[misc]
+            _write(temporary[name], lambda file, t=tensors: write(file, t, header))  # type: ignore[misc]
         _write(temporary[plan.config], lambda file: file.write(plan.text))
         if len(plan.tensors) > 1:
             sync_folder(folder)  # the temporary names count from the first rename on

@@ -23,6 +23,7 @@ def plan(
     module: SAE | Crosscoder | CrossLayerTranscoder,
     dtype: torch.dtype | None,
     metadata: Mapping[str, Any],
+    d_sae: int | None = None,
 ) -> Plan:
     """The files and their contents.
 
@@ -30,6 +31,7 @@ def plan(
         module: any.
         dtype: of the matrices in the file; None keeps the module's.
         metadata: config values that take precedence over `module.metadata`; None is "not given".
+        d_sae: latents of the dictionary of which the module is a slice, for the config.
 
     Raises:
         TypeError: `module.metadata` is no dict, or a value has no JSON form.
@@ -44,11 +46,11 @@ def plan(
         tensors = {PARAMS: _single(module, dtype)}
     else:
         tensors = {layer_name(i): _layer(module, i, dtype) for i in range(module.n_layers)}
-    config = {**merged(module, metadata), **_structure(module)}
+    config = {**merged(module, metadata), **_structure(module, d_sae or module.d_sae)}
     return Plan(tensors, CONFIG, configs.to_json(config, OP))
 
 
-def _structure(module: SAE | Crosscoder | CrossLayerTranscoder) -> dict[str, Any]:
+def _structure(module: SAE | Crosscoder | CrossLayerTranscoder, d_sae: int) -> dict[str, Any]:
     """What the weights decide of the config; `width` is the total over the layers."""
     kinds = {Crosscoder: "crosscoder", CrossLayerTranscoder: "clt", Transcoder: "transcoder"}
     kind = next((name for cls, name in kinds.items() if isinstance(module, cls)), "sae")
@@ -56,7 +58,7 @@ def _structure(module: SAE | Crosscoder | CrossLayerTranscoder) -> dict[str, Any
     return {
         "type": kind,
         "architecture": "jump_relu",
-        "width": layers * module.d_sae,
+        "width": layers * d_sae,
         "affine_connection": getattr(module, "W_skip", None) is not None,
     }
 

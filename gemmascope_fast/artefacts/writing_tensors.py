@@ -62,6 +62,18 @@ def specs(tensors: Mapping[str, Stored]) -> dict[str, Spec]:
     return {name: Spec(t.shape, t.dtype) for name, t in tensors.items()}
 
 
+def header_of(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> bytes:
+    """The bytes before those of the tensors, which follow in their order."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, t in tensors.items():
+        start, end = end, end + t.nbytes
+        header[name] = {"dtype": CODES[t.dtype], "shape": t.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def write_tensors(
     file: IO[bytes], tensors: Mapping[str, Stored], metadata: Mapping[str, str]
 ) -> None:
@@ -71,14 +83,7 @@ def write_tensors(
         ValueError: a value is not finite, or beyond the range of its dtype.
     """
     tensors = in_order(tensors)
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, t in tensors.items():
-        start, end = end, end + t.nbytes
-        header[name] = {"dtype": CODES[t.dtype], "shape": t.shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
+    file.write(header_of(tensors, metadata))
     for t in tensors.values():
         step = rows_per_block(t.shape, t.dtype.itemsize)
         for start in range(0, t.shape[0], step):

@@ -98,6 +98,13 @@ class Adam(torch.optim.Optimizer):
         check_group({**self.defaults, **checked}, listed)
         super().add_param_group(checked)
 
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Make the state of every parameter now, not at its first step: to be loaded into, say."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._state(p, group)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, those that a fused step would have computed too."""
         if self._deferred is not None:

@@ -75,7 +75,12 @@ def measure(
 
 @torch.no_grad()
 def start(
-    module: SAE, x: Tensor, target: Tensor, init_l0: float | None, init_threshold: float
+    module: SAE,
+    x: Tensor,
+    target: Tensor,
+    init_l0: float | None,
+    init_threshold: float,
+    d_sae: int | None = None,
 ) -> None:
     """Set biases and thresholds from scaled tokens.
 
@@ -88,6 +93,7 @@ def start(
         target: `[n, d_out]` scaled.
         init_l0: wanted active latents per token, in (0, d_sae); None sets `init_threshold`.
         init_threshold: of every latent then.
+        d_sae: latents of the whole dictionary, of which the module may hold a slice.
     """
     wide = module.b_dec.dtype
     module.b_dec.copy_(target.mean(0))
@@ -97,11 +103,13 @@ def start(
     if init_l0 is None:
         module.threshold.fill_(init_threshold)
     else:
-        module.threshold.copy_(thresholds(x, module.W_enc, module.b_enc, init_l0))
+        module.threshold.copy_(thresholds(x, module.W_enc, module.b_enc, init_l0, d_sae))
 
 
 @torch.no_grad()
-def thresholds(x: Tensor, W_enc: Tensor, b_enc: Tensor, l0: float) -> Tensor:
+def thresholds(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, l0: float, whole: int | None = None
+) -> Tensor:
     """`[d_sae]` thresholds >= 0 with which each latent fires on the share `l0 / d_sae` of x.
 
     Latents are taken in slices, so that `[n, d_sae]` is never held.
@@ -110,10 +118,11 @@ def thresholds(x: Tensor, W_enc: Tensor, b_enc: Tensor, l0: float) -> Tensor:
         x: `[n >= 2, d_in]`.
         W_enc: `[d_in, d_sae]`.
         b_enc: `[d_sae]`.
-        l0: wanted mean active latents per token, in (0, d_sae).
+        l0: wanted mean active latents per token, in (0, whole).
+        whole: latents of the whole dictionary, where these are some of them; default d_sae.
     """
     n, d_sae = x.shape[0], W_enc.shape[1]
-    fires = min(max(round(n * l0 / d_sae), 1), n - 1)
+    fires = min(max(round(n * l0 / (whole or d_sae)), 1), n - 1)
     width = max(TILE_BYTES // (x.element_size() * n), 1)
     found = x.new_empty(d_sae)  # results between the slices' buffers would split the heap
     for first in range(0, d_sae, width):

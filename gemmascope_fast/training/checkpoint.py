@@ -9,11 +9,12 @@ has a final name is whole. A checkpoint holds tensors and JSON only: nothing in 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -167,3 +168,27 @@ def _write(file: IO[bytes], tensors: Mapping[str, Tensor], record: Mapping[str, 
 def as_json(record: Mapping[str, Any]) -> dict[str, Any]:
     """`record` as it reads after it was saved: tuples are lists."""
     return dict(json.loads(json.dumps(record)))
+
+
+def refuse_shards(folder: Path) -> None:
+    """A run on a mesh goes on on a mesh, of one rank if need be."""
+    if folder.is_dir() and any(folder.glob("step-*[0-9]/run.json")):
+        raise ValueError(
+            f"train: {folder} holds checkpoints of a run on a mesh: pass mesh=, resume=False or "
+            "another out"
+        )
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other runs out of `folder`; the lock ends with the process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"train: another run is writing to {folder}") from error
+        yield
+    finally:
+        os.close(descriptor)

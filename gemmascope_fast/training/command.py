@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -54,6 +55,9 @@ def parser() -> argparse.ArgumentParser:
     add("--autocast", choices=DTYPES, help="of the products; default that of the matrices")
     add("--device", help="such as cuda:0; default CUDA where there is one")
     add("--metrics", type=Path, help="append every step's metrics to this file, one JSON a line")
+    several = made.add_argument_group("several processes, started by torchrun")
+    several.add_argument("--tp", type=int, help="ranks that share the latents; default all")
+    several.add_argument("--timeout", type=float, help="seconds that a rank may stand still")
     live = made.add_argument_group("live activations of a transformers model; source is a text")
     live.add_argument("--model", help="folder, or name on the Hugging Face Hub")
     live.add_argument("--hook", help="where x is read, such as model.layers.17.output")
@@ -69,19 +73,32 @@ def main(argv: Sequence[str]) -> int:
     changes = {name: value for name in OVERRIDES if (value := args.pop(name)) is not None}
     dtypes: dict[str, Any] = {name: DTYPES.get(args.pop(name)) for name in ("dtype", "autocast")}
     live = {name: args.pop(name) for name in ("model", "hook", "target_hook", "context")}
+    ranks = {name: args.pop(name) for name in ("tp", "timeout")}
     if args["activation"] == "topk" and args["k"] is not None and args["k"].is_integer():
         args["k"] = int(args["k"])
     try:
         args["preset"] = replace(preset, **changes)
         args["on_metrics"] = _writer(args.pop("metrics"))
         device = args["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+        args["mesh"] = _mesh(args["device"], **ranks)
         source = _source(args.pop("source"), device, **live)
         module = train(source, **args, **dtypes)
     except (FloatingPointError, ModuleNotFoundError, OSError, TypeError, ValueError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    print(f"{args['out']}: {module}, L0 {module.metadata['l0']:.1f}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{args['out']}: {module}, L0 {module.metadata['l0']:.1f}")
     return 0
+
+
+def _mesh(device: str | None, tp: int | None, timeout: float | None) -> Any:
+    """The mesh of the ranks that torchrun started, or None."""
+    if tp is None and "WORLD_SIZE" not in os.environ:
+        return None
+    from ..distributed.launch import TIMEOUT, mesh_of_torchrun
+
+    kind = None if device is None else torch.device(device).type
+    return mesh_of_torchrun(tp, timeout=timeout or TIMEOUT, device_type=kind)
 
 
 def _writer(path: Path | None) -> Callable[[dict[str, float]], None] | None:

@@ -121,6 +121,8 @@ class ModelSource(Source):
         ValueError: shapes disagree, a hook point is not found, or every token is special.
     """
 
+    repeatable = False  # devices may round the model's products differently
+
     def __init__(
         self,
         model: nn.Module,
@@ -162,18 +164,42 @@ class ModelSource(Source):
 
     def block(self, seed: int, index: int) -> Block:
         """Activations of the next sequences of a shuffled pass, shuffled."""
+        return self._made(seed, index, self._chosen(seed, index), 0, 1)
+
+    def part(self, seed: int, index: int, rank: int, ranks: int) -> Block:
+        """Every `ranks`-th forward pass of the block runs on this rank.
+
+        A block of less than one pass per rank is made by every rank.
+        """
+        passes = self._chosen(seed, index)
+        if len(passes) < ranks:
+            return super().part(seed, index, rank, ranks)
+        return self._made(seed, index, passes, rank, ranks)
+
+    def _chosen(self, seed: int, index: int) -> list[Tensor]:
+        """The sequences of the block, forward pass by forward pass."""
         per_pass = -(-len(self._ids) // self._per_block)
         passes, part = divmod(index, per_pass)
         order = torch.randperm(len(self._ids), generator=generator(seed, "pass", passes))
         chosen = order[part * self._per_block : (part + 1) * self._per_block]
+        return list(torch.split(chosen, self._per_batch))
+
+    def _made(self, seed: int, index: int, passes: list[Tensor], rank: int, ranks: int) -> Block:
         parts: list[list[Tensor]] = [[] for _ in self._points]
-        for rows in torch.split(chosen, self._per_batch):
+        places, at = [], 0
+        for number, rows in enumerate(passes):
             keep = self._keep[rows]
+            count = int(keep.sum())
+            if number % ranks != rank:
+                places.append(torch.full((count,), -1))
+                continue
             for held, found in zip(parts, self._forward(rows), strict=True):
                 held.append(found[keep.to(found.device)])
-        made = [torch.cat(held) for held in parts]
-        shuffle = torch.randperm(len(made[0]), generator=generator(seed, "block", index))
-        return Block(made[0], made[1] if len(made) > 1 else None, shuffle)
+            places.append(torch.arange(at, at + count))
+            at += count
+        made, order = [torch.cat(held) for held in parts], torch.cat(places)
+        shuffle = torch.randperm(len(order), generator=generator(seed, "block", index))
+        return Block(made[0], made[1] if len(made) > 1 else None, order[shuffle])
 
     def identity(self) -> dict[str, Any]:
         """Hook points, sizes of the buffer, and a digest of the tokens that are read."""

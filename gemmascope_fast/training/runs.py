@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +24,9 @@ from .settings import OP, Settings, prefixes
 from .shards import ShardSource
 from .sources import Source, TensorSource
 from .trainer import Trainer
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 CHECKPOINTS = "checkpoints"
 LONGEST = 1000
@@ -63,6 +65,7 @@ def train(
     on_metrics: OnMetrics | None = None,
     progress: bool = True,
     metadata: Mapping[str, Any] | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> SAE:
     """Train a sparse autoencoder or transcoder on activations.
 
@@ -99,15 +102,20 @@ def train(
             fvu, l0, density, fired (latents in this batch), dead, lr, seconds.
         progress: print the memory estimate and show a progress bar on the standard error.
         metadata: of the saved result: model_name, hf_hook_point_in, hf_hook_point_out, ...
+        mesh: of dims ("dp", "tp") over all ranks of `torchrun`, each of which makes this call:
+            latents are cut over "tp", the rows of every batch over "dp" (docs/distributed.md).
+            `on_metrics` and `progress` are rank 0's, `device` the mesh's.
 
     Returns:
         The module, for raw activations, in evaluation mode: batchtopk encodes with its running
         threshold. With `out`, the folder is an artefact that `load` reads (batchtopk as the
-        JumpReLU of that threshold); of topk it holds the checkpoints only.
+        JumpReLU of that threshold); of topk it holds the checkpoints only. With `mesh` the module
+        is a `ShardedSAE` or `ShardedTranscoder`.
 
     Raises:
         NonFiniteError: a loss or weight is NaN or infinite; the last checkpoint stays.
         OSError: a file cannot be read or written; the last checkpoint stays.
+        RankError: with `mesh`, another rank failed, died or stood still; the last checkpoint stays.
         TypeError: an argument has the wrong type.
         ValueError: an argument is out of range, arguments do not fit together, or `out` holds
             another run.
@@ -141,15 +149,24 @@ def train(
     if on_metrics is not None and not callable(on_metrics):
         raise TypeError(f"{OP}: on_metrics must be callable, got {type(on_metrics).__name__}")
     folder = None if out is None else Path(out)
+    if mesh is not None:
+        said = {"resume": resume, "on_metrics": on_metrics, "progress": progress}
+        return _on_mesh(mesh, rows_of, settings, folder, metadata=dict(metadata or {}), **said)
     if progress:
         held = rows_of.held_bytes(place)
         found = estimate(settings, place, held, resume=resume and folder is not None)
         print(f"train: {d_sae:,} latents, {steps:,} steps; {found}", file=sys.stderr)
-    with nullcontext() if folder is None else _held(folder / CHECKPOINTS):
+    with nullcontext() if folder is None else checkpoint.held(folder / CHECKPOINTS):
         trainer = _start(rows_of, settings, place, folder, resume)
         with bar(steps, progress) as shown:
-            _run(trainer, folder, on_metrics, shown)
+            run_steps(trainer, folder, on_metrics, shown)
         return _finish(trainer, folder, dict(metadata or {}))
+
+
+def _on_mesh(mesh: DeviceMesh, *run: Any, **options: Any) -> SAE:
+    from ..distributed.running import train_on
+
+    return cast("SAE", train_on(mesh, *run, **options))
 
 
 def as_source(source: Any, kind: str) -> Source:
@@ -195,6 +212,8 @@ def _start(
 ) -> Trainer:
     """The run from its beginning, or from the newest checkpoint that can be read."""
     saved = [] if folder is None else checkpoint.found(folder / CHECKPOINTS)
+    if folder is not None and resume:
+        checkpoint.refuse_shards(folder / CHECKPOINTS)
     if not resume:
         for _, path in saved:
             path.unlink()
@@ -215,7 +234,9 @@ def _start(
     return Trainer(source, settings, device)
 
 
-def _run(trainer: Trainer, folder: Path | None, on_metrics: OnMetrics | None, shown: Shown) -> None:
+def run_steps(
+    trainer: Trainer, folder: Path | None, on_metrics: OnMetrics | None, shown: Shown
+) -> None:
     """Take the steps that are left."""
     settings, noted = trainer.settings, -math.inf
     every = settings.checkpoint_every or min(LONGEST, -(-settings.steps // 10))
@@ -243,7 +264,7 @@ def _plain(metrics: Mapping[str, Any], trainer: Trainer, began: float) -> dict[s
         "tokens": trainer.taken * trainer.settings.batch_size,
         **dict(zip(tensors, values, strict=True)),
         **plain,
-        "dead": int(trainer.silent().sum()),
+        "dead": trainer.dead(),
         "seconds": time.perf_counter() - began,
     }
 
@@ -263,18 +284,3 @@ def _finish(trainer: Trainer, folder: Path | None, metadata: dict[str, Any]) -> 
         plain = module if same else module.to_jumprelu(bandwidth=bandwidth / scale)
         plain.save_pretrained(folder, **named)
     return module
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Keep other runs out of `folder`; the lock ends with the process, however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{OP}: another run is writing to {folder}") from error
-        yield
-    finally:
-        os.close(descriptor)

@@ -143,18 +143,21 @@ class Settings:
         del read["checkpoint_every"]
         return read
 
-    def make(self, device: torch.device) -> SAE:
-        """The module with its initial weights, the same on every device."""
+    def make(self, device: torch.device, latents: slice | None = None) -> SAE:
+        """The module with its initial weights, the same on every device; or some of its latents."""
         sizes: dict[str, Any] = {"d_out": self.d_out, "dtype": self.dtype}
         if self.activation == "batchtopk":
             sizes["semantics"] = Semantics(ema_decay=self.preset.threshold_decay)
-        sizes["generator"] = generator(self.seed, "weights")
-        module: SAE
         if self.kind == "transcoder":
             sizes["affine"] = self.affine
-            module = Transcoder(self.d_in, self.d_sae, self._function(), **sizes)
-        else:
-            module = SAE(self.d_in, self.d_sae, self._function(), **sizes)
+        kind = Transcoder if self.kind == "transcoder" else SAE
+        here = latents or slice(0, self.d_sae)
+        sizes["generator"] = generator(self.seed, "weights")
+        module = kind(self.d_in, here.stop - here.start, self._function(), **sizes)
+        if latents is not None:
+            draw = generator(self.seed, "weights")
+            around = {"before": here.start, "after": self.d_sae - here.stop}
+            module.reset_parameters(draw, **around)
         return module.to(device)
 
     def _function(self) -> Activation:

@@ -33,6 +33,8 @@ MANIFEST_LIMIT = 64 << 20  # bytes
 FORMAT, VERSION = "activation-shards", 1
 CHUNK = 1024
 """Consecutive rows that stay together until the shuffle inside a block: 4.5 MiB at width 1152."""
+SPREAD = 4
+"""Runs per rank from which on ranks read runs of their own: their batches differ little in size."""
 FLOAT_CODES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 
@@ -82,13 +84,17 @@ class ShardSource(Source):
 
     def block(self, seed: int, index: int) -> Block:
         """The next `block_rows` rows of a shuffled pass, read and shuffled."""
-        per_pass = -(-len(self._chunks) // self._per_block)
-        passes, part = divmod(index, per_pass)
-        order = torch.randperm(len(self._chunks), generator=generator(seed, "pass", passes))
-        chosen = order[part * self._per_block : (part + 1) * self._per_block].sort().values
-        x, target, kept = self._read([self._chunks[at] for at in chosen.tolist()])
-        shuffle = torch.randperm(len(kept), generator=generator(seed, "block", index))
-        return Block(x, target, kept[shuffle])
+        return self._shuffled(seed, index, self._chosen(seed, index), 0, 1)
+
+    def part(self, seed: int, index: int, rank: int, ranks: int) -> Block:
+        """Every `ranks`-th run of the block is read by this rank; masks and tokens are by all.
+
+        A block of less than `SPREAD` runs per rank is read by every rank.
+        """
+        chosen = self._chosen(seed, index)
+        if len(chosen) < SPREAD * ranks:
+            return super().part(seed, index, rank, ranks)
+        return self._shuffled(seed, index, chosen, rank, ranks)
 
     def identity(self) -> dict[str, Any]:
         """Digest of the manifest; a change inside a shard of the same size is not seen."""
@@ -100,18 +106,37 @@ class ShardSource(Source):
         width = self.d_in + (self.d_out or 0)
         return rows * (width * self._itemsize + 16) if device.type == "cpu" else 0
 
-    def _read(self, chunks: list[_Chunk]) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Rows of `chunks` (in the order of the shards), and which of them are kept."""
-        rows = sum(chunk.stop - chunk.start for chunk in chunks)
+    def _chosen(self, seed: int, index: int) -> list[_Chunk]:
+        """The runs of rows of a block, in the order of the shards."""
+        per_pass = -(-len(self._chunks) // self._per_block)
+        passes, part = divmod(index, per_pass)
+        order = torch.randperm(len(self._chunks), generator=generator(seed, "pass", passes))
+        chosen = order[part * self._per_block : (part + 1) * self._per_block].sort().values
+        return [self._chunks[at] for at in chosen.tolist()]
+
+    def _shuffled(
+        self, seed: int, index: int, chosen: list[_Chunk], rank: int, ranks: int
+    ) -> Block:
+        own = [at % ranks == rank for at in range(len(chosen))]
+        x, target, kept = self._read(chosen, own)
+        shuffle = torch.randperm(len(kept), generator=generator(seed, "block", index))
+        return Block(x, target, kept[shuffle])
+
+    def _read(self, chunks: list[_Chunk], own: list[bool]) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Rows of the `own` chunks, and of all which are kept: rows of x, -1 if not our own."""
+        rows = sum(c.stop - c.start for c, ours in zip(chunks, own, strict=True) if ours)
         held: dict[str, Tensor] = {}
-        kept, at = [], 0
+        kept, at, ours = [], 0, dict(zip(chunks, own, strict=True))
         for shard in dict.fromkeys(chunk.shard for chunk in chunks):
             with safe_open(self._files[shard], framework="pt") as file:
                 names = set(file.keys())
                 for chunk in (c for c in chunks if c.shard == shard):
-                    span = slice(chunk.start, chunk.stop)
-                    part = {name: file.get_slice(name)[span] for name in _ROWS if name in names}
-                    count = chunk.stop - chunk.start
+                    span, count = slice(chunk.start, chunk.stop), chunk.stop - chunk.start
+                    wanted = _ROWS if ours[chunk] else _ROWS[2:]
+                    part = {name: file.get_slice(name)[span] for name in wanted if name in names}
+                    if not ours[chunk]:
+                        kept.append(torch.full_like(self._kept(part, count), -1))
+                        continue
                     for name in ("x", "target")[: 1 if self.d_out is None else 2]:
                         if name not in held:
                             held[name] = part[name].new_empty(rows, part[name].shape[1])

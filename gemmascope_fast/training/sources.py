@@ -3,13 +3,16 @@
 A source numbers its blocks 0, 1, 2, ... without end. Block `index` holds the same rows in the same
 order whenever it is asked for, so that a run which was stopped regenerates the one block it was in
 and goes on with the row after the last. Rows of special tokens are left out by the source.
+
+Several ranks read one source together: `part` is a block in the same order, of which a rank holds
+some rows. A batch of all ranks is the batch of one process, whatever their number.
 """
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,7 +37,8 @@ class Block:
     Attributes:
         x: `[m, d_in]` activations, any floating-point dtype.
         target: `[m, d_out]`, or None where x is its own target.
-        order: `[r]` int64 rows of x; rows that it leaves out are not trained on.
+        order: `[r]` int64 rows of x; rows that it leaves out are not trained on, and -1 stands for
+            a row that another rank holds.
     """
 
     x: Tensor
@@ -45,8 +49,9 @@ class Block:
         return self.order.shape[0]
 
     def take(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """Rows `start:stop` of the order, as `(x, target)`."""
-        rows = self.order[start:stop].to(self.x.device)
+        """Rows `start:stop` of the order, as `(x, target)`, without those of other ranks."""
+        rows = self.order[start:stop]
+        rows = rows[rows >= 0].to(self.x.device)
         return self.x[rows], None if self.target is None else self.target[rows]
 
 
@@ -56,14 +61,26 @@ class Source(ABC):
     Attributes:
         d_in: width of x.
         d_out: width of the target, None where x is its own target.
+        repeatable: whether a block has the same bits on every rank that asks for it.
     """
 
     d_in: int
     d_out: int | None
+    repeatable: bool = True
 
     @abstractmethod
     def block(self, seed: int, index: int) -> Block:
         """Block `index >= 0` of the order that `seed` chooses: the same rows every time."""
+
+    def part(self, seed: int, index: int, rank: int, ranks: int) -> Block:
+        """`block(seed, index)` with the rows of `rank` of `ranks`: here every `ranks`-th of them.
+
+        A source whose rows cost something overrides this, so that each rank makes its own only.
+        Every row belongs to one rank, and the order has the length of the block's.
+        """
+        block = self.block(seed, index)
+        mine = torch.arange(len(block), device=block.order.device) % ranks == rank
+        return replace(block, order=torch.where(mine, block.order, -1))
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -136,11 +153,20 @@ class Stream:
     Args:
         source: of the rows.
         seed: chooses their order.
-        position: (block, rows of it that have been taken), from `position` of another stream.
+        position: (block, rows of it that have been taken), from `position` of another stream, of
+            any number of ranks.
+        share: (rank, ranks) that read the source together; `next` and `peek` count the rows of
+            all, and return those of this rank.
     """
 
-    def __init__(self, source: Source, seed: int, position: tuple[int, int] = (0, 0)) -> None:
-        self._source, self._seed = source, seed
+    def __init__(
+        self,
+        source: Source,
+        seed: int,
+        position: tuple[int, int] = (0, 0),
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        self._source, self._seed, self._share = source, seed, share
         self._index, self._taken = position
         self._block = self._load()
         if self._taken > len(self._block):
@@ -163,7 +189,7 @@ class Stream:
         return self._block.take(self._taken + start, self._taken + stop)
 
     def next(self, rows: int) -> tuple[Tensor, Tensor | None]:
-        """Take `rows` rows: `(x [rows, d_in], target [rows, d_out] or None)`.
+        """Take the next `rows` rows: `(x [rows, d_in], target [rows, d_out] or None)`.
 
         Raises:
             ValueError: the source ran dry, or a block does not fit the source's widths.
@@ -189,7 +215,11 @@ class Stream:
         return torch.cat([x for x, _ in parts]), torch.cat(targets) if targets else None
 
     def _load(self) -> Block:
-        block, source = self._source.block(self._seed, self._index), self._source
+        source = self._source
+        if self._share[1] == 1:
+            block = source.block(self._seed, self._index)
+        else:
+            block = source.part(self._seed, self._index, *self._share)
         if block.x.dim() != 2 or block.x.shape[1] != source.d_in:
             raise ValueError(
                 f"train: block {self._index} must have x [m, {source.d_in}], got "

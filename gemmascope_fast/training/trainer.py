@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,7 @@ class Trainer:
 
     def __init__(self, source: Source, settings: Settings, device: torch.device) -> None:
         self.source, self.settings, self.device = source, settings, device
-        self.module = settings.make(device)
-        self.updates = Updates(self.module, settings)
-        self.taken = 0
-        self.last_fired = torch.zeros(settings.d_sae, dtype=torch.int64, device=device)
+        self._begin()
         self.stream = Stream(source, settings.seed)
         self._calibrate()
 
@@ -77,18 +74,10 @@ class Trainer:
             ValueError: the checkpoint is of a run with other settings or another source.
         """
         record = checkpoint.load_record(path)
-        _check_same(path, record, source, settings)
+        check_same(path, record, source, settings)
         made = cls.__new__(cls)
         made.source, made.settings, made.device = source, settings, device
-        made.module = settings.make(device)
-        made.updates = Updates(made.module, settings)
-        made.taken = record["step"]
-        made.last_fired = torch.zeros(settings.d_sae, dtype=torch.int64, device=device)
-        s_in, s_out = record["scales"]
-        made.maps = (
-            Affine(torch.zeros(settings.d_in, device=device), s_in),
-            Affine(torch.zeros(settings.d_out, device=device), s_out),
-        )
+        made._begin(record)
         checkpoint.load_into(path, made._tensors(), PREFIX)
         made.updates.load(checkpoint.read(path, PREFIX), record["optimizer"])
         block, row = record["position"]
@@ -108,7 +97,7 @@ class Trainer:
         with torch.autocast(
             self.device.type, settings.autocast, enabled=settings.autocast is not None
         ):
-            loss, metrics = self.module.loss(x, target, terms(settings, self.taken, self.silent()))
+            loss, metrics = self._loss(x, target)
         if not bool(torch.isfinite(loss)):
             self.updates.zero_grad()
             raise NonFiniteError(
@@ -122,12 +111,21 @@ class Trainer:
         self.updates.step(rate)
         self.taken += 1
         self.last_fired.masked_fill_(fired, self.taken)
-        return {"loss": loss.detach(), **metrics, "fired": fired.sum(), "lr": rate}
+        return {"loss": loss.detach(), **metrics, "fired": self._fired(fired), "lr": rate}
+
+    def dead(self) -> int:
+        """Latents of the whole dictionary that are silent."""
+        return int(self.silent().sum())
 
     def silent(self) -> Tensor:
         """`[d_sae]` bool: latents that did not fire for `DEAD_STEPS`, or a fifth of the run."""
         patience = min(DEAD_STEPS, -(-self.settings.steps // 5))
         return self.taken - self.last_fired > patience
+
+    def not_finite(self) -> str | None:
+        """The first parameter with a NaN or infinity."""
+        named = self.module.named_parameters()
+        return next((name for name, p in named if not _finite(p.detach())), None)
 
     def scaled(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
         """`(x, target)` as the module sees them; the target defaults to x."""
@@ -154,24 +152,58 @@ class Trainer:
             NonFiniteError: a weight is not finite; nothing was written.
             OSError: the file system refuses.
         """
-        for name, p in self.module.named_parameters():
-            if not _finite(p.detach()):
-                raise NonFiniteError(
-                    f"train: {name} is not finite after step {self.taken}; no checkpoint was made",
-                    *(self.taken, self.stream.position),
-                )
-        record = {
+        bad = self.not_finite()
+        if bad is not None:
+            raise NonFiniteError(
+                f"train: {bad} is not finite after step {self.taken}; no checkpoint was made",
+                *(self.taken, self.stream.position),
+            )
+        record = self._record() | {"optimizer": self.updates.record()}
+        tensors = self._tensors() | self.updates.tensors()
+        return checkpoint.save(folder, self.taken, tensors, record)
+
+    def _begin(self, record: Mapping[str, Any] | None = None) -> None:
+        """Make what a run has, empty where `record` is that of a checkpoint to be read."""
+        self.module = self._make()
+        self.updates = self._updates()
+        self.taken = 0 if record is None else record["step"]
+        size = self.module.d_sae
+        self.last_fired = torch.zeros(size, dtype=torch.int64, device=self.device)
+        if record is not None:
+            s_in, s_out = record["scales"]
+            d_in, d_out = self.settings.d_in, self.settings.d_out
+            self.maps = (
+                Affine(torch.zeros(d_in, device=self.device), s_in),
+                Affine(torch.zeros(d_out, device=self.device), s_out),
+            )
+
+    def _make(self) -> SAE:
+        """The module that is trained, with its initial weights."""
+        return self.settings.make(self.device)
+
+    def _updates(self) -> Updates:
+        """The optimizer of the module."""
+        return Updates(self.module, self.settings)
+
+    def _loss(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of scaled tokens and its metrics."""
+        return self.module.loss(x, target, terms(self.settings, self.taken, self.silent()))
+
+    def _fired(self, fired: Tensor) -> Tensor:
+        """Latents of the whole dictionary that fired in the step just taken."""
+        return fired.sum()
+
+    def _record(self) -> dict[str, Any]:
+        """What a checkpoint says of the run, the optimizer apart."""
+        return {
             "version": VERSION,
             "step": self.taken,
             "position": self.stream.position,
             "scales": [place.scale for place in self.maps],
             "settings": self.settings.record(),
             "source": self.source.identity(),
-            "optimizer": self.updates.record(),
             "time": time.time(),
         }
-        tensors = self._tensors() | self.updates.tensors()
-        return checkpoint.save(folder, self.taken, tensors, record)
 
     def _calibrate(self) -> None:
         """Measure scale and mean, then set biases and thresholds."""
@@ -185,7 +217,8 @@ class Trainer:
         if settings.start_l0 is not None and len(sample[0]) < 2:
             raise ValueError("train: the first block must have at least 2 rows to calibrate on")
         if preset.calibrated or settings.start_l0 is not None:
-            start(self.module, *sample, settings.start_l0, preset.init_threshold)
+            starts = settings.start_l0, preset.init_threshold
+            start(self.module, *sample, *starts, d_sae=settings.d_sae)
 
     def _parts(self, side: int) -> Callable[[], Iterator[Tensor]]:
         """The tokens that scale and mean are estimated from: of x (0) or of the target (1)."""
@@ -220,7 +253,7 @@ def _finite(weight: Tensor) -> bool:
     return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
-def _check_same(path: Path, record: dict[str, Any], source: Source, settings: Settings) -> None:
+def check_same(path: Path, record: dict[str, Any], source: Source, settings: Settings) -> None:
     """Refuse a checkpoint of another run."""
     if record.get("version") != VERSION:
         raise ValueError(

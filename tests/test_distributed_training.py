@@ -1,0 +1,344 @@
+"""Training on a mesh of gloo ranks: the run of one process, whatever the mesh, and its files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks
+from sharded import clt, crosscoder, mesh_of, sae
+from torch import Tensor
+
+import gemmascope_fast as gsf
+from gemmascope_fast.distributed import clip_grad_norm_, save_pretrained, saving, shard
+from gemmascope_fast.distributed.running import check_run
+from gemmascope_fast.distributed.trainer import MeshTrainer
+from gemmascope_fast.distributed.updates import sum_gradients_
+from gemmascope_fast.training.settings import Settings
+from gemmascope_fast.training.sources import TensorSource
+
+FAST = gsf.Preset(lr=3e-3, bandwidth=0.1, statistics_tokens=200)
+NOISE = 2e-5
+"""Of float32 sums in another order, grown over a hundred updates, relative to the largest value."""
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    pool = Ranks()
+    yield pool
+    pool.close()
+
+
+def data(n: int = 700, d: int = 16) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(n, d, generator=generator) * torch.linspace(3, 0.3, d) + 1
+
+
+def given(kind: str) -> Any:
+    x = data()
+    return (x, x.flip(1)[:, :7] * 3) if kind == "transcoder" else x
+
+
+def options_of(changes: dict[str, Any]) -> dict[str, Any]:
+    found = {"d_sae": 61, "steps": 100, "batch_size": 50, "preset": FAST, "target_l0": 5.0}
+    if "k" in changes:
+        del found["target_l0"]
+    return found | changes
+
+
+def trained(source: Any, mesh: Any, **options: Any) -> tuple[list[float], Any]:
+    seen: list[float] = []
+    module = gsf.train(
+        source, mesh=mesh, on_metrics=lambda m: seen.append(m["loss"]), progress=False, **options
+    )
+    return seen, module
+
+
+def on_mesh(dp: int, tp: int, changes: dict[str, Any]) -> tuple[list[float], dict[str, Tensor]]:
+    options = options_of(changes)
+    seen, module = trained(given(options.get("kind", "sae")), mesh_of(dp, tp), **options)
+    return seen, {name: p.full_tensor().detach() for name, p in module.named_parameters()}
+
+
+def close(found: Tensor, expected: Tensor, name: str) -> None:
+    worst = float((found.detach() - expected.detach()).abs().max() / expected.detach().abs().max())
+    assert worst < NOISE, f"{name}: {worst}"
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "jumprelu": {},
+    "momentum": {"preset": replace(FAST, beta1=0.5), "fused": False},
+    "mean pull": {"preset": replace(FAST, per_token=False)},
+    "topk": {"activation": "topk", "k": 4},
+    "dead topk": {"activation": "topk", "k": 2, "d_sae": 253},
+    "batchtopk": {"activation": "batchtopk", "k": 3.5},
+    "matryoshka": {"matryoshka": [20, 30, 61]},
+    "transcoder": {"kind": "transcoder", "affine": True},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_losses_and_weights_are_those_of_one_process(ranks: Ranks, name: str) -> None:
+    options = options_of(RUNS[name])
+    losses, module = trained(given(options.get("kind", "sae")), None, **options)
+    for dp, tp in ((1, 3), (2, 2)):
+        found = ranks.run(dp * tp, on_mesh, dp, tp, RUNS[name])
+        close(torch.tensor(found[0][0]), torch.tensor(losses), "losses")
+        assert all(not seen for seen, _ in found[1:])  # metrics are rank 0's
+        for parameter, p in module.named_parameters():
+            close(found[0][1][parameter], p.detach(), parameter)
+
+
+# ---- replicas
+
+
+def replicas(changes: dict[str, Any]) -> tuple[dict[str, Tensor], int, slice]:
+    settings = Settings(16, 7, **options_of(changes))
+    trainer = MeshTrainer(TensorSource(*given("transcoder")), settings, mesh_of(2, 2))
+    for _ in range(12):
+        trainer.step()
+    tensors = {name: p.detach().clone() for name, p in trainer.module.named_parameters()}
+    for name, p in trainer.module.named_parameters():
+        state = trainer.updates.optimizer.state[p]
+        tensors |= {f"{name}.{k}": t.clone() for k, t in state.items() if isinstance(t, Tensor)}
+    return tensors, trainer.taken, trainer.layout.latents
+
+
+def test_copies_have_the_same_bits(ranks: Ranks) -> None:
+    """Stochastic rounding too: over "dp" of everything, over "tp" of what has no latents."""
+    changes = {"kind": "transcoder", "affine": True, "dtype": torch.bfloat16, "moments": "8bit"}
+    found = ranks.run(4, replicas, changes)  # (0, 1) and (2, 3) share the rows
+    for a, b, shared in ((0, 2, ""), (1, 3, ""), (0, 1, ("b_dec", "W_skip"))):
+        names = [name for name in found[a][0] if name.startswith(shared)]
+        assert all(torch.equal(found[a][0][name], found[b][0][name]) for name in names)
+    assert found[0][2] == found[2][2] == slice(0, 31) and found[1][2] == slice(31, 61)
+
+
+class Matrices(torch.nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.W_enc = torch.nn.Parameter(torch.zeros(9, 5, dtype=dtype).t())
+        self.W_dec = torch.nn.Parameter(torch.zeros(9, 7, dtype=dtype))
+        self.b_enc = torch.nn.Parameter(torch.zeros(9))
+        self.b_dec = torch.nn.Parameter(torch.zeros(7))
+
+
+def summed(rows: dict[int, list[int]], dtype: torch.dtype) -> tuple[int, dict[str, Tensor], Any]:
+    """Gradients with values at `rows[rank]`; what travelled, the sums, and the summands."""
+    mesh = mesh_of(2, 1)
+    group = mesh.get_group("dp")
+    torch.manual_seed(group.rank())
+    module = Matrices(dtype)
+    for name, p in module.named_parameters():
+        p.grad = torch.randint(-8, 9, p.shape).to(p.dtype)
+        if name.startswith("W"):
+            by_latent = p.grad.t() if name == "W_enc" else p.grad
+            keep = torch.zeros(9, 1, dtype=torch.bool)
+            keep[rows[group.rank()]] = True
+            by_latent.mul_(keep)
+        p.grad = p.grad.t().contiguous().t() if name == "W_enc" else p.grad
+    before = {name: p.grad.clone() for name, p in module.named_parameters()}
+    travelled = sum_gradients_(module, group)
+    return travelled, {name: p.grad for name, p in module.named_parameters()}, before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "rows, expected", [({0: [1, 4], 1: [4, 8]}, 3), ({0: [*range(9)], 1: []}, 9)]
+)
+def test_touched_rows_alone_travel(
+    ranks: Ranks, rows: dict[int, list[int]], expected: int, dtype: torch.dtype
+) -> None:
+    (n0, sums0, own0), (n1, sums1, own1) = ranks.run(2, summed, rows, dtype)
+    assert n0 == n1 == expected
+    for name in own0:
+        assert torch.equal(sums0[name], own0[name] + own1[name])
+        assert torch.equal(sums0[name], sums1[name])
+
+
+def clipped(max_norm: float) -> tuple[float, dict[str, Tensor]]:
+    whole = sae(37)
+    sharded = shard(whole, mesh_of(1, 3))
+    generator = torch.Generator().manual_seed(5)
+    local, here = sharded.local, sharded.latents
+    for name, p in whole.named_parameters():
+        g = torch.randn(p.shape, generator=generator)
+        part = g[:, here] if name == "W_enc" else g if name == "b_dec" else g[here]
+        local.get_parameter(name).grad = part.clone()
+        p.grad = g
+    expected = gsf.clip_grad_norm_(whole.parameters(), max_norm)
+    found = clip_grad_norm_(local, sharded.layout, max_norm)
+    torch.testing.assert_close(found.float(), expected)
+    for name, p in whole.named_parameters():
+        assert p.grad is not None
+        g = p.grad
+        part = g[:, here] if name == "W_enc" else g if name == "b_dec" else g[here]
+        torch.testing.assert_close(local.get_parameter(name).grad, part)
+    return float(found), {}
+
+
+def test_gradients_are_clipped_by_the_norm_of_all_slices(ranks: Ranks) -> None:
+    found = ranks.run(3, clipped, 0.5)
+    assert len({norm for norm, _ in found}) == 1 and found[0][0] > 20
+
+
+# ---- checkpoints
+
+
+def stretch(dp: int, tp: int, folder: str, until: int, changes: dict[str, Any]) -> Any:
+    """Go on from the newest checkpoint to step `until`, and save."""
+    settings = Settings(16, 16, **options_of({"steps": 40, **changes}))
+    source, place = TensorSource(data()), Path(folder)
+    mesh, saved = mesh_of(dp, tp), saving.found(place)
+    if saved:
+        trainer = MeshTrainer.continued(source, settings, mesh, saved[-1][1])
+    else:
+        trainer = MeshTrainer(source, settings, mesh)
+    while trainer.taken < until:
+        metrics = trainer.step()
+    trainer.save(place)
+    whole = {name: p.full_tensor() for name, p in trainer.sharded.named_parameters()}
+    return float(metrics["loss"]), whole, trainer.stream.position
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"activation": "batchtopk", "k": 3.5}, {"preset": replace(FAST, beta1=0.5)}],
+    ids=["jumprelu", "batchtopk", "momentum"],
+)
+def test_a_run_goes_on_on_another_mesh(
+    ranks: Ranks, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    moved, stayed = str(tmp_path / "moved"), str(tmp_path / "stayed")
+    ranks.run(4, stretch, 2, 2, moved, 8, changes)
+    ranks.run(3, stretch, 1, 3, moved, 16, changes)
+    loss, weights, position = ranks.run(2, stretch, 2, 1, moved, 24, changes)[0]
+    expected, target, place = ranks.run(4, stretch, 2, 2, stayed, 24, changes)[0]
+    assert loss == pytest.approx(expected, rel=NOISE) and position == place
+    for name, p in target.items():
+        close(weights[name], p, name)
+    assert [step for step, _ in saving.found(Path(moved))] == [16, 24]
+
+
+def test_the_same_mesh_goes_on_with_the_same_bits(ranks: Ranks, tmp_path: Path) -> None:
+    changes = {"moments": "8bit", "dtype": torch.bfloat16}
+    for until in (8, 11, 20):
+        _, parts, _ = ranks.run(4, stretch, 2, 2, str(tmp_path / "a"), until, changes)[0]
+    _, whole, _ = ranks.run(4, stretch, 2, 2, str(tmp_path / "b"), 20, changes)[0]
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+def test_checkpoints_that_are_not_whole_are_named(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(2, stretch, 1, 2, str(tmp_path), 4, {})
+    ((_, path),) = saving.found(tmp_path)
+    shorter = next(path.glob("*.safetensors"))
+    shorter.write_bytes(shorter.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"not a whole checkpoint: {shorter.name} has"):
+        saving.load_record(path)
+    shorter.unlink()
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
+        saving.load_record(path)
+
+
+def test_the_two_kinds_of_checkpoints_do_not_mix(ranks: Ranks, tmp_path: Path) -> None:
+    options = options_of({"steps": 4, "out": tmp_path / "one"})
+    trained(data(), None, **options)
+    with pytest.raises(AssertionError, match="holds checkpoints of a run in one process"):
+        ranks.run(2, on_mesh, 1, 2, options)
+    ranks.run(2, on_mesh, 1, 2, options | {"out": tmp_path / "two"})
+    with pytest.raises(ValueError, match="holds checkpoints of a run on a mesh"):
+        trained(data(), None, **options | {"out": tmp_path / "two"})
+
+
+# ---- artefacts
+
+
+def exported(dp: int, tp: int, kind: str, folder: str, bad: int | None) -> str:
+    whole = {"sae": sae, "crosscoder": crosscoder, "clt": clt}[kind]()
+    whole.metadata["model_name"] = "m"
+    sharded = shard(whole, mesh_of(dp, tp))
+    if bad is not None and torch.distributed.get_rank() == bad:
+        sharded.local.W_dec.data[3, 2] = torch.nan
+    try:
+        save_pretrained(sharded, folder, dtype=torch.bfloat16, l0=7)
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize("kind", ["sae", "crosscoder", "clt"])
+def test_slices_make_the_files_of_the_whole(ranks: Ranks, tmp_path: Path, kind: str) -> None:
+    whole = {"sae": sae, "crosscoder": crosscoder, "clt": clt}[kind]()
+    whole.metadata["model_name"] = "m"
+    whole.save_pretrained(tmp_path / "whole", dtype=torch.bfloat16, l0=7)
+    for dp, tp in ((1, 3), (2, 2)):
+        folder = tmp_path / f"{dp}{tp}"
+        assert set(ranks.run(dp * tp, exported, dp, tp, kind, str(folder), None)) == {""}
+        assert {p.name for p in folder.iterdir()} == {
+            p.name for p in (tmp_path / "whole").iterdir()
+        }
+        for path in folder.iterdir():
+            found, expected = path.read_bytes(), (tmp_path / "whole" / path.name).read_bytes()
+            size = int.from_bytes(expected[:8], "little")
+            if path.suffix == ".safetensors" and kind != "sae":  # each save has its own token
+                assert found[8 + size :] == expected[8 + size :] and len(found) == len(expected)
+            else:
+                assert found == expected
+
+
+def test_a_slice_that_cannot_be_written_leaves_what_was_there(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(3, exported, 1, 3, "sae", str(tmp_path), None)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    found = ranks.run(3, exported, 1, 3, "sae", str(tmp_path), 2)
+    assert found[2].startswith("ValueError: save_pretrained: W_dec must be finite")
+    assert found[0] == found[1] == f"RuntimeError: save_pretrained: rank 2 failed: {found[2]}"
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_the_result_is_an_artefact(ranks: Ranks, tmp_path: Path) -> None:
+    for changes in ({}, {"activation": "batchtopk", "k": 3.5}):
+        folder = tmp_path / changes.get("activation", "jumprelu")
+        options = {"steps": 6, "out": folder, "metadata": {"model_name": "m"}} | changes
+        _, weights = ranks.run(4, on_mesh, 2, 2, options)[0]
+        read = gsf.load(folder)
+        assert torch.equal(read.W_dec, weights["W_dec"]) and read.metadata["model_name"] == "m"
+        assert torch.equal(read.W_enc, weights["W_enc"]) and read.threshold is not None
+
+
+# ---- before the first step
+
+
+def mismatched(changes: dict[str, Any], own: dict[str, Any], rank: int) -> str:
+    mine = changes | own if torch.distributed.get_rank() == rank else changes
+    settings = Settings(16, 16, **options_of(mine))
+    try:
+        check_run(mesh_of(2, 2), TensorSource(data() + mine.get("shift", 0)), settings)
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_ranks_that_are_to_train_other_things_are_named(ranks: Ranks) -> None:
+    found = ranks.run(4, mismatched, {}, {"dtype": torch.bfloat16, "d_sae": 60}, 3)
+    assert len(set(found)) == 1 and found[0].startswith("RuntimeError: train: the ranks are to")
+    assert 'rank 3 has settings: dtype = "torch.bfloat16", rank 0 has "torch.float32"' in found[0]
+    assert "rank 3 has settings: d_sae = 60, rank 0 has 61" in found[0]
+    assert set(ranks.run(4, mismatched, {}, {}, 0)) == {""}
+    found = ranks.run(4, mismatched, {"d_sae": 1, "target_l0": 0.5}, {}, 0)
+    assert found == ["ValueError: train: d_sae=1 cut over tp=2 leaves a rank without latents: "
+                     "choose a smaller tp"] * 4  # fmt: skip
+    found = ranks.run(4, mismatched, {"batch_size": 1}, {}, 0)
+    assert found == ["ValueError: train: batch_size must be at least dp=2, got 1"] * 4
+
+
+def test_slices_of_a_vector_that_were_touched_at_other_steps_become_one_row() -> None:
+    """Adam's v decays by beta2 in every step, so that of step 3 has two steps more to go."""
+    state = {"exp_avg_sq": torch.ones(3), "touched_at": torch.zeros(1, dtype=torch.int64)}
+    trainer: Any = SimpleNamespace(settings=SimpleNamespace(preset=gsf.Preset(beta2=0.5)))
+    saving._join(state, torch.tensor([3, 5, 5]), trainer)
+    assert state["exp_avg_sq"].tolist() == [0.25, 1, 1] and state["touched_at"].tolist() == [5]
