@@ -3,8 +3,8 @@
     pytest bench/bench_backward.py --benchmark-only [--shapes named] [-k sae_backward]
 
 `decode_backward`, `encode_backward`, `sae_backward` with every gradient of weights, and
-`fused_sparse_step`, which updates them: float32 and bfloat16 weights, 64 entries a token of which a
-tenth are off, three distributions of the latents. Results are those of the reference, within
+`fused_sparse_step`, which updates them: float32 and bfloat16 weights, a tenth of the entries off,
+three distributions of the latents: 64 a token uniform or log-normal, and a recorded trace. Results are those of the reference, within
 rounding. Floor: the rows of every touched latent that are read or written, once each, at the rate
 of random rows of that size: of W_dec and its gradient, W_enc and its gradient, or W_dec and both
 gradients; the fused step reads and writes both matrices and their float32 moments.
@@ -29,7 +29,7 @@ import dense
 import torch
 from interleaving import Call, Case, Measured, Spec, Target, replay
 from memory import most_alive
-from problems import DTYPES, FIRING, Size, autoencoder, batches, decoders_of, touched
+from problems import DTYPES, FIRING, Size, autoencoder, batches, decoders_of, sized, touched
 from torch import Tensor
 
 from gemmascope_fast import ops
@@ -48,7 +48,8 @@ TOLERANCE = 1e-4
 
 SIZES = {
     "toy": [Size(32, 128, 1024)],
-    "small": [Size(512, 768, 16_384)],
+    "quick": [Size(512, 1152, 16_384)],
+    "small": [Size(512, 640, 16_384)],
     "named": [Size(1024, 1152, 65_536)],
 }
 
@@ -57,11 +58,12 @@ def specs(shapes: str) -> list[Spec]:
     judged = shapes == "named"
     passes = [
         Spec(
-            f"{op}-{dtype}-{size}-{firing}",
+            f"{op}-{dtype}-{sized(size, firing)}-{firing}",
             (OURS,),
-            functools.partial(pass_case, op, dtype, size, firing, judged),
+            functools.partial(pass_case, op, dtype, sized(size, firing), firing, judged),
         )
         for dtype in DTYPES
+        if shapes != "quick"
         for size in SIZES[shapes]
         for firing in FIRING
         for op in ROWS
@@ -71,6 +73,7 @@ def specs(shapes: str) -> list[Spec]:
             f"training-{size}",
             (OURS, COMPOSED, DENSE),
             functools.partial(training_case, size, judged),
+            dense.ON_REQUEST,
         )
         for size in SIZES[shapes]
     ]
@@ -170,7 +173,8 @@ def pass_case(op: str, dtype: str, size: Size, firing: str, judged: bool) -> Cas
         assert_same(call(0), passes(e, op, ops.REFERENCE)(0), dtype)
     else:
         assert_updates_as_composed(e)
-    latents = touched(batches(firing, size.n, size.d_sae)[0])
+    acts = batches(firing, size.n, size.d_sae)[0]
+    latents = touched(acts)
     itemsize = e.W_dec.element_size()
     moved = ROWS[op] * latents * size.d * itemsize
     if op == "fused_sparse_step":
@@ -178,7 +182,7 @@ def pass_case(op: str, dtype: str, size: Size, firing: str, judged: bool) -> Cas
     held = judged and op == "decode_backward"
     return Case(
         op=op,
-        shape=size.shape(f"{dtype}, {firing}, {latents:,} latents touched"),
+        shape=size.shape(f"{dtype}, {firing}", acts.nnz / size.n),
         calls={OURS: call},
         ceilings={
             "random rows": ceilings.random_rows([e.W_dec, e.W_enc.t()]),
@@ -186,8 +190,11 @@ def pass_case(op: str, dtype: str, size: Size, firing: str, judged: bool) -> Cas
         },
         floor=lambda rates: moved / rates["random rows"],
         floor_text="touched rows once, at the rate of random rows",
-        bytes=moved + 2 * size.n * size.d * itemsize,
-        facts={"touched": latents, "entries": int(e.csr[0][-1])},
+        cost=ops.TABLE[op].cost(
+            n=size.n, d=size.d, d_sae=latents, nnz=acts.nnz, itemsize=itemsize
+        ),
+        bound="bytes",
+        facts={"touched": latents, "entries": acts.nnz},
         targets=(Target("of random rows", 0.6, lambda m: m.of_floor()),) if held else (),
     )
 
@@ -221,6 +228,7 @@ def assert_updates_as_composed(e: Entries) -> None:
 def training_case(size: Size, judged: bool) -> Case:
     x, sae = autoencoder(size)
     terms, parameters = [Reconstruction(), L0(dense.LAMBDA)], list(sae.parameters())
+    compiled = dense.compiled(dense.loss)
 
     def composed() -> Tensor:
         acts = sae.encode(x)
@@ -231,6 +239,7 @@ def training_case(size: Size, judged: bool) -> Case:
         OURS: lambda: sae.loss(x, terms=terms)[0],
         COMPOSED: composed,
         DENSE: lambda: dense.loss(sae, x),
+        dense.COMPILED: lambda: compiled(sae, x),
     }
 
     def gradients_of(loss: Callable[[], Tensor]) -> Call:
@@ -238,13 +247,14 @@ def training_case(size: Size, judged: bool) -> Case:
 
     calls = {name: gradients_of(loss) for name, loss in losses.items()}
     worst = assert_gradients_agree(calls)
-    latents = int(sae.encode(x).detach().fired().sum())
+    acts = sae.encode(x).detach()
+    latents = int(acts.fired().sum())
     batch_tensors = most_alive(calls[OURS], x.numel())
     product = 2 * size.n * size.d * size.d_sae
     moved = ROWS["sae_backward"] * latents * size.d * 4
     return Case(
         op="training",
-        shape=size.shape(f"fp32, {latents:,} latents touched"),
+        shape=size.shape("fp32"),
         calls=calls,
         ceilings={
             **{"int8 tile": ceilings.int8_tile, "fp32 matmul": ceilings.fp32_matmul},
@@ -252,7 +262,8 @@ def training_case(size: Size, judged: bool) -> Case:
         },
         floor=lambda rates: product / rates["int8 tile"] + moved / rates["random rows"],
         floor_text="int8 product, touched rows once",
-        flops=product,
+        cost=dense.cost(("jumprelu_encode", "decode", "sae_backward"), size, acts.nnz, latents),
+        bound="flops",
         facts={
             "touched": latents,
             "gradients_agree_within": worst,

@@ -1,6 +1,6 @@
 """Encoders against dense PyTorch, by the speed of the int8 tile.
 
-    pytest bench/bench_encode.py --benchmark-only [--shapes named] [-k topk]
+    pytest bench/bench_encode.py --benchmark-only [--shapes named] [-k topk] [--against compile]
 
 float32 weights, about 64 active latents a token. Ours: `gsf.pack`ed weights; unpacked, whose int8
 codes are made in the call; direct float32, without screening. Theirs: `torch.addmm` and `where`,
@@ -28,6 +28,7 @@ from problems import BANDWIDTH, L0, Size, encoder_inputs, encoder_rows, threshol
 from torch import Tensor
 
 import gemmascope_fast as gsf
+from gemmascope_fast import ops
 from gemmascope_fast.report import OURS
 
 UNPACKED, DIRECT, FP32, BF16 = "ours, unpacked", "ours, direct", "dense fp32", "dense bf16"
@@ -40,31 +41,37 @@ CHECKED = 16
 
 SIZES = {
     "toy": [Size(33, 192, 768)],
-    "small": [Size(256, 768, 16_384)],
+    "quick": [Size(256, d, 16_384) for d in (640, 1152, 2560, 5376)],
+    "small": [Size(256, 640, 16_384)],
     "named": [Size(256, 1152, 65_536), Size(256, 1152, 262_144), Size(256, 5376, 65_536)],
 }
+TOPK = {**SIZES, "quick": [Size(256, 1152, 16_384)]}
+BATCHTOPK = {shapes: sizes[:1] for shapes, sizes in SIZES.items() if shapes != "quick"}
 FEW_TOKENS = {
     "toy": [Size(1, 192, 768)],
-    "small": [Size(1, 768, 16_384), Size(16, 768, 16_384)],
+    "quick": [Size(1, 1152, 16_384)],
+    "small": [Size(1, 640, 16_384), Size(16, 640, 16_384)],
     "named": [Size(1, 5376, 65_536), Size(16, 5376, 65_536)],
 }
 TRAINED = {
     "toy": [Size(64, 192, 768)],
-    "small": [Size(512, 768, 16_384)],
+    "quick": [],
+    "small": [Size(512, 640, 16_384)],
     "named": [Size(1024, 1152, 65_536)],
 }
 MASSIVE = {
     "toy": [Size(33, 192, 768)],
-    "small": [Size(256, 768, 16_384)],
+    "quick": [],
+    "small": [Size(256, 640, 16_384)],
     "named": [Size(256, 640, 16_384), Size(256, 1152, 65_536), Size(256, 5376, 16_384)],
 }
 
 
 def specs(shapes: str) -> list[Spec]:
     """Cases of one set of sizes; those of the same weights stand together."""
-    plain = [(op, size, "Gaussian") for size in SIZES[shapes] for op in ("jumprelu", "topk")]
-    plain += [("batchtopk", SIZES[shapes][0], "Gaussian")]
-    plain += [("jumprelu", size, "Gaussian") for size in FEW_TOKENS[shapes]]
+    plain = [("jumprelu", size, "Gaussian") for size in SIZES[shapes] + FEW_TOKENS[shapes]]
+    plain += [("topk", size, "Gaussian") for size in TOPK[shapes]]
+    plain += [("batchtopk", size, "Gaussian") for size in BATCHTOPK.get(shapes, [])]
     plain += [("jumprelu", size, TRAINING) for size in TRAINED[shapes]]
     plain += [("jumprelu", size, inputs) for size in MASSIVE[shapes] for inputs in OUTLIERS]
     plain.sort(key=lambda case: (case[1].d, case[1].d_sae, -case[1].n))
@@ -78,8 +85,8 @@ def spec(op: str, size: Size, inputs: str, judged: bool) -> Spec:
     ):  # the direct path is what unpacked weights get; or packing
         contenders = (OURS, DIRECT, FP32, BF16)
     told = "" if inputs == "Gaussian" else "-" + inputs.removeprefix("Gaussian, ").replace(" ", "-")
-    build = functools.partial(case_of, op, size, inputs, contenders, judged)
-    return Spec(f"{op}-{size}{told}", contenders, build)
+    build = functools.partial(case_of, op, size, inputs, judged)
+    return Spec(f"{op}-{size}{told}", contenders, build, dense.ON_REQUEST)
 
 
 def test_encode(benchmark: Any, rounds: tuple[Measured, str]) -> None:
@@ -89,13 +96,15 @@ def test_encode(benchmark: Any, rounds: tuple[Measured, str]) -> None:
 # ---- a case
 
 
-def case_of(op: str, size: Size, inputs: str, contenders: tuple[str, ...], judged: bool) -> Case:
+def case_of(op: str, size: Size, inputs: str, judged: bool) -> Case:
     x, rows = encoder_inputs(size, inputs), encoder_rows(size.d, size.d_sae)
     b_enc, threshold = torch.zeros(size.d_sae), threshold_for(x, rows)
     calls = ours(op, x, rows, b_enc, threshold, training=inputs == TRAINING)
     calls |= theirs(op, x, rows, b_enc, float(threshold[0]))
-    calls = {name: calls[name] for name in contenders}
-    product = 2 * size.n * size.d * size.d_sae
+    facts = checked(op, calls, x, rows, b_enc, threshold)
+    nnz = round(facts["entries_per_token"] * size.n)
+    cost = ops.TABLE[f"{op}_encode"].cost(n=size.n, d=size.d, d_sae=size.d_sae, nnz=nnz)
+    product = cost.flops
 
     def floor(rates: Rates) -> float:
         weights = size.d * size.d_sae / rates["read"] if size.n < FEW else 0.0
@@ -111,8 +120,9 @@ def case_of(op: str, size: Size, inputs: str, contenders: tuple[str, ...], judge
         },
         floor=floor,
         floor_text="int8 product" if size.n >= FEW else "int8 product or weights read",
-        flops=product,
-        facts=checked(op, calls, x, rows, b_enc, threshold),
+        cost=cost,
+        bound="flops",
+        facts=facts,
         targets=targets(op, size, inputs, product) if judged else (),
     )
 
@@ -164,8 +174,10 @@ def theirs(op: str, x: Tensor, rows: Tensor, b_enc: Tensor, threshold: float) ->
         return (dense.topk if op == "topk" else dense.batchtopk)(x, W_enc, b_enc, L0)
 
     half = [t.to(torch.bfloat16) for t in (x, rows, b_enc)]
+    compiled = dense.compiled(encode)
     return {
         FP32: lambda _: encode(x, rows.t(), b_enc),
+        dense.COMPILED: lambda _: compiled(x, rows.t(), b_enc),
         BF16: lambda _: encode(half[0], half[1].t(), half[2]),
     }
 

@@ -1,6 +1,9 @@
 """`pytest bench --benchmark-only`: sizes, one measurement per case, results with their machine.
 
-    --shapes toy|small|named    sizes: of the tests, of a laptop (default), of the README
+    --shapes toy|quick|small|named
+                                sizes: of the tests, of a first look, of a laptop (default), of the
+                                README
+    --against compile           adds torch.compile'd dense PyTorch
     --rounds 5                  fewest rounds of a case
     --malloc kept|default       whether freed blocks are kept (default), so that no contender pays
                                 for page faults, or large ones returned, as glibc does unasked
@@ -13,6 +16,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,7 @@ from problems import forget
 
 from gemmascope_fast import __version__, _testing, ops
 
-SECONDS = {"toy": 0.0, "small": 1.0, "named": 4.0}
+SECONDS = {"toy": 0.0, "quick": 1.0, "small": 1.0, "named": 4.0}
 """Of the rounds of one case, unless the fewest rounds take longer."""
 MOST = 25
 
@@ -33,6 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gemmascope_fast")
     group.addoption("--shapes", choices=list(SECONDS), default="small", help="sizes to measure")
     group.addoption("--rounds", type=int, default=5, help="fewest rounds of a case")
+    group.addoption("--against", default="", help="optional contenders, separated by commas")
     told = "what becomes of freed memory while calls are timed"
     group.addoption("--malloc", choices=["kept", "default"], default="kept", help=told)
 
@@ -40,7 +45,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "rounds" not in metafunc.fixturenames:
         return
-    found = metafunc.module.specs(metafunc.config.getoption("--shapes"))
+    against = metafunc.config.getoption("--against").split(",")
+    specs = metafunc.module.specs(metafunc.config.getoption("--shapes"))
+    found = [spec.chosen(against) for spec in specs]
     params = [
         pytest.param(
             (spec, contender),
@@ -51,6 +58,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for contender in spec.contenders
     ]
     metafunc.parametrize("rounds", params, indirect=True)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Tell how many cases follow, for whoever shows progress."""
+    cases = {i.callspec.params["rounds"][0].name for i in session.items if hasattr(i, "callspec")}
+    print(f"cases: {len(cases)}", flush=True)
 
 
 class Latest:
@@ -71,7 +84,9 @@ class Latest:
     def measure(self, spec: Spec) -> Measured:
         shapes, fewest = (self.config.getoption(name) for name in ("--shapes", "--rounds"))
         kept = self.config.getoption("--malloc") == "kept"
-        found = measure(spec.build(), SECONDS[shapes], fewest, max(MOST, fewest), kept)
+        case = spec.build()
+        case = replace(case, calls={name: case.calls[name] for name in spec.contenders})
+        found = measure(case, SECONDS[shapes], fewest, max(MOST, fewest), kept)
         capture = self.config.pluginmanager.get_plugin("capturemanager")
         with capture.global_and_fixture_disabled():
             print(f"\n== {spec.name}", *found.lines(), sep="\n", flush=True)

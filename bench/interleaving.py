@@ -15,13 +15,14 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from ceilings import Ceiling
 from memory import Memory, keep_freed_memory, memory_of
 
+from gemmascope_fast.costs import Cost
 from gemmascope_fast.report import OURS, OWN, verdict
 
 Call = Callable[[int], object]
@@ -64,10 +65,11 @@ class Case:
         ceilings: measured in every round; their best rates make the floor.
         floor: seconds that no implementation on this machine can beat, of the rates.
         floor_text: what that is.
-        flops: floating-point operations of the op, if they bound it.
-        bytes: memory traffic of the op, if that bounds it.
+        cost: operations and compulsory bytes, from the op table.
+        bound: whether operations or bytes bound it: the rate that is reported.
         facts: what else was found out (entries, touched latents, candidates).
         targets: that speak of this case.
+        stages: of contenders that time their own parts.
     """
 
     op: str
@@ -76,29 +78,63 @@ class Case:
     ceilings: Mapping[str, Ceiling]
     floor: Callable[[Rates], float]
     floor_text: str
-    flops: int = 0
-    bytes: int = 0
+    cost: Cost
+    bound: Literal["flops", "bytes"]
     facts: Mapping[str, Any] = field(default_factory=dict)
     targets: tuple[Target, ...] = ()
+    stages: Mapping[str, Stages] = field(default_factory=dict)
+
+
+class Stages:
+    """Seconds of the parts of a call, one after the other: `begin`, then `end` of each."""
+
+    def __init__(self) -> None:
+        self.taken: dict[str, list[float]] = {}
+
+    def begin(self) -> None:
+        self._since = time.perf_counter()
+
+    def end(self, part: str) -> None:
+        now = time.perf_counter()
+        self.taken.setdefault(part, []).append(now - self._since)
+        self._since = now
+
+    def medians(self, rounds: int) -> dict[str, float]:
+        """Of the last `rounds` calls."""
+        return {part: statistics.median(all_[-rounds:]) for part, all_ in self.taken.items()}
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A case before it is built: its name, its contenders, and how to build it."""
+    """A case before it is built: its name, its contenders, and how to build it.
+
+    `optional` contenders take part where `--against` names them.
+    """
 
     name: str
     contenders: tuple[str, ...]
     build: Callable[[], Case]
+    optional: Mapping[str, str] = field(default_factory=dict)
+
+    def chosen(self, against: Sequence[str]) -> Spec:
+        """With the optional contenders that `against` names."""
+        more = tuple(name for name, asked in self.optional.items() if asked in against)
+        return replace(self, contenders=self.contenders + more, optional={})
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A case with its rounds."""
+    """A case with its rounds, of contenders (seconds) and of ceilings (rates)."""
 
     case: Case
     samples: Mapping[str, list[float]]
-    rates: Rates
+    speeds: Mapping[str, list[float]]
     memory: Mapping[str, Memory]
+
+    @property
+    def rates(self) -> Rates:
+        """The best rate of each ceiling."""
+        return {name: max(found) for name, found in self.speeds.items()}
 
     def median(self, name: str = OURS) -> float:
         return statistics.median(self.samples[name])
@@ -132,16 +168,20 @@ class Measured:
     def told(self, name: str) -> dict[str, Any]:
         """What stands beside the times of a contender."""
         case, ours = self.case, name == OURS
-        seconds = self.median(name)
+        seconds, cost = self.median(name), case.cost
+        stages = case.stages[name].medians(len(self.samples[name])) if name in case.stages else {}
         return {
             **{"op": case.op, "contender": name, "shape": case.shape},
             "ratios": {other: self.ratio(other, name) for other in self.samples if other != name},
             **{"floor": case.floor_text, "floor_s": case.floor(self.rates)},
             **{"of_floor": self.of_floor(name), "rates": dict(self.rates)},
-            "tflops": case.flops / seconds / 1e12 if case.flops else None,
-            "gb_per_s": case.bytes / seconds / 1e9 if case.bytes else None,
+            "tflops": cost.flops / seconds / 1e12 if case.bound == "flops" else None,
+            "gb_per_s": cost.bytes / seconds / 1e9 if case.bound == "bytes" else None,
+            "cost": {"flops": cost.flops, "bytes": cost.bytes},
             "peak_extra_bytes": self.memory[name].peak,
             "kept_bytes": self.memory[name].kept,
+            "stages": stages,
+            "speeds": dict(self.speeds) if ours else {},
             "facts": dict(case.facts) if ours else {},
             "targets": [t.verdict(self) for t in case.targets] if ours else [],
         }
@@ -161,14 +201,16 @@ def measure(case: Case, budget_s: float, fewest: int, most: int, keep: bool) -> 
         once += seconds_of(call, 1)  # makes the kept memory resident
     rounds = max(fewest, min(most, int(budget_s / max(once, 1e-9))))
     samples: dict[str, list[float]] = {name: [] for name in names}
-    rates = {name: ceiling(0) for name, ceiling in case.ceilings.items()}
+    speeds: dict[str, list[float]] = {name: [] for name in case.ceilings}
+    for ceiling in case.ceilings.values():
+        ceiling(0)
     for turn in range(rounds):
         for place in range(len(names)):
             name = names[(turn + place) % len(names)]
             samples[name].append(seconds_of(case.calls[name], turn + place))
         for name, ceiling in case.ceilings.items():
-            rates[name] = max(rates[name], ceiling(turn))
-    return Measured(case, samples, rates, memory)
+            speeds[name].append(ceiling(turn))
+    return Measured(case, samples, speeds, memory)
 
 
 def seconds_of(call: Call, turn: int) -> float:

@@ -7,8 +7,9 @@ gives the wanted mean number of active latents.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import firing_trace
 import torch
 from torch import Tensor
 
@@ -22,9 +23,8 @@ MARGIN = 2e-5
 """Distance from a gate or the edge of its window; float32 sums in two orders differ by 2e-6."""
 OUTLIERS = 8
 """Massive input dimensions, 60 times the rest, as in Gemma's residual stream."""
-TOKENS_OF_A_CLUSTER = 16
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-FIRING = ("uniform", "log-normal", "clustered")
+FIRING = ("uniform", "log-normal", "trace")
 
 
 @dataclass(frozen=True)
@@ -73,51 +73,48 @@ def threshold_for(x: Tensor, rows: Tensor, l0: float = L0) -> Tensor:
 # ---- sparse activations
 
 
+def sized(size: Size, firing: str) -> Size:
+    """`size`, with the latents of the recorded dictionary where the trace is asked for."""
+    return replace(size, d_sae=firing_trace.recorded().d_sae) if firing == "trace" else size
+
+
 @functools.cache
 def batches(firing: str, n: int, d_sae: int, l0: int = L0, count: int = 4) -> list[SparseActs]:
-    """Batches of `l0` entries a token, none of whose latents a kernel of ours chose.
+    """Batches of sparse activations, none of whose latents a kernel of ours chose.
 
-    Latents are drawn uniformly; in proportion to log-normal rates, sigma = 2 nats, as trained
-    dictionaries fire; or in clusters of 16 tokens that share three quarters of theirs.
+    Latents are drawn uniformly, or in proportion to log-normal rates, sigma = 2 nats, as trained
+    dictionaries fire, `l0` a token; or are those of recorded tokens, as many as fired.
     """
     generator = torch.Generator().manual_seed(2)
-    if firing == "clustered":
-        drawn = [_clustered(n, d_sae, l0, generator) for _ in range(count)]
-    else:
-        rates = torch.ones(d_sae)
-        if firing == "log-normal":
-            rates = torch.exp(2 * torch.randn(d_sae, generator=generator))
-        drawn = [
-            torch.stack([torch.multinomial(rates, l0, generator=generator) for _ in range(n)])
-            for _ in range(count)
-        ]
-    return [_acts(latents.sort(1).values, d_sae, generator) for latents in drawn]
+    if firing == "trace":
+        return [_traced(n, d_sae, generator) for _ in range(count)]
+    rates = torch.ones(d_sae)
+    if firing == "log-normal":
+        rates = torch.exp(2 * torch.randn(d_sae, generator=generator))
+    return [_drawn(rates, n, l0, generator) for _ in range(count)]
 
 
-def _clustered(n: int, d_sae: int, l0: int, generator: torch.Generator) -> Tensor:
-    rows, shared = [], l0 * 3 // 4
-    for token in range(n):
-        if token % TOKENS_OF_A_CLUSTER == 0:
-            pool = torch.randperm(d_sae, generator=generator)[: 2 * l0]
-        common = pool[torch.randperm(2 * l0, generator=generator)[:shared]]
-        own = torch.randperm(d_sae, generator=generator)[: 2 * l0]
-        rows.append(torch.cat([common, own[~torch.isin(own, common)][: l0 - shared]]))
-    return torch.stack(rows)
+def _drawn(rates: Tensor, n: int, l0: int, generator: torch.Generator) -> SparseActs:
+    rows = [torch.multinomial(rates, l0, generator=generator) for _ in range(n)]
+    latents = torch.stack(rows).sort(1).values
+    return _acts(torch.full((n,), l0), latents.flatten(), len(rates), generator)
 
 
-def _acts(latents: Tensor, d_sae: int, generator: torch.Generator) -> SparseActs:
-    n, l0 = latents.shape
-    values = torch.rand(n * l0, generator=generator) + 0.5
-    return SparseActs(
-        torch.arange(0, n * l0 + 1, l0),
-        latents.reshape(-1).to(torch.int32),
-        values,
-        torch.ones_like(values),
-        (n, d_sae),
-    )
+def _traced(n: int, d_sae: int, generator: torch.Generator) -> SparseActs:
+    trace = firing_trace.recorded()
+    if d_sae != trace.d_sae:
+        raise ValueError(f"the trace has {trace.d_sae} latents, got d_sae={d_sae}")
+    return _acts(*trace.sample(n, generator), d_sae, generator)
 
 
-@functools.lru_cache(maxsize=1)
+def _acts(counts: Tensor, latents: Tensor, d_sae: int, generator: torch.Generator) -> SparseActs:
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.long().cumsum(0)])
+    values = torch.rand(len(latents), generator=generator) + 0.5
+    shape = (len(counts), d_sae)
+    return SparseActs(offsets, latents.to(torch.int32), values, torch.ones_like(values), shape)
+
+
+@functools.lru_cache(maxsize=2)
 def decoders_of(dtype: str, d: int, d_sae: int) -> list[Tensor]:
     """Two random `[d_sae, d]` matrices; the last ones are kept for the next case."""
     generator = torch.Generator().manual_seed(3)
