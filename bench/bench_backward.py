@@ -4,10 +4,10 @@
 
 `decode_backward`, `encode_backward`, `sae_backward` with every gradient of weights, and
 `fused_sparse_step`, which updates them: float32 and bfloat16 weights, a tenth of the entries off,
-three distributions of the latents: 64 a token uniform or log-normal, and a recorded trace. Results are those of the reference, within
-rounding. Floor: the rows of every touched latent that are read or written, once each, at the rate
-of random rows of that size: of W_dec and its gradient, W_enc and its gradient, or W_dec and both
-gradients; the fused step reads and writes both matrices and their float32 moments.
+three distributions of the latents: 64 a token uniform or log-normal, and a recorded trace. Results
+are those of the reference, within rounding. Floor: the rows of every touched latent that are read
+or written, once each, at the rate of random rows of that size: of W_dec and its gradient, W_enc and
+its gradient, or W_dec and both gradients; the fused step reads and writes both matrices and their float32 moments.
 
 `training`: loss and gradients of all five parameters of a JumpReLU SAE (`mean |recon - x|^2` and
 the mean L0), by `SAE.loss`, by the module's `encode` and `decode`, and by dense autograd in
@@ -190,9 +190,7 @@ def pass_case(op: str, dtype: str, size: Size, firing: str, judged: bool) -> Cas
         },
         floor=lambda rates: moved / rates["random rows"],
         floor_text="touched rows once, at the rate of random rows",
-        cost=ops.TABLE[op].cost(
-            n=size.n, d=size.d, d_sae=latents, nnz=acts.nnz, itemsize=itemsize
-        ),
+        cost=ops.TABLE[op].cost(n=size.n, d=size.d, d_sae=latents, nnz=acts.nnz, itemsize=itemsize),
         bound="bytes",
         facts={"touched": latents, "entries": acts.nnz},
         targets=(Target("of random rows", 0.6, lambda m: m.of_floor()),) if held else (),

@@ -86,9 +86,7 @@ def case_of(size: Size, judged: bool, l0: float = L0, unfused: bool = True) -> C
     )
 
 
-def floor_of(
-    size: Size, latents: int, W_dec: Tensor, entries: int | None = None
-) -> dict[str, Any]:
+def floor_of(size: Size, latents: int, W_dec: Tensor, entries: int | None = None) -> dict[str, Any]:
     """Floor and cost of a step with float32 moments, as arguments of a case."""
     product = 2 * size.n * size.d * size.d_sae
     chain = ("jumprelu_encode", "decode", "fused_sparse_step")

@@ -3,9 +3,9 @@
     python bench/firing_trace.py [demo] [--out FILE] [--tokens 2048]
 
 `make demo` leaves the dictionary in `demo/sae` and the activations in `demo/work`; held-out tokens,
-evenly spread over the text, are encoded. The file holds `counts [tokens]` and `indices [sum of counts]`, 16 bits
-each, a token's latents ascending, and in its metadata where they are from. Values are not kept: no
-kernel's speed depends on them.
+evenly spread over the text, are encoded. The file holds `counts [tokens]` and
+`indices [sum of counts]`, 16 bits each, a token's latents ascending, and in its metadata where they
+are from. Values are not kept: no kernel's speed depends on them.
 """
 
 from __future__ import annotations
@@ -104,11 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=2048)
     args = parser.parse_args(argv)
     trace = record(args.demo, args.out, args.tokens)
-    fired = int(trace.indices.unique().numel())
-    print(
-        f"{args.out}: {len(trace.counts):,} tokens, {trace.d_sae:,} latents of which {fired:,} fire, "
-        f"L0 {float(trace.counts.float().mean()):.1f}, {args.out.stat().st_size / 1000:.0f} kB"
-    )
+    fired, l0 = int(trace.indices.unique().numel()), float(trace.counts.float().mean())
+    print(f"{args.out}, {args.out.stat().st_size / 1000:.0f} kB: {len(trace.counts):,} tokens,")
+    print(f"{trace.d_sae:,} latents of which {fired:,} fire, L0 {l0:.1f}")
     return 0
 
 
