@@ -7,7 +7,8 @@
 three distributions of the latents: 64 a token uniform or log-normal, and a recorded trace. Results
 are those of the reference, within rounding. Floor: the rows of every touched latent that are read
 or written, once each, at the rate of random rows of that size: of W_dec and its gradient, W_enc and
-its gradient, or W_dec and both gradients; the fused step reads and writes both matrices and their float32 moments.
+its gradient, or W_dec and both gradients; the fused step reads and writes both matrices and their
+float32 moments.
 
 `training`: loss and gradients of all five parameters of a JumpReLU SAE (`mean |recon - x|^2` and
 the mean L0), by `SAE.loss`, by the module's `encode` and `decode`, and by dense autograd in

@@ -1,0 +1,167 @@
+"""Runs the suites of a checkout's `bench/`, a process each, and merges what they measured.
+
+Each suite has a process of its own because what one leaves in memory slows the next: after the
+others, a training step took twice as long. This process sleeps meanwhile, but for a line a case.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .rows import CHECKOUT, Results
+
+BENCH = CHECKOUT / "bench"
+SUITES = ("encode", "decode", "backward", "step")
+SWEEP = "sweep"
+PEERS = {"saelens": "sae_lens", "sparsify": "sparsify"}
+"""Libraries to compare with, and the modules they are."""
+PEERS_PYTHON = CHECKOUT / ".venv-peers" / "bin" / "python"
+NOTHING_CHOSEN = 5
+"""pytest's exit status when no test matches."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be run.
+
+    Attributes:
+        suites: of `SUITES`, or `SWEEP`.
+        shapes: set of sizes that the suites know.
+        matching: pytest's `-k`; empty for all cases.
+        against: of `compile` and `PEERS`.
+        rounds: fewest rounds of a case.
+        command: what the result file says it is from.
+    """
+
+    suites: Sequence[str]
+    shapes: str
+    matching: str
+    against: Sequence[str]
+    rounds: int
+    command: str
+
+
+class Failed(Exception):
+    """A suite that did not end well, with the end of what it said."""
+
+
+def missing() -> str:
+    """Why the suites cannot run here, and what to do about it; empty when they can."""
+    if not (BENCH / "conftest.py").exists():
+        return (
+            "bench: the benchmark suites are part of the source checkout, not of the installed "
+            "package. In a checkout of gemmascope-fast: make bench ARGS=--quick. "
+            "(--results, --report and --compare work here, on files measured there.)"
+        )
+    wanted = {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark", "rich": "rich"}
+    lacking = [
+        package for module, package in wanted.items() if not importlib.util.find_spec(module)
+    ]
+    if lacking:
+        return f"bench: {' and '.join(lacking)} not installed: pip install {' '.join(lacking)}"
+    if importlib.util.find_spec("gemmascope_fast._testing") is None:
+        return "bench: the compiled library is missing in this checkout: make build"
+    if shutil.which("cc") is None:
+        return "bench: no C compiler `cc` on the PATH, which compiles the ceilings' loops"
+    return ""
+
+
+def interpreter(peer: str) -> str:
+    """A Python that has this peer: ours, or that of `make bench-peers`.
+
+    Raises:
+        ModuleNotFoundError: neither has it.
+    """
+    module = PEERS[peer]
+    if importlib.util.find_spec(module) is not None:
+        return sys.executable
+    if PEERS_PYTHON.exists():
+        asked = [
+            str(PEERS_PYTHON),
+            "-c",
+            f"import importlib.util as u; u.find_spec('{module}').name",
+        ]
+        if subprocess.run(asked, capture_output=True).returncode == 0:
+            return str(PEERS_PYTHON)
+    raise ModuleNotFoundError(
+        f"bench: --against {peer} needs the module {module}, which is neither installed here nor "
+        "in .venv-peers: `make bench-peers` sets that environment up"
+    )
+
+
+def run(plan: Plan, say: Callable[[str, int, str], None]) -> Results:
+    """Measure; `say(suite, cases, line)` is called with every line of a suite, 0 cases at first.
+
+    Returns:
+        One file of pytest-benchmark's, with `command`, and `integrations` where peers have them.
+
+    Raises:
+        Failed: a suite did, or no case matches.
+        ModuleNotFoundError: a peer is not installed.
+    """
+    asked = [peer for peer in plan.against if peer in PEERS]
+    pythons = {peer: interpreter(peer) for peer in asked}
+    merged: Results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for suite in [*plan.suites, *(peer for peer in asked if peer == "saelens")]:
+            file = Path(folder) / f"{suite}.json"
+            arguments = [pythons.get(suite, sys.executable), "-m", "pytest", *options(plan, suite)]
+            if follow([*arguments, f"--benchmark-json={file}"], suite, say):
+                found = json.loads(file.read_text())
+                found["benchmarks"] = merged.get("benchmarks", []) + found["benchmarks"]
+                merged = {**found, **{k: v for k, v in merged.items() if k != "benchmarks"}}
+        if "sparsify" in asked:
+            file = Path(folder) / "sparsify.json"
+            script = [pythons["sparsify"], "bench/bench_integrations.py", "--host", "sparsify"]
+            follow([*script, "--json", str(file)], "sparsify", say)
+            merged["integrations"] = {"sparsify": json.loads(file.read_text())}
+    if not merged:
+        raise Failed(f"no case of {', '.join(plan.suites)} matches -k {plan.matching!r}")
+    return {"command": plan.command, **merged}
+
+
+def options(plan: Plan, suite: str) -> list[str]:
+    """Arguments for pytest."""
+    made = [f"bench/bench_{suite}.py", "--benchmark-only", "--benchmark-quiet", "-q"]
+    made += ["-p", "no:cacheprovider", f"--shapes={plan.shapes}", f"--rounds={plan.rounds}"]
+    made += [f"--against={','.join(plan.against)}"]
+    return made + (["-k", plan.matching] if plan.matching else [])
+
+
+def follow(command: Sequence[str], suite: str, say: Callable[[str, int, str], None]) -> bool:
+    """Run a suite to its end, telling its lines; False when none of its cases was chosen.
+
+    Raises:
+        Failed: it ended with another status than success.
+    """
+    paths = [str(CHECKOUT), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    cases, last = 0, [""]
+    merge: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=CHECKOUT, env=env, **merge) as process:
+        say(suite, 0, "")
+        for line in lines(process):
+            if line.startswith("cases: "):
+                cases = int(line.removeprefix("cases: "))
+            say(suite, cases, line)
+            last = [*last[-60:], line]
+    if process.returncode not in (0, NOTHING_CHOSEN):
+        raise Failed("\n".join([f"bench_{suite} failed:", *last]))
+    return process.returncode == 0
+
+
+def lines(process: subprocess.Popen[str]) -> Iterator[str]:
+    """What a process prints, line by line."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        yield line.rstrip("\n")
