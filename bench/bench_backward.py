@@ -65,7 +65,7 @@ def specs(shapes: str) -> list[Spec]:
         )
         for dtype in DTYPES
         if shapes != "quick"
-        for size in SIZES[shapes]
+        for size in SIZES.get(shapes, [])
         for firing in FIRING
         for op in ROWS
     ]
@@ -76,7 +76,7 @@ def specs(shapes: str) -> list[Spec]:
             functools.partial(training_case, size, judged),
             dense.ON_REQUEST,
         )
-        for size in SIZES[shapes]
+        for size in SIZES.get(shapes, [])
     ]
 
 

@@ -44,7 +44,7 @@ def specs(shapes: str) -> list[Spec]:
         )
         for dtype in DTYPES
         if shapes != "quick" or dtype == "fp32"
-        for size in SIZES[shapes]
+        for size in SIZES.get(shapes, [])
         for firing in FIRING
     ]
 

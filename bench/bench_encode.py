@@ -69,6 +69,8 @@ MASSIVE = {
 
 def specs(shapes: str) -> list[Spec]:
     """Cases of one set of sizes; those of the same weights stand together."""
+    if shapes not in SIZES:
+        return []
     plain = [("jumprelu", size, "Gaussian") for size in SIZES[shapes] + FEW_TOKENS[shapes]]
     plain += [("topk", size, "Gaussian") for size in TOPK[shapes]]
     plain += [("batchtopk", size, "Gaussian") for size in BATCHTOPK.get(shapes, [])]

@@ -49,7 +49,7 @@ def specs(shapes: str) -> list[Spec]:
             functools.partial(case_of, size, shapes == "named"),
             dense.ON_REQUEST,
         )
-        for size in SIZES[shapes]
+        for size in SIZES.get(shapes, [])
     ]
 
 

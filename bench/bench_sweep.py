@@ -1,6 +1,6 @@
 """Curves: an encoder, a decoder and a training step over d_sae and over L0, dense beside sparse.
 
-    pytest bench/bench_sweep.py --benchmark-only --shapes named
+    pytest bench/bench_sweep.py --benchmark-only --shapes sweep
 
 d = 1152, float32. Over d_sae at L0 = 64; over L0 at 16,384 latents, up to a quarter of them, where
 dense products win. Cases, floors and what is compared before timing are those of bench_encode.py,
@@ -23,12 +23,12 @@ from gemmascope_fast.report import OURS
 
 LATENTS = {
     "toy": [512, 1024],
-    "named": [2048, 8192, 32_768, 65_536],
+    "sweep": [2048, 8192, 32_768, 65_536],
 }
-LARGE = {"toy": [], "named": [262_144]}
+LARGE = {"toy": [], "sweep": [262_144]}
 """Latents for which the matrices of a step with dense moments would take 5 GB."""
-ACTIVE = {"toy": [16, 128], "named": [16, 64, 256, 1024, 4096]}
-FIXED = {"toy": Size(32, 128, 1024), "named": Size(512, 1152, 16_384)}
+ACTIVE = {"toy": [16, 128], "sweep": [16, 64, 256, 1024, 4096]}
+FIXED = {"toy": Size(32, 128, 1024), "sweep": Size(512, 1152, 16_384)}
 
 
 def specs(shapes: str) -> list[Spec]:

@@ -1,8 +1,8 @@
 """`pytest bench --benchmark-only`: sizes, one measurement per case, results with their machine.
 
-    --shapes toy|quick|small|named
+    --shapes toy|quick|small|named|sweep
                                 sizes: of the tests, of a first look, of a laptop (default), of the
-                                README
+                                README, of its curves
     --against compile           adds torch.compile'd dense PyTorch
     --rounds 5                  fewest rounds of a case
     --malloc kept|default       whether freed blocks are kept (default), so that no contender pays
@@ -28,7 +28,7 @@ from problems import forget
 
 from gemmascope_fast import __version__, _testing, ops
 
-SECONDS = {"toy": 0.0, "quick": 1.0, "small": 1.0, "named": 4.0}
+SECONDS = {"toy": 0.0, "quick": 1.0, "small": 1.0, "named": 4.0, "sweep": 2.0}
 """Of the rounds of one case, unless the fewest rounds take longer."""
 MOST = 25
 

@@ -23,7 +23,7 @@ COLOURS = {
     "dense fp32, torch.compile": "#8d4fa3",
     "torch.compile": "#8d4fa3",
 }
-OTHERS = ("#4d908e", "#577590", "#90be6d", "#bc6c25", "#495057", "#b56576")
+OTHERS = ("#577590", "#bc6c25", "#90be6d", "#495057", "#b5179e", "#2a9df4", "#e9c46a", "#6a4c93")
 PARTS = {"encode": "#0b7a75", "decode and loss": "#5b6bbf", "backward": "#c44e2b"}
 PARTS |= {"optimizer": "#e0a458"}
 FEWEST = 3
@@ -36,6 +36,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#e6e6e6",
     "grid.linewidth": 0.6,
     "legend.frameon": False,

@@ -32,8 +32,8 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    suites = [*running.SUITES, running.SWEEP]
-    made.add_argument("suites", nargs="*", help=f"of {', '.join(suites)}; default: without sweep")
+    told = f"of {', '.join((*running.SUITES, running.SAELENS))}; default: all but the last"
+    made.add_argument("suites", nargs="*", help=told)
     sizes = made.add_mutually_exclusive_group()
     sizes.add_argument("--quick", action="store_true", help="few cases, about two minutes")
     sizes.add_argument("--sweep", action="store_true", help="curves over d_sae and L0, 5 minutes")
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command: 0, 1 for a regression or a suite that failed, 2 for what cannot be used."""
     made = parser()
     args = made.parse_args(argv)
-    known = (*running.SUITES, running.SWEEP)
+    known = (*running.SUITES, running.SAELENS)
     if wrong := [name for name in args.suites if name not in known]:
         made.error(f"no suite {wrong[0]!r}: choose from {', '.join(known)}")
     against = [name for name in args.against.split(",") if name]
@@ -98,14 +98,18 @@ def measure(args: argparse.Namespace, against: Sequence[str], argv: Sequence[str
     from . import terminal
 
     console = Console()
-    chosen = args.suites or ([running.SWEEP] if args.sweep else running.SUITES)
-    shapes = "named" if args.sweep else "quick" if args.quick else args.shapes or "small"
+    chosen = args.suites or ([running.SWEEP] if args.sweep else list(running.SUITES))
+    if running.SAELENS in against and running.SAELENS not in chosen:
+        chosen = [*chosen, running.SAELENS]
+    shapes = "sweep" if args.sweep else "quick" if args.quick else args.shapes or "small"
     command = shlex.join(["python", "-m", "gemmascope_fast", "bench", *argv])
     plan = running.Plan(chosen, shapes, args.matching, against, args.rounds, command)
     if args.report is not None:
         from . import page  # before an hour of measuring: it needs matplotlib
 
         page.check()
+    if told := terminal.busy():
+        console.print(f"[bold]{told}[/]", highlight=False)
     with terminal.progress(console, verbose=not args.quick) as say:
         results = running.run(plan, say)
     file = args.out or RESULTS / f"run_{datetime.now():%Y%m%d-%H%M%S}.json"

@@ -22,8 +22,8 @@ from .rows import CHECKOUT, Results
 
 BENCH = CHECKOUT / "bench"
 SUITES = ("encode", "decode", "backward", "step")
-SWEEP = "sweep"
-PEERS = {"saelens": "sae_lens", "sparsify": "sparsify"}
+SWEEP, SAELENS, SPARSIFY = "sweep", "saelens", "sparsify"
+PEERS = {SAELENS: "sae_lens", SPARSIFY: "sparsify"}
 """Libraries to compare with, and the modules they are."""
 PEERS_PYTHON = CHECKOUT / ".venv-peers" / "bin" / "python"
 NOTHING_CHOSEN = 5
@@ -35,7 +35,7 @@ class Plan:
     """What is to be run.
 
     Attributes:
-        suites: of `SUITES`, or `SWEEP`.
+        suites: of `SUITES`, `SWEEP` and `SAELENS`.
         shapes: set of sizes that the suites know.
         matching: pytest's `-k`; empty for all cases.
         against: of `compile` and `PEERS`.
@@ -109,22 +109,22 @@ def run(plan: Plan, say: Callable[[str, int, str], None]) -> Results:
         Failed: a suite did, or no case matches.
         ModuleNotFoundError: a peer is not installed.
     """
-    asked = [peer for peer in plan.against if peer in PEERS]
+    asked = [peer for peer in PEERS if peer in plan.suites or peer in plan.against]
     pythons = {peer: interpreter(peer) for peer in asked}
     merged: Results = {}
     with tempfile.TemporaryDirectory() as folder:
-        for suite in [*plan.suites, *(peer for peer in asked if peer == "saelens")]:
+        for suite in plan.suites:
             file = Path(folder) / f"{suite}.json"
             arguments = [pythons.get(suite, sys.executable), "-m", "pytest", *options(plan, suite)]
             if follow([*arguments, f"--benchmark-json={file}"], suite, say):
                 found = json.loads(file.read_text())
                 found["benchmarks"] = merged.get("benchmarks", []) + found["benchmarks"]
                 merged = {**found, **{k: v for k, v in merged.items() if k != "benchmarks"}}
-        if "sparsify" in asked:
+        if SPARSIFY in asked:
             file = Path(folder) / "sparsify.json"
-            script = [pythons["sparsify"], "bench/bench_integrations.py", "--host", "sparsify"]
-            follow([*script, "--json", str(file)], "sparsify", say)
-            merged["integrations"] = {"sparsify": json.loads(file.read_text())}
+            script = [pythons[SPARSIFY], "bench/bench_integrations.py", "--host", SPARSIFY]
+            follow([*script, "--json", str(file)], SPARSIFY, say)
+            merged["integrations"] = {SPARSIFY: json.loads(file.read_text())}
     if not merged:
         raise Failed(f"no case of {', '.join(plan.suites)} matches -k {plan.matching!r}")
     return {"command": plan.command, **merged}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -78,6 +79,17 @@ def progress(console: Any, verbose: bool) -> Iterator[Callable[[str, int, str], 
             shown.refresh()
 
         yield say
+
+
+def busy() -> str:
+    """A warning where other processes keep the processors busy; empty where they do not."""
+    load, processors = os.getloadavg()[0], os.cpu_count() or 1
+    if load < processors / 2:
+        return ""
+    return (
+        f"Other processes keep this machine busy (load {load:.1f} on {processors} processors): "
+        "times will be too long, ratios less certain."
+    )
 
 
 def print_results(console: Any, results: Results) -> None:
