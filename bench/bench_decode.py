@@ -61,6 +61,7 @@ def case_of(dtype: str, size: Size, firing: str, judged: bool, l0: int = L0) -> 
     expected = calls[DENSE](0)
     for name in (OURS, BAG):  # bfloat16 sums of 64 products round to 1/16 in the largest results
         close = {"rtol": 1e-5, "atol": 1e-4} if dtype == "fp32" else {"rtol": 2e-2, "atol": 0.25}
+        close["atol"] *= max(1, l0 // L0)  # sums in another order
         torch.testing.assert_close(calls[name](0), expected, **close, msg=name)
     rows = sum(touched(acts) for acts in drawn) / len(drawn)
     entries = sum(acts.nnz for acts in drawn) // len(drawn)

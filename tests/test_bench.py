@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,22 +17,25 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import bench_backward  # noqa: E402
 import bench_encode  # noqa: E402
+import dense  # noqa: E402
 import interleaving  # noqa: E402
 import memory  # noqa: E402
 import problems  # noqa: E402
-from interleaving import Case, Measured, Target  # noqa: E402
+from interleaving import Case, Measured, Spec, Stages, Target  # noqa: E402
 from memory import Memory  # noqa: E402
 
 import gemmascope_fast as gsf  # noqa: E402
-from gemmascope_fast import report  # noqa: E402
-from gemmascope_fast.report import OURS  # noqa: E402
+from gemmascope_fast import cli  # noqa: E402
+from gemmascope_fast.costs import Cost  # noqa: E402
+from gemmascope_fast.report import OURS, rows, tables  # noqa: E402
 
 SHAPE = {"n": 4, "d": 8, "d_sae": 16, "l0": 2, "inputs": "Gaussian"}
 
 
 def case(calls: dict[str, Any], ceilings: dict[str, Any], **more: Any) -> Case:
     named = {"op": "decode", "shape": SHAPE, "floor": lambda r: 6 / r["copy"], "floor_text": "x"}
-    return Case(**{**named, "calls": calls, "ceilings": ceilings, **more})
+    cost = {"cost": Cost(10**12, 2 * 10**9), "bound": "flops"}
+    return Case(**{**named, **cost, "calls": calls, "ceilings": ceilings, **more})
 
 
 @pytest.fixture
@@ -60,13 +61,13 @@ def test_rounds_interleave_contenders_and_ceilings_and_begin_with_another(
     assert said[:6] == ["a0", "a0", "a1", "b0", "b0", "b1"]  # first call, memory, its time
     assert said[6:] == ["c0", *("a0 b1 c0 b1 a2 c1 a2 b3 c2".split())]
     assert [len(taken) for taken in measured.samples.values()] == [3, 3]
+    assert measured.speeds == {"copy": [2.0, 2.0, 2.0]}
 
 
 def measured_case(**more: Any) -> Measured:
     samples = {OURS: [1.0, 3.0, 2.0], "dense": [8.0, 20.0, 9.0], "ours, direct": [4.0, 4.0, 4.0]}
     sizes = {name: Memory(3 << 20, 1 << 20) for name in samples}
-    made = case({}, {}, flops=10**12, **more)
-    return Measured(made, samples, {"copy": 4.0}, sizes)
+    return Measured(case({}, {}, **more), samples, {"copy": [3.0, 4.0, 2.0]}, sizes)
 
 
 def test_ratios_floors_and_verdicts_are_those_of_medians() -> None:
@@ -79,6 +80,9 @@ def test_ratios_floors_and_verdicts_are_those_of_medians() -> None:
     told = found.told(OURS)
     assert told["ratios"] == {"dense": 4.5, "ours, direct": 2.0}
     assert (told["floor_s"], told["of_floor"], told["tflops"]) == (1.5, 0.75, 0.5)
+    assert told["cost"] == {"flops": 10**12, "bytes": 2 * 10**9} and told["gb_per_s"] is None
+    assert told["speeds"] == {"copy": [3.0, 4.0, 2.0]} and found.told("dense")["speeds"] == {}
+    assert measured_case(bound="bytes").told(OURS)["gb_per_s"] == 1.0
     assert [(v["found"], v["met"]) for v in told["targets"]] == [
         *((4.5, True), (0.75, False), (3.0, False))
     ]
@@ -104,6 +108,35 @@ def test_pytest_benchmark_is_given_the_measured_rounds() -> None:
     interleaving.replay(benchmark, measured_case(), "dense")
     assert benchmark.data == pytest.approx([8.0, 20.0, 9.0], abs=1e-9)
     assert benchmark.extra_info["contender"] == "dense"
+
+
+def test_the_parts_of_a_call_are_those_of_its_measured_rounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ticks = iter([0.0, 5.0, 6.0, 10.0, 11.0, 13.0, 20.0, 23.0, 27.0, 30.0, 31.0, 36.0])
+    monkeypatch.setattr(interleaving.time, "perf_counter", lambda: next(ticks))
+    stages = Stages()
+    for _ in range(4):
+        stages.begin()
+        stages.end("encode")
+        stages.end("optimizer")
+    assert stages.medians(3) == {"encode": 1.0, "optimizer": 4.0}, "the first call warms up"
+    told = measured_case(stages={OURS: stages}).told(OURS)
+    assert told["stages"] == stages.medians(3)
+
+
+def test_optional_contenders_take_part_when_asked_for() -> None:
+    spec = Spec("one", (OURS,), lambda: case({}, {}), dense.ON_REQUEST)
+    assert spec.chosen([""]).contenders == (OURS,)
+    assert spec.chosen(["saelens", "compile"]).contenders == (OURS, dense.COMPILED)
+
+
+def test_a_compiled_contender_that_finds_something_else_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function: lambda x: function(x) + 1)
+    with pytest.raises(AssertionError, match="not close"):
+        dense.compiled(lambda x: 2 * x)(torch.ones(2))
 
 
 # ---- memory
@@ -179,35 +212,62 @@ def test_no_rounding_decides_a_gate_of_the_autoencoder() -> None:
 
 @pytest.mark.parametrize("firing", problems.FIRING)
 def test_batches_have_distinct_ascending_latents(firing: str) -> None:
-    for acts in problems.batches(firing, 32, 2048, 64, 2):
-        latents = acts.indices.view(32, 64)
-        assert (latents.diff(dim=1) > 0).all() and acts.offsets[-1] == acts.nnz == 32 * 64
-    most = problems.touched(problems.batches("uniform", 32, 2048, 64, 2)[0])
-    assert firing == "uniform" or problems.touched(acts) < 0.9 * most
+    size = problems.sized(problems.Size(32, 64, 2048), firing)
+    for acts in problems.batches(firing, 32, size.d_sae, 64, 2):
+        parts = acts.indices.split(acts.offsets.diff().tolist())
+        assert len(parts) == 32 and acts.offsets[-1] == acts.nnz > 32
+        assert all((latents.diff() > 0).all() for latents in parts)
+        assert firing == "trace" or acts.nnz == 32 * 64
+
+
+def test_a_skewed_distribution_touches_fewer_latents() -> None:
+    drawn = {f: problems.batches(f, 256, 8192, 33, 1)[0] for f in problems.FIRING}
+    touched = {firing: problems.touched(acts) for firing, acts in drawn.items()}
+    assert touched["log-normal"] < 0.7 * touched["uniform"]
+    assert touched["trace"] < 0.7 * touched["uniform"]
 
 
 # ---- a run
 
 
-def test_a_run_writes_every_op_and_the_report_shows_it(tmp_path: Path) -> None:
-    """Toy sizes of the whole suite, one round each, as `make bench-cpu` runs it."""
-    command = [sys.executable, "-m", "pytest", "bench", "--benchmark-only", "--shapes", "toy"]
-    command += ["--rounds", "1", f"--benchmark-json={tmp_path / 'cpu.json'}"]
-    chosen = "topk-n33 or n1-192 or (fp32 and uniform) or training-n32 or step"
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "-k", chosen], cwd=ROOT, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "cpu.json").read_text())
+def test_a_run_writes_every_op_and_the_report_shows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Toy sizes of the whole suite, one round each, as `make bench` runs them."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("COLUMNS", "150")
+    chosen = "topk-n33 or n1-192 or (fp32 and (uniform or trace)) or training-n32 or step"
+    out = tmp_path / "cpu.json"
+    command = ["bench", "--shapes", "toy", "--rounds", "1", "-k", chosen, "--out", str(out)]
+    assert cli.main(command) == 0
+    printed, found = capsys.readouterr().out, json.loads(out.read_text())
     assert found["machine_info"]["threads"] == 1 and "node" not in found["machine_info"]
     assert set(found["commit_info"]) <= {"id", "dirty", "time"}
-    rows = report.cpu_rows(found)
+    assert found["command"].startswith("python -m gemmascope_fast bench --shapes toy --rounds 1 -k")
+    measured = rows.cpu_rows(found)
     ops = {"jumprelu_encode", "topk_encode", "batchtopk_encode", "decode", "training", "step"}
-    assert {row["op"] for row in rows} == ops | set(bench_backward.ROWS)
-    for row in rows:
+    assert {row["op"] for row in measured} == ops | set(bench_backward.ROWS)
+    for row in measured:
         assert row["of_floor"] > 0 and min(row["rates"].values()) > 0
-        assert row["facts"] and f"== {row['op'].split('_')[0]}" in done.stdout
-    assert len({one["group"] for one in found["benchmarks"]}) == len(rows)
-    text = report.tables(tmp_path)
-    assert "| decode | 32 | 128 | 1,024 | fp32, uniform, " in text and "x embedding_bag" in text
+        assert row["facts"] and row["cost"]["flops"] > 0
+        assert {len(found) for found in row["speeds"].values()} == {1}
+        assert row["times"][OURS]["rounds_s"] == [row["times"][OURS]["median_s"]]
+    (step,) = (row for row in measured if row["op"] == "step")
+    for name, taken in step["times"].items():
+        parts = taken["stages"]
+        assert list(parts) == ["encode", "decode and loss", "backward", "optimizer"], name
+        assert 0.8 * taken["median_s"] < sum(parts.values()) <= taken["median_s"]
+    assert "training step " in printed and f"Results: {out}" in printed
+    text = tables.tables(rows.read([tmp_path]))
+    assert "| decode | 32 | 128 | 1,024 | 64 | fp32, uniform, " in text
+    assert "| decode | 32 | 128 | 8,192 | 3" in text and "x embedding_bag" in text
+
+
+def test_a_suite_that_fails_is_told_with_its_last_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GEMMASCOPE_FAST_CPU", "no such thing")
+    out = tmp_path / "cpu.json"
+    assert cli.main(["bench", "step", "--shapes", "toy", "--out", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert "bench_step failed:" in said and "no such thing" in said and not out.exists()

@@ -111,7 +111,7 @@ def measure(args: argparse.Namespace, against: Sequence[str], argv: Sequence[str
     if told := terminal.busy():
         console.print(f"[bold]{told}[/]", highlight=False)
     with terminal.progress(console, verbose=not args.quick) as say:
-        results = running.run(plan, say)
+        results, failures = running.run(plan, say)
     file = args.out or RESULTS / f"run_{datetime.now():%Y%m%d-%H%M%S}.json"
     write(file, results)
     terminal.print_results(console, results)
@@ -119,7 +119,9 @@ def measure(args: argparse.Namespace, against: Sequence[str], argv: Sequence[str
     if args.report is not None:
         written = page.write(args.report, Found(cpu={file.name: results}))
         console.print(f"Report: {written}", soft_wrap=True)
-    return 0
+    for told in failures:
+        print(f"\n{told}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def show(args: argparse.Namespace) -> int:

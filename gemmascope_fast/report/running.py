@@ -52,7 +52,7 @@ class Plan:
 
 
 class Failed(Exception):
-    """A suite that did not end well, with the end of what it said."""
+    """Nothing was measured: no case matches, or all that were tried failed."""
 
 
 def missing() -> str:
@@ -99,35 +99,39 @@ def interpreter(peer: str) -> str:
     )
 
 
-def run(plan: Plan, say: Callable[[str, int, str], None]) -> Results:
+def run(plan: Plan, say: Callable[[str, int, str], None]) -> tuple[Results, list[str]]:
     """Measure; `say(suite, cases, line)` is called with every line of a suite, 0 cases at first.
 
     Returns:
-        One file of pytest-benchmark's, with `command`, and `integrations` where peers have them.
+        One file of pytest-benchmark's, with `command`, and `integrations` where peers have them;
+        and what the suites said in which a case failed: the other cases are in the file.
 
     Raises:
-        Failed: a suite did, or no case matches.
+        Failed: nothing was measured.
         ModuleNotFoundError: a peer is not installed.
     """
     asked = [peer for peer in PEERS if peer in plan.suites or peer in plan.against]
     pythons = {peer: interpreter(peer) for peer in asked}
     merged: Results = {}
+    failures: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for suite in plan.suites:
             file = Path(folder) / f"{suite}.json"
             arguments = [pythons.get(suite, sys.executable), "-m", "pytest", *options(plan, suite)]
-            if follow([*arguments, f"--benchmark-json={file}"], suite, say):
-                found = json.loads(file.read_text())
+            failures += follow([*arguments, f"--benchmark-json={file}"], suite, say)
+            if file.exists() and (found := json.loads(file.read_text() or "{}")).get("benchmarks"):
                 found["benchmarks"] = merged.get("benchmarks", []) + found["benchmarks"]
                 merged = {**found, **{k: v for k, v in merged.items() if k != "benchmarks"}}
         if SPARSIFY in asked:
             file = Path(folder) / "sparsify.json"
             script = [pythons[SPARSIFY], "bench/bench_integrations.py", "--host", SPARSIFY]
-            follow([*script, "--json", str(file)], SPARSIFY, say)
-            merged["integrations"] = {SPARSIFY: json.loads(file.read_text())}
+            failures += follow([*script, "--json", str(file)], SPARSIFY, say)
+            if file.exists():
+                merged["integrations"] = {SPARSIFY: json.loads(file.read_text())}
     if not merged:
-        raise Failed(f"no case of {', '.join(plan.suites)} matches -k {plan.matching!r}")
-    return {"command": plan.command, **merged}
+        none = f"no case of {', '.join(plan.suites)} matches -k {plan.matching!r}"
+        raise Failed("\n\n".join(failures) or none)
+    return {"command": plan.command, **merged}, failures
 
 
 def options(plan: Plan, suite: str) -> list[str]:
@@ -138,12 +142,8 @@ def options(plan: Plan, suite: str) -> list[str]:
     return made + (["-k", plan.matching] if plan.matching else [])
 
 
-def follow(command: Sequence[str], suite: str, say: Callable[[str, int, str], None]) -> bool:
-    """Run a suite to its end, telling its lines; False when none of its cases was chosen.
-
-    Raises:
-        Failed: it ended with another status than success.
-    """
+def follow(command: Sequence[str], suite: str, say: Callable[[str, int, str], None]) -> list[str]:
+    """Run a suite to its end, telling its lines; returns the last ones if something failed."""
     paths = [str(CHECKOUT), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
     cases, last = 0, [""]
@@ -155,9 +155,8 @@ def follow(command: Sequence[str], suite: str, say: Callable[[str, int, str], No
                 cases = int(line.removeprefix("cases: "))
             say(suite, cases, line)
             last = [*last[-60:], line]
-    if process.returncode not in (0, NOTHING_CHOSEN):
-        raise Failed("\n".join([f"bench_{suite} failed:", *last]))
-    return process.returncode == 0
+    failed = process.returncode not in (0, NOTHING_CHOSEN)
+    return ["\n".join([f"bench_{suite} failed:", *last])] if failed else []
 
 
 def lines(process: subprocess.Popen[str]) -> Iterator[str]:
