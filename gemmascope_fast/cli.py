@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     commands.add_parser("demo", add_help=False, help="train and compare; --help lists its options")
     commands.add_parser("train", add_help=False, help="train an SAE; --help lists its options")
-    commands.add_parser("bench", add_help=False, help="tables of measurements; --help for more")
+    commands.add_parser("bench", add_help=False, help="measure this machine; --help for more")
     for name, text in ARTEFACTS.items():
         commands.add_parser(name, add_help=False, help=f"{text}; --help lists its options")
     args, rest = parser.parse_known_args(argv)

@@ -22,6 +22,9 @@ COLOURS = {
     "embedding_bag": "#5b6bbf",
     "dense fp32, torch.compile": "#8d4fa3",
     "torch.compile": "#8d4fa3",
+    "ours, unpacked": "#2a9df4",
+    "ours, direct": "#6a4c93",
+    "ours, unfused": "#b5179e",
 }
 OTHERS = ("#577590", "#bc6c25", "#90be6d", "#495057", "#b5179e", "#2a9df4", "#e9c46a", "#6a4c93")
 PARTS = {"encode": "#0b7a75", "decode and loss": "#5b6bbf", "backward": "#c44e2b"}
@@ -54,7 +57,9 @@ def draw(width: float, height: float, panels: int, fill: Callable[[Any], None]) 
         figure = Figure(figsize=(width, height), layout="constrained")
         fill(figure.subplots(1, panels, squeeze=False)[0])
         held = io.StringIO()
-        figure.savefig(held, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(
+            held, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
     text = held.getvalue()
     return text[text.index("<svg") :]
 

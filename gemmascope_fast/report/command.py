@@ -97,6 +97,8 @@ def measure(args: argparse.Namespace, against: Sequence[str], argv: Sequence[str
 
     from . import terminal
 
+    if args.out is not None and args.out.is_dir():
+        raise IsADirectoryError(f"bench: --out must be a file, got the folder {args.out}")
     console = Console()
     chosen = args.suites or ([running.SWEEP] if args.sweep else list(running.SUITES))
     if running.SAELENS in against and running.SAELENS not in chosen:

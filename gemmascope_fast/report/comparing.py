@@ -4,8 +4,9 @@ Machines and moments differ, so a time is first divided by a yardstick of its ow
 geometric mean of the contenders that are not ours, or the ceiling that bounds the op where there
 are none. Of these ratios' logarithms the difference of medians, B less A, has a bootstrap interval
 (`scipy.stats.bootstrap`, percentile method, fixed seed) of 99 %. An op is slower when the whole
-interval lies above `MARGIN`: rounds of one process do not know how processes differ among
-themselves (pages, clocks), which came to less than that in repeated runs of one commit.
+interval lies above 1 + `MARGIN`: rounds of one process do not know how processes differ among
+themselves (pages, clocks). Calls of a few milliseconds need more rounds (`--rounds`) than the five
+that a suite takes at least: their intervals are wide.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import charts
 from .gemma import model
 from .rows import (
     OURS,
@@ -22,7 +23,7 @@ from .rows import (
     milliseconds,
     peers,
 )
-from .tables import GPU_COMMAND, NEVER, document, machine, origin
+from .tables import GPU_COMMAND, NEVER, document, machine, origin, pictures
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 COMPLETE = "docs/benchmarks.md"
@@ -81,13 +82,20 @@ def part(found: Found) -> str:
 
 
 def update(readme: Path, found: Found) -> list[Path]:
-    """Rewrite the README's part, and `docs/benchmarks.md` beside it; paths that were written."""
+    """Rewrite the README's part, and `docs/benchmarks.md` with its curves; paths that were written.
+
+    Raises:
+        ModuleNotFoundError: there are curves to draw, and matplotlib is not installed.
+        ValueError: the README has no place for its part.
+    """
     complete = readme.parent / COMPLETE
-    new = replaced(readme.read_text(), part(found))
+    written = {readme: replaced(readme.read_text(), part(found)), complete: document(found)}
+    for name, (title, rows, over) in pictures(found).items():
+        written[complete.parent / name] = charts.curve(rows, title, over)
     complete.parent.mkdir(exist_ok=True)
-    complete.write_text(document(found))
-    readme.write_text(new)
-    return [readme, complete]
+    for path, text in written.items():
+        path.write_text(text)
+    return list(written)
 
 
 def replaced(text: str, part: str) -> str:

@@ -125,9 +125,10 @@ def run(plan: Plan, say: Callable[[str, int, str], None]) -> tuple[Results, list
         if SPARSIFY in asked:
             file = Path(folder) / "sparsify.json"
             script = [pythons[SPARSIFY], "bench/bench_integrations.py", "--host", SPARSIFY]
-            failures += follow([*script, "--json", str(file)], SPARSIFY, say)
+            sizes = [] if plan.shapes == "named" else ["--n=512", "--d-sae=16384"]
+            failures += follow([*script, *sizes, "--json", str(file)], SPARSIFY, say)
             if file.exists():
-                merged["integrations"] = {SPARSIFY: json.loads(file.read_text())}
+                merged["integrations"] = json.loads(file.read_text())
     if not merged:
         none = f"no case of {', '.join(plan.suites)} matches -k {plan.matching!r}"
         raise Failed("\n\n".join(failures) or none)

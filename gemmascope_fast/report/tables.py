@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import charts
 from .rows import (
     COMPARED,
     Found,
@@ -37,7 +38,19 @@ recorded from the dictionary that `make demo` trains (`trace`: 8,192 latents, sh
 
 def document(found: Found) -> str:
     """`docs/benchmarks.md`."""
-    return f"{INTRODUCTION}\n\n{tables(found)}\n"
+    shown = [f"![{title}]({name})" for name, (title, _, _) in pictures(found).items()]
+    return "\n\n".join([INTRODUCTION, *shown, tables(found)]) + "\n"
+
+
+def pictures(found: Found) -> dict[str, tuple[str, list[Row], str]]:
+    """The document's curves by file name: title, rows, and over which size they go."""
+    steps = [r for results in found.cpu.values() for r in cpu_rows(results) if r["op"] == "step"]
+    held = {over: charts.curves(steps, over) for over in ("d_sae", "l0")}
+    return {
+        f"benchmarks-step-{over}.svg": (title, rows, over)
+        for over, drawn in held.items()
+        for title, rows in list(drawn.items())[:1]
+    }
 
 
 def tables(found: Found) -> str:
