@@ -48,13 +48,13 @@ STYLE = {
 Points = dict[str, list[tuple[float, float]]]
 
 
-def draw(width: float, height: float, panels: int, fill: Callable[[Any], None]) -> str:
+def draw(across: float, height: float, panels: int, fill: Callable[[Any], None]) -> str:
     """SVG of a figure with `panels` axes side by side, which `fill` is given."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(across, height), layout="constrained")
         fill(figure.subplots(1, panels, squeeze=False)[0])
         held = io.StringIO()
         figure.savefig(
@@ -126,13 +126,21 @@ NAMES = {"d_sae": "latents (d_sae)", "l0": "active latents per token (L0)"}
 
 
 def logarithmic(axes: Any, x: Sequence[float]) -> None:
-    """Both axes logarithmic, a tick at every measured x."""
+    """Both axes logarithmic, a tick at every measured x and at 1, 2 and 5 of each decade of y."""
+    from matplotlib.ticker import LogLocator
+
     axes.set(xscale="log", yscale="log")
-    axes.set_xticks(
-        x, [f"{value:,.0f}" if value < 10_000 else f"{value / 1024:.0f}k" for value in x]
-    )
+    axes.set_xticks(x, [width(value) for value in x])
     axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def width(value: float) -> str:
+    """A number of latents in few characters: 512, 16k, 1M."""
+    if value < 10_000:
+        return f"{value:,.0f}"
+    return f"{value / 2**10:.0f}k" if value < 2**20 else f"{value / 2**20:.0f}M"
 
 
 def crossover(ours: Sequence[tuple[float, float]], dense: Sequence[tuple[float, float]]) -> float:
