@@ -1,7 +1,7 @@
 """Runs the suites of a checkout's `bench/`, a process each, and merges what they measured.
 
-Each suite has a process of its own because what one leaves in memory slows the next: after the
-others, a training step took twice as long. This process sleeps meanwhile, but for a line a case.
+Each suite has a process of its own, so that none inherits what another leaves in memory or in the
+environment. This process sleeps meanwhile, but for a line a case.
 """
 
 from __future__ import annotations
