@@ -18,7 +18,7 @@ WIDTH = 100
 DENSE = 0.05
 """Share of the entries of a screened call that are candidates, from which a centre is worth a try.
 
-Gaussian data at L0 64 have 0.005 (JumpReLU) and 0.03 (TopK; bench/results/cpu.json)."""
+Gaussian data at L0 64 have 0.005 (JumpReLU) and 0.03 (TopK; bench/results/cpu_encode.json)."""
 
 
 @dataclass(frozen=True)
