@@ -31,7 +31,7 @@ PARTS = {"encode": "#0b7a75", "decode and loss": "#5b6bbf", "backward": "#c44e2b
 PARTS |= {"optimizer": "#e0a458"}
 FEWEST = 3
 """Points that make a curve."""
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
     "svg.hashsalt": "gemmascope_fast",  # the same bytes for the same data
     "font.family": "sans-serif",
