@@ -34,12 +34,6 @@ STEPS, N = 200, 64
 KINDS = ("step", "topk", "batchtopk", "matryoshka", "quadratic", "tanh to input")
 GATED = tuple(kind for kind in KINDS if TRAINED[kind][0] is JUMPRELU)
 
-ORDERS = (1, 6)
-"""Seeds of two orders of the coordinates; SAELens' "tanh to input" flips gates in either."""
-
-NOISE = 4
-"""Times two samples of SAELens' own noise."""
-
 ROUNDING = 1e-6
 """Relative error of a loss in float32, and of a gradient against its largest element."""
 
@@ -59,27 +53,21 @@ class Run:
 
 def trained(
     kind: str,
-    order: int | None = None,
     eps: float | None = None,
     watch: Callable[[Any, Tensor], None] | None = None,
 ) -> Run:
-    """A run; `order` seeds another order of the coordinates, `watch` sees each step before it."""
+    """A run; `watch` sees each step before it."""
     cls, settings = TRAINED[kind]
     module = make((cls, {**settings, "decoder_init_norm": 1.0}))
     generator = torch.Generator().manual_seed(3)
     atoms = torch.randn(48, D, generator=generator)
-    places = torch.arange(D)
-    if order is not None:
-        places = torch.randperm(D, generator=torch.Generator().manual_seed(order))
     with torch.no_grad():
         module.initialize_weights()
-        module.W_enc.copy_(module.W_enc[places])
-        module.W_dec.copy_(module.W_dec[:, places])
 
     def data() -> Any:
         while True:
             weights = torch.rand(N, 48, generator=generator).pow(12) * 3
-            yield (weights @ atoms / D**0.5)[:, places]
+            yield weights @ atoms / D**0.5
 
     run = config.SAETrainerConfig(
         total_training_samples=STEPS * N, train_batch_size_samples=N, lr=1e-3, lr_end=1e-3,
@@ -150,7 +138,7 @@ def test_200_steps_of_saelens_trainer(kind: str) -> None:
         ours = trained(kind, eps=eps)
         log = ours.trainer.build_train_step_log_dict(ours.output, N)
     assert isinstance(ours.output.feature_acts, LazyActs)
-    assert apart(ours, theirs).max() <= ROUNDING
+    assert (ours.losses / theirs.losses - 1).abs().max() <= ROUNDING
     assert abs(theirs.losses[-1] / theirs.losses[0] - 1) > 2e-3
     assert torch.equal(ours.fired, theirs.fired)
     assert torch.equal(ours.trainer.act_freq_scores, theirs.trainer.act_freq_scores)
@@ -164,27 +152,13 @@ def test_200_steps_of_saelens_trainer(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", GATED)
 def test_200_steps_by_adams_own_eps(kind: str) -> None:
-    """Losses leave SAELens' no further than its own do in another order of the coordinates.
+    """As a user trains: L0 and loss at the end within 1 %, and hardly a gate decided otherwise.
 
-    Where gates flip, by at most the shares of their tokens: one in N each. SAELens' own flip up to
-    21 of 7210 (order 6).
+    SAELens in another order of the coordinates flips up to 21 of 7210 entries.
     """
     theirs = trained(kind)
-    others = [trained(kind, order) for order in ORDERS]
     with saelens.install():
         ours = trained(kind)
-    noise = [apart(other, theirs)[~flipped(other, theirs).any(1)] for other in others]
-    off, tokens = apart(ours, theirs), flipped(ours, theirs)
-    assert off.median() <= NOISE * max(n.median() for n in noise)
-    assert (off <= NOISE * max(n.max() for n in noise) + tokens.double().mean(1)).all()
+    assert ours.losses[-20:].mean() == pytest.approx(float(theirs.losses[-20:].mean()), rel=1e-2)
+    assert (ours.fired[-20:].sum() / theirs.fired[-20:].sum() - 1).abs() < 1e-2
     assert (ours.fired != theirs.fired).sum() < 1e-2 * theirs.fired.sum()
-
-
-def flipped(a: Run, b: Run) -> Tensor:
-    """`[STEPS, n]` tokens of which not the same latents fire."""
-    return (a.fired != b.fired).any(2)
-
-
-def apart(a: Run, b: Run) -> Tensor:
-    """Relative differences of the losses, step by step."""
-    return (a.losses / b.losses - 1).abs()
