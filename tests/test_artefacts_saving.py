@@ -165,6 +165,12 @@ def parts(path):
     return json.loads(data[8:end]), data[end:]
 
 
+def test_a_dictionary_of_one_latent(tmp_path):
+    module = SAE(4, 1, dtype=torch.bfloat16)
+    module.save_pretrained(tmp_path)
+    assert torch.equal(load(tmp_path).W_enc, module.W_enc)
+
+
 def test_config_that_is_written(tmp_path):
     Transcoder(6, 10, affine=True).save_pretrained(
         tmp_path / "new" / "folder",

@@ -89,4 +89,4 @@ def write_tensors(
         for start in range(0, t.shape[0], step):
             rows = t.rows(start, min(start + step, t.shape[0])).cpu()
             block = finite(OP, t.parameter, rows, t.dtype).contiguous()
-            file.write(block.view(torch.uint8).numpy().data)
+            file.write(block.view(-1).view(torch.uint8).numpy().data)
