@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -36,11 +37,16 @@ def data() -> Tensor:
 
 
 class Eventful(gsf.sources.TensorSource):
-    """Something happens on one rank when it asks for the second block."""
+    """Something happens on one rank when it asks for the second block, or before the first."""
 
     def __init__(self, event: Event | None) -> None:
         super().__init__(data())
         self.event = event
+
+    def identity(self) -> dict[str, Any]:
+        if self.event is lost:
+            self.event()
+        return super().identity()
 
     def part(self, seed: int, index: int, rank: int, ranks: int) -> Any:
         if index == 1 and self.event is not None:
@@ -58,6 +64,10 @@ def stopped() -> None:
 
 def refused() -> None:
     raise OSError("the disk is on fire")
+
+
+def lost() -> None:
+    raise FileNotFoundError("no such folder here")
 
 
 def killed_in_a_save() -> None:
@@ -141,6 +151,31 @@ def test_every_other_rank_names_the_one_that_is_lost(
         assert (kind, ranks) == (RankError.__name__, [on]) and text in message.replace("\\", "")
     assert checkpoints(tmp_path) == [4]  # 300 rows in batches of 40: the second block is at step 8
     assert took < TIMEOUT + 30  # the machine may be busy; alone it takes TIMEOUT + PATIENCE
+
+
+def test_a_rank_that_fails_before_the_first_step_is_named_too(tmp_path: Path) -> None:
+    found, _ = outcomes(tmp_path, lost, 1)
+    assert found.pop(1) == ("FileNotFoundError", "no such folder here", None)
+    said = "train: rank 1 failed: FileNotFoundError: no such folder here"
+    assert found == [(RankError.__name__, said, [1])] * 3
+
+
+def test_the_thread_of_a_run_has_ended_when_the_run_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is in a call of the store when the process exits aborts it."""
+    calling = threading.Event()
+
+    class Slow(dist.HashStore):
+        def set(self, key: str, value: str) -> None:
+            calling.set()
+            time.sleep(4 * failure.BEAT)
+
+    monkeypatch.setattr(failure, "BEAT", 0.05)
+    monkeypatch.setattr(failure, "_get_default_store", Slow)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    with failure.guarded("train"):
+        assert calling.wait(60)
+    assert "gemmascope_fast" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_rank_that_dies_in_a_save_leaves_the_last_checkpoint(tmp_path: Path) -> None:

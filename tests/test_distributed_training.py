@@ -13,9 +13,11 @@ import torch
 from ranks import Ranks
 from sharded import clt, crosscoder, mesh_of, sae
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 import gemmascope_fast as gsf
 from gemmascope_fast.distributed import clip_grad_norm_, save_pretrained, saving, shard
+from gemmascope_fast.distributed.layout import Layout
 from gemmascope_fast.distributed.running import check_run
 from gemmascope_fast.distributed.trainer import MeshTrainer
 from gemmascope_fast.distributed.updates import sum_gradients_
@@ -258,8 +260,10 @@ def test_the_two_kinds_of_checkpoints_do_not_mix(ranks: Ranks, tmp_path: Path) -
 # ---- artefacts
 
 
-def exported(dp: int, tp: int, kind: str, folder: str, bad: int | None) -> str:
-    whole = {"sae": sae, "crosscoder": crosscoder, "clt": clt}[kind]()
+def exported(
+    dp: int, tp: int, kind: str, folder: str, bad: int | None = None, **options: Any
+) -> str:
+    whole = {"sae": sae, "crosscoder": crosscoder, "clt": clt}[kind](**options)
     whole.metadata["model_name"] = "m"
     sharded = shard(whole, mesh_of(dp, tp))
     if bad is not None and torch.distributed.get_rank() == bad:
@@ -291,6 +295,41 @@ def test_slices_make_the_files_of_the_whole(ranks: Ranks, tmp_path: Path, kind: 
                 assert found == expected
 
 
+@pytest.mark.parametrize("d_sae", [5, 2])  # over four: 2, 2, 1, 0 and 1, 1, 0, 0
+def test_ranks_with_one_latent_or_none_write_what_they_have(
+    ranks: Ranks, tmp_path: Path, d_sae: int
+) -> None:
+    options: dict[str, Any] = {"d_sae": d_sae, "dtype": torch.bfloat16}
+    whole = sae(**options)
+    whole.metadata["model_name"] = "m"
+    whole.save_pretrained(tmp_path / "whole", l0=7)
+    assert set(ranks.run(4, exported, 1, 4, "sae", str(tmp_path / "parts"), **options)) == {""}
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes()
+
+
+def two_at_once(folder: str) -> None:
+    """Each row of a larger mesh saves a dictionary of its own."""
+    row = torch.distributed.get_rank() // 2
+    whole = sae(14)
+    with torch.no_grad():
+        whole.b_enc.add_(row)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("layer", "tp"))["tp"]
+    save_pretrained(shard(whole, mesh), f"{folder}/{row}")
+    assert torch.equal(gsf.load(f"{folder}/{row}").b_enc, whole.b_enc)
+
+
+def test_parts_of_a_larger_mesh_save_artefacts_of_their_own(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(4, two_at_once, str(tmp_path))
+
+
+def test_a_module_that_the_format_refuses_is_refused_on_every_rank(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    for said in ranks.run(3, exported, 1, 3, "sae", str(tmp_path), activation=gsf.TopK(3)):
+        assert said.startswith("ValueError: save_pretrained: Gemma Scope 2's files hold JumpReLU")
+
+
 def test_a_slice_that_cannot_be_written_leaves_what_was_there(ranks: Ranks, tmp_path: Path) -> None:
     ranks.run(3, exported, 1, 3, "sae", str(tmp_path), None)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -317,7 +356,8 @@ def mismatched(changes: dict[str, Any], own: dict[str, Any], rank: int) -> str:
     mine = changes | own if torch.distributed.get_rank() == rank else changes
     settings = Settings(16, 16, **options_of(mine))
     try:
-        check_run(mesh_of(2, 2), TensorSource(data() + mine.get("shift", 0)), settings)
+        layout = Layout(mesh_of(2, 2), settings.d_sae)
+        check_run(layout, TensorSource(data() + mine.get("shift", 0)), settings)
     except (RuntimeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return ""

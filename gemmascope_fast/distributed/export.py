@@ -1,8 +1,9 @@
 """One Gemma Scope 2 artefact from the slices of all ranks, of which none ever holds the whole.
 
-Rank 0 makes each file as a single process does (header, temporary name, sync, renames); in place of
-the tensors it leaves room, into which every rank of the first copy writes its byte ranges. Of
-`w_enc [d_in, d_sae]` a slice of the latents is a part of every row; of the others it is one range.
+The first rank makes each file as a single process does (header, temporary name, sync, renames); in
+place of the tensors it leaves room, into which every rank of the first copy writes its byte ranges.
+Of `w_enc [d_in, d_sae]` a slice of the latents is a part of every row; of the others it is one
+range.
 The folder has to be on a file system that all ranks see.
 """
 
@@ -26,6 +27,9 @@ from ..durable import sync
 from .base import Sharded
 from .exchange import everyone
 from .layout import Layout
+
+_NOTHING = Plan({}, "", b"")
+"""What a rank without latents has to write."""
 
 LATENT_DIMS = {"w_enc": 1, "w_dec": 0, "b_enc": 0, "threshold": 0}
 """Dimension over the latents of each tensor of a file; the others are the same on all ranks."""
@@ -62,26 +66,31 @@ def write(
     metadata: Mapping[str, Any],
 ) -> None:
     """`save_pretrained` of the slice `local`."""
-    check_dtype(OP, dtype)
-    folder = files.as_path(OP, "path", path)
-    slices = plan(local, dtype, metadata, layout.d_sae)
-    if dist.get_rank() > 0:
+    slices, failure = _NOTHING, None
+    try:
+        check_dtype(OP, dtype)
+        folder = files.as_path(OP, "path", path)
+        if layout.rank == 0 or layout.latents.start < layout.latents.stop:
+            slices = plan(local, dtype, metadata, layout.d_sae)
+    except Exception as error:
+        failure = error
+    _together(layout, failure)
+    if dist.get_rank() != layout.first:
         _follow(slices, layout)
         return
     lead = _Lead(slices, layout)
-    failure: Exception | None = None
     try:
         writing.write_plan(folder, lead.whole, lead)
     except Exception as error:  # every rank has to hear of it
         failure = error
     if not lead.known:
-        _said([None, failure and f"{type(failure).__name__}: {failure}"])
+        _said([None, failure and f"{type(failure).__name__}: {failure}"], layout)
     if failure is not None:
         raise failure
 
 
 class _Lead:
-    """What rank 0 does in place of writing the tensors of a file.
+    """What the first rank does in place of writing the tensors of a file.
 
     Attributes:
         known: whether all ranks know already that it failed.
@@ -107,27 +116,29 @@ class _Lead:
         file.truncate(len(header) + sum(t.nbytes for t in tensors.values()))
         sync(file)
         name = self._left.pop(0)
-        _said([name, (file.name, len(header))])
+        _said([name, (file.name, len(header))], self._layout)
         self.known = True
         _filled(self._slices.tensors[name], Path(file.name), len(header), self._layout)
         self.known = False
 
 
 def _follow(slices: Plan, layout: Layout) -> None:
-    """What the other ranks do: fill in file after file, until rank 0 is done."""
+    """What the other ranks do: fill in file after file, until the first rank is done."""
     while True:
-        name, said = _said([None, None])
+        name, said = _said([None, None], layout)
         if name is None and said is None:
             return
         if name is None:
-            raise RuntimeError(f"{OP}: rank 0 failed: {said}")
+            raise RuntimeError(f"{OP}: rank {layout.first} failed: {said}")
         path, start = said
-        _filled(slices.tensors[name], Path(path), start, layout)
+        _filled(slices.tensors.get(name, {}), Path(path), start, layout)
 
 
-def _said(message: list[Any]) -> list[Any]:
-    """What rank 0 says to all."""
-    dist.broadcast_object_list(message, src=0)
+def _said(message: list[Any], layout: Layout) -> list[Any]:
+    """What the first rank of the mesh says to all of it."""
+    for group in (layout.dp_group, layout.tp_group):  # to the first of every copy, which pass it on
+        if group is not None and group.size() > 1:
+            dist.broadcast_object_list(message, group=group, group_src=0)
     return message
 
 
@@ -145,6 +156,11 @@ def _filled(slices: Mapping[str, Stored], path: Path, start: int, layout: Layout
                 sync(file)
     except Exception as error:
         failure = error
+    _together(layout, failure)
+
+
+def _together(layout: Layout, failure: Exception | None) -> None:
+    """Wait for all ranks; where one has failed, raise on all of them."""
     said = everyone((dist.get_rank(), failure and f"{type(failure).__name__}: {failure}"), layout)
     if failure is not None:
         raise failure
@@ -176,7 +192,8 @@ def _place(
 ) -> None:
     """Write rows `first, first + 1, ...` of a slice that begins at `latent`."""
     columns = whole.nbytes // whole.shape[0]  # bytes of a row of the whole
-    data = block.view(torch.uint8).numpy()
+    flat = block.view(-1).view(torch.uint8)  # by itself a column need not have stride 1
+    data = flat.view(len(block), -1).numpy()
     if dim == 1:
         for at, row in enumerate(data, first):
             _write_at(file, row.data, start + at * columns + latent * whole.dtype.itemsize)

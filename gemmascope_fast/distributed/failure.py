@@ -53,11 +53,13 @@ def guarded(op: str, alike: tuple[type[BaseException], ...] = ()) -> Iterator[No
         alike: errors that all ranks raise together.
     """
     watch = _Watch()
+    patience: float | None = None
     try:
         yield
     except alike:
         raise
     except BaseException as error:
+        patience = BEAT  # the store may not answer any more
         if not _is_collective(error):
             text = f"rank {watch.rank} failed: {type(error).__name__}: {error}"
             watch.publish({"text": text, "ranks": [watch.rank]})
@@ -65,7 +67,7 @@ def guarded(op: str, alike: tuple[type[BaseException], ...] = ()) -> Iterator[No
         verdict = watch.judge()
         raise RankError(f"{op}: {verdict['text']}", verdict["ranks"]) from error
     finally:
-        watch.stop()
+        watch.stop(patience)
 
 
 def limit(groups: list[Group | None], device: torch.device) -> None:
@@ -100,10 +102,10 @@ class _Watch:
         self._thread = threading.Thread(target=self._live, name="gemmascope_fast", daemon=True)
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread."""
+    def stop(self, patience: float | None) -> None:
+        """End the thread: one that is in a call of the store aborts the process when that exits."""
         self._ended.set()
-        self._thread.join(BEAT)
+        self._thread.join(patience)
 
     def publish(self, verdict: Verdict) -> Verdict:
         """Tell all ranks, unless another verdict was first; returns the one that counts."""

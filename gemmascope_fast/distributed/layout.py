@@ -60,6 +60,11 @@ class Layout:
         return self.tp_group.rank()
 
     @property
+    def first(self) -> int:
+        """The rank, of those of the process group, that comes first on the mesh."""
+        return int(self.mesh.mesh.flatten()[0])
+
+    @property
     def dp(self) -> int:
         """Number of copies of the dictionary."""
         return 1 if self.dp_group is None else self.dp_group.size()

@@ -51,13 +51,15 @@ def train_on(
         RuntimeError: ranks differ in what they are to train, or on what.
         ValueError: the mesh is not of all ranks, or too wide for the run.
     """
-    layout = check_run(mesh, source, settings)
+    check_mesh(OP, mesh)
+    layout = Layout(mesh, settings.d_sae)
     limit([layout.tp_group, layout.dp_group], torch.device(mesh.device_type))
     first = dist.get_rank() == 0
     place = None if folder is None or not first else folder / CHECKPOINTS
-    if progress and first:
-        _announce(source, settings, layout)
     with guarded(OP, alike=(NonFiniteError,)):
+        check_run(layout, source, settings)
+        if progress and first:
+            _announce(source, settings, layout)
         with nullcontext() if place is None else checkpoint.held(place):
             trainer = _start(source, settings, layout, folder, resume)
             with bar(settings.steps, progress and first) as shown:
@@ -65,19 +67,18 @@ def train_on(
             return _finish(trainer, folder, dict(metadata))
 
 
-def check_run(mesh: DeviceMesh, source: Source, settings: Settings) -> Layout:
+def check_run(layout: Layout, source: Source, settings: Settings) -> None:
     """Compare what the ranks are about to do, before anything large is made.
 
     Raises:
         RuntimeError: a rank differs; it is named, on every rank.
         ValueError: the mesh is not of all ranks, or too wide for the run.
     """
-    check_mesh(OP, mesh)
+    mesh = layout.mesh
     if mesh.size() != dist.get_world_size():
         raise ValueError(
             f"{OP}: mesh must hold all {dist.get_world_size()} ranks, it has {mesh.size()}"
         )
-    layout = Layout(mesh, settings.d_sae)
     own = {"torch": torch.__version__, "shape of the mesh": tuple(mesh.shape)}
     for kind, what in (("settings", settings.record()), ("source", source.identity())):
         own |= {f"{kind}: {name}": value for name, value in what.items()}
@@ -94,7 +95,6 @@ def check_run(mesh: DeviceMesh, source: Source, settings: Settings) -> Layout:
     if wrong:
         raise RuntimeError(f"{OP}: the ranks are to train different things: {'; '.join(wrong)}")
     check_slices(settings, layout)
-    return layout
 
 
 def _announce(source: Source, settings: Settings, layout: Layout) -> None:
