@@ -142,3 +142,23 @@ def trained(fused: bool, activation: Any) -> None:
 def test_an_optimizer_over_the_local_module_trains_the_dtensors(ranks: Ranks, fused: bool) -> None:
     for activation in (JUMP, TopK(5)):
         ranks.run(3, trained, fused, activation)
+
+
+def accumulated() -> None:
+    """Gradients handed over after each of several backward passes add up."""
+    whole = problems.sae(37)
+    sharded, _ = parted(whole, 1, 3)
+    for x in (batch(8), 2 * batch(8)):
+        for module in (whole, sharded):
+            module.loss(x)[0].backward()
+        sharded.hand_gradients()
+    here, latents = sharded.latents, {"W_enc": 1, "b_dec": None}
+    for name, p in whole.named_parameters():
+        dim = latents.get(name, 0)
+        expected = p.grad if dim is None else p.grad[:, here] if dim else p.grad[here]
+        close(sharded.local.get_parameter(name).grad, expected, name)
+        assert sharded.get_parameter(name).grad is None
+
+
+def test_handed_gradients_accumulate(ranks: Ranks) -> None:
+    ranks.run(3, accumulated)

@@ -108,14 +108,15 @@ class Sharded(nn.Module):
         return super().train(mode)
 
     def hand_gradients(self) -> None:
-        """Give the parameters of `local` the local gradients of this module's, and clear these.
+        """Add the local gradients of this module to those of `local`, and clear them here.
 
-        For an optimizer over `local`. Memory is shared, nothing is communicated.
+        For an optimizer over `local`. Nothing is communicated: over "dp" they are summands still.
         """
         local = self.local
         for name, p in self.named_parameters():
             if isinstance(p.grad, DTensor):
-                local.get_parameter(name).grad = p.grad.to_local()
+                mine, added = local.get_parameter(name), p.grad.to_local()
+                mine.grad = added if mine.grad is None else mine.grad.add_(added)
                 p.grad = None
 
     def _on_local(
