@@ -14,6 +14,7 @@ from sharded import JUMP, D, batch, close, parted, rows_of, same_acts, same_grad
 
 import gemmascope_fast as gsf
 from gemmascope_fast import BatchTopK, TopK
+from gemmascope_fast.distributed.layout import LATENTS
 
 MESHES = [(1, 2), (1, 3), (1, 4), (2, 2)]
 mesh_ids = [f"dp{dp}-tp{tp}" for dp, tp in MESHES]
@@ -144,21 +145,24 @@ def test_an_optimizer_over_the_local_module_trains_the_dtensors(ranks: Ranks, fu
         ranks.run(3, trained, fused, activation)
 
 
-def accumulated() -> None:
-    """Gradients handed over after each of several backward passes add up."""
+def accumulated(dp: int, tp: int) -> None:
+    """Gradients summed over "dp" and handed over after each of several backward passes add up."""
     whole = problems.sae(37)
-    sharded, _ = parted(whole, 1, 3)
+    sharded, mesh = parted(whole, dp, tp)
     for x in (batch(8), 2 * batch(8)):
-        for module in (whole, sharded):
-            module.loss(x)[0].backward()
+        whole.loss(x)[0].backward()
+        sharded.loss(x[rows_of(mesh, 8)])[0].backward()
+        for p in sharded.parameters():
+            p.grad = p.grad.redistribute(placements=p.placements)
         sharded.hand_gradients()
-    here, latents = sharded.latents, {"W_enc": 1, "b_dec": None}
+    here = sharded.latents
     for name, p in whole.named_parameters():
-        dim = latents.get(name, 0)
-        expected = p.grad if dim is None else p.grad[:, here] if dim else p.grad[here]
+        dim = LATENTS.get(name)
+        expected = p.grad if dim is None else p.grad[here] if dim == 0 else p.grad[:, here]
         close(sharded.local.get_parameter(name).grad, expected, name)
         assert sharded.get_parameter(name).grad is None
 
 
 def test_handed_gradients_accumulate(ranks: Ranks) -> None:
-    ranks.run(3, accumulated)
+    ranks.run(3, accumulated, 1, 3)
+    ranks.run(4, accumulated, 2, 2)
