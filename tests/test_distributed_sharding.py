@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ranks import Ranks
 from sharded import JUMP, D, batch, close, mesh_of, parted, same_acts
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import gemmascope_fast as gsf
@@ -186,6 +187,11 @@ def refused() -> None:
     module, mesh = problems.sae(13), mesh_of(2, 2)
     for call, kind, text in (
         (lambda: shard(module, None), TypeError, "shard: mesh must be a DeviceMesh, got NoneType"),
+        (
+            lambda: shard(module, DeviceMesh("cpu", [3, 1, 2, 0], mesh_dim_names=("tp",))),
+            ValueError,
+            "shard: mesh must have ascending ranks, got .3, 1, 2, 0",
+        ),
         (lambda: shard(nn.Linear(2, 2), mesh), TypeError, "module must be one of SAE, Transcoder,"),
         (lambda: shard(module, mesh, load=3), TypeError, "load must be callable or None, got int"),
         (lambda: load("x", mesh=mesh, latents=3), TypeError, "distributed.load: latents is not an"),

@@ -106,7 +106,10 @@ class Layout:
 
 
 def check_mesh(op: str, mesh: Any) -> None:
-    """A `DeviceMesh` of which this process is a part, with "tp", and with "dp" or nothing else."""
+    """A `DeviceMesh` of which this process is a part, with "tp", and with "dp" or nothing else.
+
+    Its ranks ascend: a process group numbers them so, whatever their order on the mesh.
+    """
     if not isinstance(mesh, DeviceMesh):
         raise TypeError(f"{op}: mesh must be a DeviceMesh, got {type(mesh).__name__}")
     names = mesh.mesh_dim_names
@@ -115,5 +118,7 @@ def check_mesh(op: str, mesh: Any) -> None:
             f'{op}: mesh must have mesh_dim_names ("dp", "tp") or ("tp",), got {names}; take such '
             "a part of a larger mesh by name"
         )
+    if any(bool((mesh.mesh.diff(dim=dim) < 0).any()) for dim in range(mesh.ndim)):
+        raise ValueError(f"{op}: mesh must have ascending ranks, got {mesh.mesh.tolist()}")
     if mesh.get_coordinate() is None:
         raise ValueError(f"{op}: rank {dist.get_rank()} is not on the mesh {mesh}")
