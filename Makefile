@@ -15,7 +15,7 @@ PEER_saelens ?= sae-lens==6.54.12
 PEER_sparsify ?= eai-sparsify==1.3.3
 PEER_dictionary_learning ?= --no-deps dictionary-learning==0.1.0 nnsight==0.3.7
 # One stem per op: the tests of everything that has a source file in csrc/cpu.
-SANITIZE_TESTS ?= $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp))) tests/test_screening.py tests/test_packing.py
+SANITIZE_TESTS ?= $(wildcard $(patsubst csrc/cpu/%.cpp,tests/test_%.py,$(wildcard csrc/cpu/*.cpp))) tests/test_screening.py tests/test_screen_bounds.py tests/test_packing.py
 # What the interpreter, a thousand times slower, runs: the tests of the ops' own, and those of single kernels.
 INTERPRETED := $(wildcard tests/test_triton_*.py $(patsubst kernels/%.py,tests/test_%*.py,$(wildcard kernels/*_encode.py \
   kernels/*_backward.py kernels/*_step.py kernels/decode.py kernels/pre_at.py kernels/by_feature.py)) tests/test_optim_fused.py)
