@@ -194,7 +194,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_names_are_restored_wherever_they_went(fake: SimpleNamespace) -> None:
     before = fake.names()
-    with sparsify.install():
+    with sparsify.install(fused_optimizers=False):
         assert fake.names() == tuple(sparsify.OURS.values())
         fake.late.taken = fake.utils.decoder_impl
         kept = fake.utils.decoder_impl
@@ -206,6 +206,16 @@ def test_names_are_restored_wherever_they_went(fake: SimpleNamespace) -> None:
 
 
 def test_a_foreign_change_stays(fake: SimpleNamespace) -> None:
-    with sparsify.install():
+    with sparsify.install(fused_optimizers=False):
         foreign = fake.utils.decoder_impl = lambda *args: "foreign"
     assert fake.utils.decoder_impl is foreign
+
+
+def test_an_install_that_fails_changes_nothing(
+    fake: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "schedulefree", None)
+    before = fake.names()
+    with pytest.raises(ImportError, match="schedulefree"):
+        sparsify.install()
+    assert fake.names() == before and not sparsify._installed

@@ -76,16 +76,18 @@ def install(*, strict_compat: bool = False, fused_optimizers: bool = True) -> Ch
         A context manager; leaving it restores what was there before.
 
     Raises:
-        ImportError: sparsify is not installed, or of another version than 1.3.
+        ImportError: sparsify is not installed, or of another version than 1.3; or `schedulefree`,
+            of which its optimizer is made, is missing.
     """
     host = require(PACKAGE, DISTRIBUTION, at_least="1.3", below="1.4")
+    if fused_optimizers:  # before anything changes: either may be missing
+        wrapper = importlib.import_module("schedulefree").ScheduleFreeWrapper
+        sign_sgd = importlib.import_module(f"{PACKAGE}.sign_sgd").SignSGD
     with _lock:
         _hook(host)
         changes = Changes(lambda: _undone(changes))
         changes.attribute(_served, "all", bool(strict_compat))
         if fused_optimizers:
-            wrapper = importlib.import_module("schedulefree").ScheduleFreeWrapper
-            sign_sgd = importlib.import_module(f"{PACKAGE}.sign_sgd").SignSGD
             changes.attribute(wrapper, "step", replacement(wrapper.step, sign_sgd))
             changes.attribute(host.Trainer, "__init__", fusing(host.Trainer.__init__))
         _installed.append(changes)
