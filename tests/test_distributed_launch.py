@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import gemmascope_fast as gsf
 from gemmascope_fast.distributed import mesh_of_torchrun
+from gemmascope_fast.training import command
 
 TRAIN = {"d_sae": 32, "target_l0": 4, "steps": 5, "batch_size": 40}
 
@@ -49,3 +50,13 @@ def test_a_mesh_needs_ranks_that_tp_divides(monkeypatch: pytest.MonkeyPatch) -> 
         mesh_of_torchrun(3)
     with pytest.raises(ValueError, match="timeout must be"):
         mesh_of_torchrun(2, timeout=0)
+
+
+def test_a_timeout_of_nothing_is_refused_by_the_command_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    options = ["--out=o", "--d-sae=8", "--steps=1", "--timeout=0", "--device=cpu"]
+    assert command.main(["x.safetensors", *options]) == 2
+    assert "timeout must be finite and > 0, got 0" in capsys.readouterr().err

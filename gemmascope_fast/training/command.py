@@ -98,7 +98,8 @@ def _mesh(device: str | None, tp: int | None, timeout: float | None) -> Any:
     from ..distributed.launch import TIMEOUT, mesh_of_torchrun
 
     kind = None if device is None else torch.device(device).type
-    return mesh_of_torchrun(tp, timeout=timeout or TIMEOUT, device_type=kind)
+    limit = TIMEOUT if timeout is None else timeout
+    return mesh_of_torchrun(tp, timeout=limit, device_type=kind)
 
 
 def _writer(path: Path | None) -> Callable[[dict[str, float]], None] | None:

@@ -13,9 +13,6 @@ from ..modules import Activation, JumpReLU
 from ..semantics import Semantics
 from .whole import WHOLE, Whole
 
-DATA = ("x", "target")
-"""The tensors with one row per token; the others are weights."""
-
 
 @dataclass(frozen=True)
 class Inputs:
