@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import gemmascope_fast as gsf
-from gemmascope_fast.distributed import mesh_of_torchrun
+from gemmascope_fast.distributed import mesh_of_torchrun, save_pretrained
 from gemmascope_fast.training import command
 
 TRAIN = {"d_sae": 32, "target_l0": 4, "steps": 5, "batch_size": 40}
@@ -48,8 +48,18 @@ def test_a_mesh_needs_ranks_that_tp_divides(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ValueError, match="tp must divide the number of ranks, 4, got 3"):
         mesh_of_torchrun(3)
+    with pytest.raises(TypeError, match="tp must be an int, got float"):
+        mesh_of_torchrun(2.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="timeout must be"):
         mesh_of_torchrun(2, timeout=0)
+    with pytest.raises(ValueError, match="device_type must be cuda or cpu, got 'tpu'"):
+        mesh_of_torchrun(2, device_type="tpu")
+
+
+def test_a_module_that_is_not_sharded_has_its_own_save_pretrained(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="module must be what shard, load or train returned, got S"):
+        save_pretrained(gsf.SAE(4, 8), tmp_path / "a")  # type: ignore[arg-type]
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_timeout_of_nothing_is_refused_by_the_command_too(

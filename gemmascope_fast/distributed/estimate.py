@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from ..arguments import check_count, check_number
+from ..checks import check_float_dtype
 from ..costs import COSTS
 from ..training.memory import estimate_memory
+from ..training.settings import MOMENTS
 from .layout import part
 from .step_share import KINDS, StepShare
 
@@ -151,17 +153,23 @@ def estimate(
         TypeError: an argument has the wrong type.
         ValueError: an argument is out of range, or a rank would have no latents.
     """
-    for name, value in (("dp", dp), ("tp", tp), ("n_layers", n_layers), ("d_sae", d_sae)):
-        if check_count(OP, name, value) < 1:
-            raise ValueError(f"{OP}: {name} must be >= 1, got {value}")
-    if kind not in KINDS:
-        raise ValueError(f"{OP}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    out = d_in if d_out is None else d_out
+    sizes = {"d_in": d_in, "d_sae": d_sae, "dp": dp, "tp": tp, "d_out": out, "n_layers": n_layers}
+    _check_sizes({**sizes, "batch_size": batch_size, "blocks": 1 if blocks is None else blocks})
+    check_float_dtype(OP, "dtype", dtype)
+    for name, value, known in (("kind", kind, KINDS), ("moments", moments, MOMENTS)):
+        if value not in known:
+            raise ValueError(f"{OP}: {name} must be one of {', '.join(known)}, got {value!r}")
     if n_layers > 1 and kind not in KINDS[2:]:
         raise ValueError(f"{OP}: n_layers is for crosscoders and CLTs, got {n_layers}")
     if part(d_sae, tp, tp - 1).start >= d_sae:
         raise ValueError(f"{OP}: d_sae={d_sae} over tp={tp} leaves a rank without latents")
-    check_number(OP, "l0", l0, positive=True)
-    out = d_in if d_out is None else d_out
+    if check_number(OP, "l0", l0, positive=True) > d_sae * n_layers:
+        raise ValueError(f"{OP}: l0 must be at most the {d_sae * n_layers} latents, got {l0}")
+    if touched is not None:
+        check_count(OP, "touched", touched, -(-d_sae // tp), "latents of a rank")
+    if not isinstance(rates, (Rates, type(None))):
+        raise TypeError(f"{OP}: rates must be Rates or None, got {type(rates).__name__}")
     step = StepShare(
         *(kind, d_in, d_sae, dp, tp, n_layers, dtype, moments, out),
         rows=-(-batch_size // dp),
@@ -172,6 +180,12 @@ def estimate(
     links = _tp(step, step.blocks if blocks is None else blocks), _dp(step, rows)
     seconds = _seconds(step, rates or Rates(), *links)
     return MeshEstimate(_memory(step), *links, batch_size, seconds)
+
+
+def _check_sizes(sizes: dict[str, Any]) -> None:
+    for name, value in sizes.items():
+        if check_count(OP, name, value) < 1:
+            raise ValueError(f"{OP}: {name} must be >= 1, got {value}")
 
 
 def _tp(s: StepShare, blocks: int) -> Traffic:

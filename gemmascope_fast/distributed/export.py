@@ -53,8 +53,14 @@ def save_pretrained(
     Raises:
         OSError: a file cannot be written. What was there before stays.
         RuntimeError: another rank failed; names it.
+        TypeError: the module is not sharded.
         ValueError: the format cannot express the module, or a value is not finite.
     """
+    if not isinstance(module, Sharded):
+        raise TypeError(
+            f"distributed.save_pretrained: module must be what shard, load or train returned, got "
+            f"{type(module).__name__}"
+        )
     write(module.local, module.layout, path, dtype, metadata)
 
 

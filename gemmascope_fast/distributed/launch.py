@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ..arguments import check_number
+from ..arguments import check_count, check_number
 
 TIMEOUT = 600.0
 """Seconds that a rank may stand still."""
@@ -27,7 +27,9 @@ def mesh_of_torchrun(
             is one.
 
     Raises:
-        ValueError: tp does not divide the number of ranks, or there is no `torchrun` to share with.
+        TypeError: tp or timeout is no number.
+        ValueError: tp does not divide the number of ranks, there is no `torchrun` to share with, or
+            timeout or device_type is out of range.
     """
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
         if tp is not None:
@@ -35,10 +37,12 @@ def mesh_of_torchrun(
         return None
     world = int(os.environ["WORLD_SIZE"])
     tp = world if tp is None else tp
-    if tp < 1 or world % tp != 0:
+    if check_count("train", "tp", tp) < 1 or world % tp != 0:
         raise ValueError(f"train: tp must divide the number of ranks, {world}, got {tp}")
     limit = timedelta(seconds=check_number("train", "timeout", timeout, positive=True))
     kind = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind not in ("cuda", "cpu"):
+        raise ValueError(f"train: device_type must be cuda or cpu, got {kind!r}")
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized():
