@@ -15,6 +15,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIXED = [(x, w) for x in DTYPES for w in DTYPES]
 """Every pair of supported dtypes of x and of the weights."""
 
+HANDED_OVER = (
+    "decode",
+    "decode_",
+    "encode_backward",
+    "decode_backward",
+    "sae_backward",
+    "fused_sparse_step",
+)
+"""Ops whose compiled CUDA kernels hand over to dense products where those pay."""
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -189,6 +189,34 @@ def test_device_code_includes_no_torch_header() -> None:
         assert [i for i in included if re.match(r"torch/|ATen/|c10/|Python\.h", i)] == [], path
 
 
+def types(path: Path) -> set[str]:
+    """Qualified names of the types that a C++ file defines outside of unnamed namespaces."""
+    scopes: list[str | None] = []
+    found = set()
+    opened = re.compile(r"^(?:inline )?namespace ?(\w*) \{|^(?:struct|class|union) (\w+).*\{|^\}")
+    for line in path.read_text().splitlines():
+        match = opened.match(line)
+        if not match:
+            continue
+        if line.startswith("}"):
+            scopes = scopes[:-1] if "// namespace" in line else scopes
+        elif match[2] is None:
+            scopes.append(match[1] or None)
+        elif None not in scopes:
+            found.add("::".join([*map(str, scopes), match[2]]))
+    return found
+
+
+def test_no_two_types_of_the_library_have_one_name() -> None:
+    """The linker would merge their destructors: a CUDA error path would run the CPU's."""
+    where: dict[str, set[Path]] = {}
+    for path in (ROOT / "csrc").rglob("*.*"):
+        for name in types(path) if "testing" not in path.parts else ():
+            where.setdefault(name, set()).add(path)
+    assert {"gemmascope_fast::SaeInputs", "gemmascope_fast::on_cuda::SaeInputs"} <= set(where)
+    assert {name: paths for name, paths in where.items() if len(paths) > 1} == {}
+
+
 # ---- one stem per op
 
 

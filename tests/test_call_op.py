@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from oracle import assert_same
-from samples import problem, samples
+from samples import HANDED_OVER, problem, samples
 from torch import Tensor
 
 from gemmascope_fast import ops
@@ -19,14 +19,6 @@ from gemmascope_fast import ops
 pytest.importorskip("gemmascope_fast._testing", reason="_testing is not built")
 
 CUDA_SOURCES = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
-HANDED_OVER = (
-    "decode",
-    "decode_",
-    "encode_backward",
-    "decode_backward",
-    "sae_backward",
-    "fused_sparse_step",
-)
 SCRATCH, FORWARDING = "gemmascope_fast_scratch", "gemmascope_fast_testing"
 FORWARDED = ("decode", "decode_", "sae_backward", "fused_sparse_step")
 

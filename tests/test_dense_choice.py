@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.utils._pytree as pytree
-from samples import DTYPES, problem, samples
-from test_call_op import HANDED_OVER, copies
+from samples import DTYPES, HANDED_OVER
 from torch import Tensor
-from transport import on_device
 
 from gemmascope_fast import ops, triton_launchers
 
@@ -209,35 +205,3 @@ def test_the_rates_are_those_of_the_table() -> None:
         named = rates(architecture)
         assert rows[architecture] == [named[rate] for rate in triton_launchers.RATES]
     assert len(triton_launchers.RATES) == 5
-
-
-# ---- on a GPU
-
-DEVICE = os.environ.get("GEMMASCOPE_FAST_TEST_DEVICE", "")
-
-
-@pytest.mark.skipif(not (DEVICE and OFFERED), reason="needs a GPU")
-@pytest.mark.parametrize("name", HANDED_OVER)
-def test_on_a_device_the_op_is_handed_over(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-    product = dense._product
-    monkeypatch.setattr(dense, "FORCED", True)
-    monkeypatch.setattr(dense, "_product", lambda *a: calls.append(1) or product(*a))
-    args = [
-        a.round() if isinstance(a, Tensor) and a.is_floating_point() else a
-        for a in samples(problem(integer=True))[name][0]
-    ]
-    op = getattr(torch.ops.gemmascope_fast, name).default
-    ours, theirs = copies(args), copies(args)
-    torch.ops.gemmascope_fast_triton.set_rates(ALWAYS)
-    try:
-        results = on_device(op, torch.device(DEVICE))(*ours)
-    finally:
-        torch.ops.gemmascope_fast_triton.set_rates(triton_launchers.dense_rates())
-    assert calls, "a pass served"
-    wanted = ops.TABLE[name].reference(*theirs)
-    for mine, other in zip(
-        pytree.tree_leaves((results, ours)), pytree.tree_leaves((wanted, theirs)), strict=True
-    ):
-        if isinstance(mine, Tensor):
-            torch.testing.assert_close(mine, other, equal_nan=True)

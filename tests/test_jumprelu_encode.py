@@ -211,11 +211,16 @@ def test_capacity(backend):
         cut = [t[:nnz] for t in padded[1:4]]
         assert_all_same([padded[0], *cut, padded[5]], [*exact[:4], exact[5]])
         check_feature_view(padded[5], padded[6], padded[0], padded[1], 37)
-    for capacity in () if interpreted(backend) else (0, nnz - 1):  # see test_triton_encode.py
+    for capacity in (0, nnz - 1):
+        if backend.gpu_terms:
+            if not interpreted(backend):  # which has tests of its own: test_triton_encode.py
+                cut = encode(backend, p, 2.0, capacity)
+                assert int(cut[4]) == nnz and cut[2].shape == (capacity,) and cut[2].isnan().all()
+            continue
         with pytest.raises(RuntimeError, match=rf"CapacityError: .*max_nnz={capacity}.* {nnz} "):
             encode(backend, p, 2.0, capacity)
     needed = int(encode(backend, p)[4])
-    if not interpreted(backend):
+    if not backend.gpu_terms:
         with pytest.raises(gsf.CapacityError, match=f"pass max_nnz >= {needed}$"):
             gsf.jumprelu_encode(*p.encoder, p.threshold, max_nnz=needed - 1)
     assert gsf.jumprelu_encode(*p.encoder, p.threshold, max_nnz=needed).nnz == needed

@@ -3,6 +3,7 @@
 #include "cuda/sae_inputs.h"
 
 namespace gemmascope_fast {
+inline namespace on_cuda {
 namespace {
 
 void check_groups(const char* op, const std::vector<int64_t>& group_ends, const Tensor& d_recon,
@@ -123,4 +124,5 @@ void for_groups(const char* op, const SaeInputs& in, FeaturePass p,
   }
 }
 
+}  // namespace on_cuda
 }  // namespace gemmascope_fast

@@ -8,6 +8,7 @@
 #include "cuda/feature_pass.h"
 
 namespace gemmascope_fast {
+inline namespace on_cuda {
 
 struct SaeInputs {
   FeatureEntries entries;  // on sets * n rows
@@ -40,4 +41,5 @@ FeaturePass sae_pass(const char* op, SaeInputs& in, const Tensor& d_b_enc,
 void for_groups(const char* op, const SaeInputs& in, FeaturePass p,
                 const std::function<void(const FeaturePass&)>& run);
 
+}  // namespace on_cuda
 }  // namespace gemmascope_fast

@@ -7,6 +7,7 @@
 #include "cuda/token_pass_kernel.cuh"
 
 namespace gemmascope_fast {
+inline namespace on_cuda {
 namespace {
 
 constexpr int64_t kMaxBlocks = std::numeric_limits<int32_t>::max();
@@ -85,4 +86,5 @@ Tensor dot_tokens_cuda(const char* op, const DeviceEntries& entries, const Tenso
   return out;
 }
 
+}  // namespace on_cuda
 }  // namespace gemmascope_fast

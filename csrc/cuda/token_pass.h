@@ -4,6 +4,7 @@
 #include "cuda/operands.h"
 
 namespace gemmascope_fast {
+inline namespace on_cuda {
 
 // out[i] = (out[i] +) bias + sum over the entries e of rows i, i + n, ... of coefficients[e] gate[e] matrix[indices[e]]
 struct TokenSum {
@@ -22,4 +23,5 @@ void sum_tokens_cuda(const char* op, const TokenSum& sum, const Tensor& out);
 Tensor dot_tokens_cuda(const char* op, const DeviceEntries& entries, const Tensor& W,
                        const Tensor& g);
 
+}  // namespace on_cuda
 }  // namespace gemmascope_fast
