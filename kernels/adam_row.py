@@ -122,7 +122,7 @@ def store_moments(rows, row, first, column, inside, m, v, step, seed, C: tl.cons
     if rows.exponents is not None:
         BLOCKS: tl.constexpr = (C + 127) // 128
         SHARED: tl.constexpr = min(BLOCK, 128)
-        random = random_words(row, first, step, seed, 1, BLOCK)
+        random = random_words(row, first, step, seed, BLOCK)
         code, exponent = encode_moment(tl.where(inside, v, 0.0), random, SHARED)
         tl.store(rows.exp_avg_sq + at, code, mask=inside)
         block = first // 128 + tl.arange(0, BLOCK // SHARED)
@@ -135,7 +135,7 @@ def store_moments(rows, row, first, column, inside, m, v, step, seed, C: tl.cons
 def store_weight(rows, row, first, column, inside, w, step, seed):
     """Write w of columns from `first` on, behind `store_moments`."""
     if rows.weight.dtype.element_ty == tl.bfloat16:
-        w = round_stochastically(w, random_words(row, first, step, seed, 0, w.shape[0]))
+        w = round_stochastically(w, random_words(row, first, step, seed, w.shape[0]))
     tl.store(rows.weight + row * rows.weight_stride + column, w, mask=inside)
 
 

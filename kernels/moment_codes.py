@@ -33,7 +33,7 @@ def encode_moment(v, random, SHARED: tl.constexpr):
     field = tl.minimum(field.to(tl.int32), 255)
     base = tl.broadcast_to(((field - 31) * 8388608)[:, None], [BLOCKS, SHARED])
     # By eighths of an octave: above the base at most 2^28, below it as little as -2^31.
-    code = (bits - tl.reshape(base, v.shape) + (random & 0xFFFFF).to(tl.int32)) >> 20
+    code = (bits - tl.reshape(base, v.shape) + (random >> 12).to(tl.int32)) >> 20
     code = tl.where((code < 0) | (bits == 0), 0, tl.minimum(code, 255))
     code = tl.where(bits > 0x7F800000, 255, code)
     return code.to(tl.uint8), field.to(tl.uint8)

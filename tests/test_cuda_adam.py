@@ -70,15 +70,14 @@ def native(*args: Any) -> None:
 @pytest.mark.parametrize("row", [0, 7, 2**31 + 5, 2**40 + 3])
 @pytest.mark.parametrize(("step", "seed"), [(1, 0), (77, -3 << 40), (2**32 + 9, 2**63 - 1)])
 def test_random_words_are_those_of_the_reference(row, step, seed):
-    for stream in (0, 1):
-        ours = testing.adam_random_words(seed % 2**64, row, step, stream, 9)
-        theirs = reference.random_words(torch.tensor([row]), 36, step, seed, stream)
-        assert (ours == theirs.numpy()[0]).all()
+    ours = testing.adam_random_words(seed % 2**64, row, step, 9)
+    theirs = reference.random_words(torch.tensor([row]), 36, step, seed)
+    assert (ours == theirs.numpy()[0]).all()
 
 
 def test_philox_known_answers():
-    words = testing.adam_random_words(0, 0, 0, 0, 1)
-    assert [f"{w:08x}" for w in words] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
+    words = testing.adam_random_words(0, 0, 0, 1)
+    assert [f"{w:08x}" for w in words] == ["5f6fb709", "0d893f64", "4f121f81", "4f730a48"]
 
 
 def test_rounding_is_that_of_the_reference():

@@ -159,20 +159,18 @@ void AdamRows::step_row(int64_t row, const float* gradient, int64_t gap, int64_t
 void AdamRows::store(int64_t row) {
   const AdamRowTable& table = adam_table();
   const int64_t cols = m_.weight.cols;
+  if (!random_.empty()) {
+    table.random(m_.seed, static_cast<uint64_t>(row), static_cast<uint64_t>(m_.step), cols,
+                 random_.data());
+  }
   if (!moment_.empty()) {
-    table.encode(moment_.data(), random(row, 1), cols, m_.codes + row * m_.exp_avg_sq_stride,
+    table.encode(moment_.data(), random_.data(), cols, m_.codes + row * m_.exp_avg_sq_stride,
                  m_.exponents + row * m_.blocks);
   }
   if (!weight_.empty()) {
-    table.round_bf16(weight_.data(), random(row, 0), cols,
+    table.round_bf16(weight_.data(), random_.data(), cols,
                      static_cast<uint16_t*>(const_cast<void*>(m_.weight.row(row))));
   }
-}
-
-const uint32_t* AdamRows::random(int64_t row, uint32_t stream) {
-  adam_table().random(m_.seed, static_cast<uint64_t>(row), static_cast<uint64_t>(m_.step), stream,
-                      m_.weight.cols, random_.data());
-  return random_.data();
 }
 
 }  // namespace gemmascope_fast

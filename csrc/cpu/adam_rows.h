@@ -48,7 +48,6 @@ class AdamRows {
   void step_row(int64_t row, const float* gradient, int64_t gap, int64_t next);
   RowAhead moments_of(int64_t row) const;
   void store(int64_t row);
-  const uint32_t* random(int64_t row, uint32_t stream);
 
   const AdamMatrix& m_;
   std::vector<float> weight_, moment_;  // of rows that are not float32

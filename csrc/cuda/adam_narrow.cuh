@@ -70,16 +70,15 @@ __device__ inline void store_narrow_codes(const NarrowRow& r, uint32_t column, b
 __device__ inline void narrow_quad(const AdamView& a, const NarrowRow& r, const RandomRow& random,
                                    uint32_t column, float decay, const NarrowQuad& quad, bool keep,
                                    float (&g)[4]) {
-  const RandomQuad for_codes = random_quad(random, 1, column / 4);
-  const RandomQuad for_weight = random_quad(random, 0, column / 4);
+  const RandomQuad words = random_quad(random, column / 4);
   float m[4], v[4], w[4];
   widen_narrow(quad.weight, w);
   decode_moments(quad.codes, quad.exponent, v);
   const bool positive = adam_elements(a.rates, {0.0f, decay, 0.0f}, false, g, m, v, w);
-  store_narrow_codes(r, column, positive, v, for_codes);
+  store_narrow_codes(r, column, positive, v, words);
   if (!keep) {
     uint32_t out[2];
-    round_stochastically(w, for_weight.word, out);
+    round_stochastically(w, words.word, out);
     r.weight[column / 4] = make_uint2(out[0], out[1]);
   }
 #pragma unroll

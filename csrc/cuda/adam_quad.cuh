@@ -108,7 +108,7 @@ __device__ inline void store_codes(const AdamView& a, int64_t row, int64_t colum
     largest = bits[e] > largest ? bits[e] : largest;
   }
   const int exponent = moment_exponent(__reduce_max_sync(0xffffffffu, largest));
-  const RandomQuad random = random_quad(random_row(a, row), 1, static_cast<uint32_t>(column / 4));
+  const RandomQuad random = random_quad(random_row(a, row), static_cast<uint32_t>(column / 4));
   uint8_t codes[4];
 #pragma unroll
   for (int e = 0; e < 4; ++e) codes[e] = encode_moment(bits[e], exponent, random.word[e]);
@@ -160,7 +160,7 @@ __device__ inline void store_weight(const AdamView& a, int64_t row, int64_t colu
     store_floats(static_cast<float*>(out), column, a.cols, w);
     return;
   }
-  const RandomQuad random = random_quad(random_row(a, row), 0, static_cast<uint32_t>(column / 4));
+  const RandomQuad random = random_quad(random_row(a, row), static_cast<uint32_t>(column / 4));
   uint16_t bits[4];
 #pragma unroll
   for (int e = 0; e < 4; ++e) bits[e] = round_stochastically(w[e], random.word[e]);

@@ -44,8 +44,8 @@ GSF_BOTH uint8_t encode_moment(uint32_t bits, int exponent, uint32_t random) {
   if (bits == 0) return 0;
   if (bits > 0x7f800000u) return 255;
   // By eighths of an octave: above the base at most 2^28, below it as little as -2^31.
-  const int32_t above = static_cast<int32_t>(bits) - (exponent - 31) * (1 << 23) +
-                        static_cast<int32_t>(random & 0xfffffu);
+  const int32_t above =
+      static_cast<int32_t>(bits) - (exponent - 31) * (1 << 23) + static_cast<int32_t>(random >> 12);
   const int32_t code = above < 0 ? 0 : above >> 20;
   return static_cast<uint8_t>(code > 255 ? 255 : code);
 }
@@ -67,7 +67,7 @@ GSF_BOTH uint32_t encode_positive_moments(const uint32_t (&bits)[4], int exponen
   uint32_t codes = 0;
   for (int e = 0; e < 4; ++e) {
     const int32_t above =
-        static_cast<int32_t>(bits[e]) - base + static_cast<int32_t>(random[e] & 0xfffffu);
+        static_cast<int32_t>(bits[e]) - base + static_cast<int32_t>(random[e] >> 12);
     codes |= static_cast<uint32_t>(above < 0 ? 0 : above) >> 20 << (8 * e);
   }
   return codes;

@@ -1,9 +1,10 @@
 // Random bits of the optimizer, and the stochastic rounding that uses them.
 //
-//   word c % 4 of Philox 4x32-10 at the counter (c // 4, row, row // 2^32 + 2^31 stream, step), key = seed
+//   word c % 4 of Philox 4x32-7 at the counter (c // 4, row, row // 2^32, step), key = seed
 //
 // Counter-based: any thread makes the words of any four columns, and every backend makes the same ones.
-// Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". 20 wide products per four words.
+// Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3". 14 wide products per four words,
+// of which the lower 16 bits round a weight and the upper 20 a second moment.
 #pragma once
 
 #include "cuda/rounded.cuh"
@@ -36,13 +37,12 @@ GSF_BOTH WideProduct wide_product(uint32_t a, uint32_t b) {
 #endif
 }
 
-// The words of columns 4 quad to 4 quad + 3; stream 0 rounds weights, 1 second moments.
-GSF_BOTH RandomQuad random_quad(const RandomRow& of, uint32_t stream, uint32_t quad) {
-  uint32_t c0 = quad, c1 = static_cast<uint32_t>(of.row),
-           c2 = static_cast<uint32_t>(of.row >> 32) | (stream << 31),
+// The words of columns 4 quad to 4 quad + 3.
+GSF_BOTH RandomQuad random_quad(const RandomRow& of, uint32_t quad) {
+  uint32_t c0 = quad, c1 = static_cast<uint32_t>(of.row), c2 = static_cast<uint32_t>(of.row >> 32),
            c3 = static_cast<uint32_t>(of.step);
   uint32_t k0 = static_cast<uint32_t>(of.seed), k1 = static_cast<uint32_t>(of.seed >> 32);
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < 7; ++round) {
     const WideProduct first = wide_product(c0, 0xd2511f53u);
     const WideProduct second = wide_product(c2, 0xcd9e8d57u);
     c0 = second.high ^ c1 ^ k0;

@@ -17,11 +17,10 @@ void require(bool ok, const char* message) {
   if (!ok) throw py::value_error(message);
 }
 
-Array<uint32_t> random_words(uint64_t seed, uint64_t row, uint64_t step, uint32_t stream,
-                             int64_t quads) {
+Array<uint32_t> random_words(uint64_t seed, uint64_t row, uint64_t step, int64_t quads) {
   Array<uint32_t> out(4 * quads);
   for (int64_t q = 0; q < quads; ++q) {
-    const RandomQuad quad = random_quad({seed, row, step}, stream, static_cast<uint32_t>(q));
+    const RandomQuad quad = random_quad({seed, row, step}, static_cast<uint32_t>(q));
     std::copy(quad.word, quad.word + 4, out.mutable_data() + 4 * q);
   }
   return out;
@@ -114,7 +113,7 @@ void adam_step(const std::vector<py::object>& matrix, const py::array& gradient,
 
 const BindLater later([](py::module_& m) {
   m.def("adam_random_words", &random_words, py::arg("seed"), py::arg("row"), py::arg("step"),
-        py::arg("stream"), py::arg("quads"));
+        py::arg("quads"));
   m.def("adam_rounded", &rounded, py::arg("w"), py::arg("random"));
   m.def("adam_roots", &roots, py::arg("v"), py::arg("near"));
   m.def("adam_reciprocals", &reciprocals, py::arg("b"), py::arg("near"));

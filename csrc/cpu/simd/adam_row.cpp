@@ -6,7 +6,7 @@
 // 8-bit second moments: value = 2^(e - 31) 2^(code / 8) (1 + code % 8 / 8), e the exponent of the block of 128, code 0
 // is 0: the float's own bits less a base, cut to 8. Cut parts are rounded up with their probability, so the decay by 0.999,
 // far below a code's step, is not lost.
-// Source of the generator: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", Philox 4x32-10.
+// Source of the generator: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", Philox 4x32-7.
 #include "cpu/simd/adam_row.h"
 
 #include "cpu/simd/f16x.h"
@@ -131,7 +131,7 @@ static void encode(const float* v, const uint32_t* random, int64_t c, uint8_t* c
       bits &= 0x7fffffff;  // a NaN may be negative
       // By eighths of an octave: above the base at most 2^28, below it as little as -2^31.
       int64_t code = (static_cast<int64_t>(bits) - (static_cast<int64_t>(field) - 31) * (1 << 23) +
-                      static_cast<int64_t>(random[k] & 0xfffffu)) >>
+                      static_cast<int64_t>(random[k] >> 12)) >>
                      20;
       code = code < 0 || bits == 0 ? 0 : code;
       code = code > 255 || bits > 0x7f800000 ? 255 : code;
@@ -150,19 +150,18 @@ static void round_bf16(const float* w, const uint32_t* random, int64_t c, uint16
 }
 
 // Sixteen counters side by side, so that each round is a vector operation.
-static void random_words(uint64_t seed, uint64_t row, uint64_t step, uint32_t stream, int64_t c,
-                         uint32_t* out) {
+static void random_words(uint64_t seed, uint64_t row, uint64_t step, int64_t c, uint32_t* out) {
   constexpr int kCounters = kRandomBlock / 4;
   for (int64_t begin = 0; begin < c; begin += kRandomBlock) {
     uint32_t c0[kCounters], c1[kCounters], c2[kCounters], c3[kCounters];
     for (int i = 0; i < kCounters; ++i) {
       c0[i] = static_cast<uint32_t>(begin / 4 + i);
       c1[i] = static_cast<uint32_t>(row);
-      c2[i] = static_cast<uint32_t>(row >> 32) | (stream << 31);
+      c2[i] = static_cast<uint32_t>(row >> 32);
       c3[i] = static_cast<uint32_t>(step);
     }
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int round = 0; round < 10; ++round) {
+    for (int round = 0; round < 7; ++round) {
       for (int i = 0; i < kCounters; ++i) {
         const uint64_t p0 = static_cast<uint64_t>(c0[i]) * 0xd2511f53u;
         const uint64_t p1 = static_cast<uint64_t>(c2[i]) * 0xcd9e8d57u;

@@ -32,9 +32,8 @@ struct AdamRowTable {
   void (*encode)(const float* v, const uint32_t* random, int64_t c, uint8_t* codes,
                  uint8_t* exponents);
   void (*round_bf16)(const float* w, const uint32_t* random, int64_t c, uint16_t* out);
-  // Philox 4x32-10 words of columns [0, c); out has room for c rounded up to kRandomBlock.
-  void (*random)(uint64_t seed, uint64_t row, uint64_t step, uint32_t stream, int64_t c,
-                 uint32_t* out);
+  // Philox 4x32-7 words of columns [0, c); out has room for c rounded up to kRandomBlock.
+  void (*random)(uint64_t seed, uint64_t row, uint64_t step, int64_t c, uint32_t* out);
 };
 
 const AdamRowTable& adam_row_table(SimdTarget target);
