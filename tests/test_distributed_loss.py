@@ -76,7 +76,7 @@ def losses(
     everything.requires_grad_()
     expected, metrics = sae_loss(whole, everything, goal, terms, limits)
     expected.backward()
-    peers, mine = Peers(sharded.layout, x.device), None if goal is None else goal[rows]
+    peers, mine = Peers(sharded.layout), None if goal is None else goal[rows]
     found, seen = sharded._on_local(lambda v: sae_loss(v, x, mine, terms, limits, peers))
     found.backward()
     for name in metrics.keys() - {"blocks", "dense_blocks"}:

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ranks
-from sharded import clt, crosscoder, mesh_of, sae
+from sharded import batch, clt, crosscoder, mesh_of, parted, rows_of, sae
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 import gemmascope_fast as gsf
 from gemmascope_fast.distributed import clip_grad_norm_, save_pretrained, saving, shard
-from gemmascope_fast.distributed.layout import Layout
+from gemmascope_fast.distributed.layout import LATENTS, Layout
 from gemmascope_fast.distributed.running import check_run
 from gemmascope_fast.distributed.trainer import MeshTrainer
 from gemmascope_fast.distributed.updates import sum_gradients_
@@ -163,30 +163,61 @@ def test_touched_rows_alone_travel(
         assert torch.equal(sums0[name], sums1[name])
 
 
-def clipped(max_norm: float) -> tuple[float, dict[str, Tensor]]:
+def clipped(dp: int, tp: int, max_norm: float, handed: bool) -> float:
+    """As one process clips, whether the gradients have been handed to `local` or not."""
     whole = sae(37)
-    sharded = shard(whole, mesh_of(1, 3))
-    generator = torch.Generator().manual_seed(5)
-    local, here = sharded.local, sharded.latents
-    for name, p in whole.named_parameters():
-        g = torch.randn(p.shape, generator=generator)
-        part = g[:, here] if name == "W_enc" else g if name == "b_dec" else g[here]
-        local.get_parameter(name).grad = part.clone()
-        p.grad = g
+    sharded, mesh = parted(whole, dp, tp)
+    x = batch(8) * 30
+    whole.loss(x)[0].backward()
+    sharded.loss(x[rows_of(mesh, 8)])[0].backward()
+    if dp > 1:
+        with pytest.raises(ValueError, match="gradient of W_enc is not summed over dp: first do p"):
+            clip_grad_norm_(sharded, max_norm)
+    for p in sharded.parameters():
+        p.grad = p.grad.redistribute(placements=p.placements)
+    if handed:
+        sharded.hand_gradients()
     expected = gsf.clip_grad_norm_(whole.parameters(), max_norm)
-    found = clip_grad_norm_(local, sharded.layout, max_norm)
+    found = clip_grad_norm_(sharded, max_norm)
     torch.testing.assert_close(found.float(), expected)
+    if not handed:
+        sharded.hand_gradients()
     for name, p in whole.named_parameters():
-        assert p.grad is not None
-        g = p.grad
-        part = g[:, here] if name == "W_enc" else g if name == "b_dec" else g[here]
-        torch.testing.assert_close(local.get_parameter(name).grad, part)
-    return float(found), {}
+        dim, here = LATENTS.get(name), sharded.latents
+        part = p.grad if dim is None else p.grad[here] if dim == 0 else p.grad[:, here]
+        torch.testing.assert_close(sharded.local.get_parameter(name).grad, part)
+    return float(found)
 
 
-def test_gradients_are_clipped_by_the_norm_of_all_slices(ranks: Ranks) -> None:
-    found = ranks.run(3, clipped, 0.5)
-    assert len({norm for norm, _ in found}) == 1 and found[0][0] > 20
+@pytest.mark.parametrize("handed", [False, True])
+def test_gradients_are_clipped_by_the_norm_of_all_slices(ranks: Ranks, handed: bool) -> None:
+    for dp, tp in ((1, 3), (2, 2)):
+        found = ranks.run(dp * tp, clipped, dp, tp, 0.5, handed)
+        assert len(set(found)) == 1 and found[0] > 20
+
+
+def not_clipped() -> None:
+    whole = sae(7)
+    sharded, _ = parted(whole, 1, 2)
+    with pytest.raises(TypeError, match="clip_grad_norm_: module must be what shard or load ret"):
+        clip_grad_norm_(sharded.local, 1.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="clip_grad_norm_: max_norm must be finite and >= 0"):
+        clip_grad_norm_(sharded, -1.0)
+    assert float(clip_grad_norm_(sharded, 1.0)) == 0  # no gradient at all
+    for module in (sharded.local, sharded):
+        module.b_dec.grad = torch.zeros_like(module.b_dec)
+    with pytest.raises(ValueError, match="b_dec has a gradient here and in local: call hand_gra"):
+        clip_grad_norm_(sharded, 1.0)
+    fused = gsf.optim.Adam(sharded.local, 1e-3, (0.0, 0.99), fused=True)
+    fused.zero_grad()
+    sharded.zero_grad()
+    sharded.loss(batch())[0].backward()
+    with pytest.raises(ValueError, match="pending in an optimizer with fused=True"):
+        clip_grad_norm_(sharded, 1.0)
+
+
+def test_gradients_that_cannot_be_clipped_are_refused(ranks: Ranks) -> None:
+    ranks.run(2, not_clipped)
 
 
 # ---- checkpoints
@@ -335,7 +366,7 @@ def test_a_slice_that_cannot_be_written_leaves_what_was_there(ranks: Ranks, tmp_
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     found = ranks.run(3, exported, 1, 3, "sae", str(tmp_path), 2)
     assert found[2].startswith("ValueError: save_pretrained: W_dec must be finite")
-    assert found[0] == found[1] == f"RuntimeError: save_pretrained: rank 2 failed: {found[2]}"
+    assert found[0] == found[1] == f"RankError: save_pretrained: rank 2 failed: {found[2]}"
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
@@ -365,7 +396,7 @@ def mismatched(changes: dict[str, Any], own: dict[str, Any], rank: int) -> str:
 
 def test_ranks_that_are_to_train_other_things_are_named(ranks: Ranks) -> None:
     found = ranks.run(4, mismatched, {}, {"dtype": torch.bfloat16, "d_sae": 60}, 3)
-    assert len(set(found)) == 1 and found[0].startswith("RuntimeError: train: the ranks are to")
+    assert len(set(found)) == 1 and found[0].startswith("RankError: train: the ranks are to")
     assert 'rank 3 has settings: dtype = "torch.bfloat16", rank 0 has "torch.float32"' in found[0]
     assert "rank 3 has settings: d_sae = 60, rank 0 has 61" in found[0]
     assert set(ranks.run(4, mismatched, {}, {}, 0)) == {""}

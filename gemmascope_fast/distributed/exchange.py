@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from .debugging import fingerprint
+from .failure import RankError
 from .layout import LATENTS, Layout
 from .parts import decoders
 
@@ -23,18 +24,20 @@ def exchange(op: str, layout: Layout, local: Any, failure: Exception | None) -> 
         read zeros only, its decoder is packed, and another's may not be. Else nothing.
 
     Raises:
-        RuntimeError: a rank failed, or holds something else than the others; on every rank.
+        RankError: a rank failed, or holds something else than the others; on every rank.
     """
     own = f"{type(failure).__name__}: {failure}" if failure else record(local, layout)
     columns = [] if failure else [p.shape[1] for p in decoders(local)]
     found = everyone((dist.get_rank(), own, columns), layout)
-    failed = [f"rank {rank} failed: {said}" for rank, said, _ in found if isinstance(said, str)]
+    failed = {rank: said for rank, said, _ in found if isinstance(said, str)}
     if failed:
-        raise RuntimeError(f"{op}: " + "; ".join(failed)) from failure
+        texts = [f"rank {rank} failed: {said}" for rank, said in failed.items()]
+        raise RankError(f"{op}: " + "; ".join(texts), [*failed]) from failure
     usual = Counter(said for _, said, _ in found).most_common(1)[0][0]
-    wrong = [_difference(rank, said, usual) for rank, said, _ in found if said != usual]
+    wrong = {rank: _difference(rank, said, usual) for rank, said, _ in found if said != usual}
     if wrong:
-        raise RuntimeError(f"{op}: the parts do not belong together: " + "; ".join(wrong))
+        texts = [*wrong.values()]
+        raise RankError(f"{op}: the parts do not belong together: {'; '.join(texts)}", [*wrong])
     return [max(of_layer) for of_layer in zip(*(widths for _, _, widths in found), strict=True)]
 
 

@@ -26,6 +26,7 @@ from ..artefacts.writing_tensors import OP, Stored, header_of, in_order
 from ..durable import sync
 from .base import Sharded
 from .exchange import everyone
+from .failure import RankError
 from .layout import Layout
 
 _NOTHING = Plan({}, "", b"")
@@ -52,7 +53,7 @@ def save_pretrained(
 
     Raises:
         OSError: a file cannot be written. What was there before stays.
-        RuntimeError: another rank failed; names it.
+        RankError: another rank failed; names it.
         TypeError: the module is not sharded.
         ValueError: the format cannot express the module, or a value is not finite.
     """
@@ -135,7 +136,7 @@ def _follow(slices: Plan, layout: Layout) -> None:
         if name is None and said is None:
             return
         if name is None:
-            raise RuntimeError(f"{OP}: rank {layout.first} failed: {said}")
+            raise RankError(f"{OP}: rank {layout.first} failed: {said}", [layout.first])
         path, start = said
         _filled(slices.tensors.get(name, {}), Path(path), start, layout)
 
@@ -152,7 +153,7 @@ def _filled(slices: Mapping[str, Stored], path: Path, start: int, layout: Layout
     """Write this rank's ranges of a file, and wait for the others.
 
     Raises:
-        RuntimeError: another rank failed.
+        RankError: another rank failed.
     """
     failure: Exception | None = None
     try:
@@ -170,9 +171,10 @@ def _together(layout: Layout, failure: Exception | None) -> None:
     said = everyone((dist.get_rank(), failure and f"{type(failure).__name__}: {failure}"), layout)
     if failure is not None:
         raise failure
-    failed = [f"rank {rank} failed: {text}" for rank, text in sorted(said) if text is not None]
+    failed = {rank: text for rank, text in sorted(said) if text is not None}
     if failed:
-        raise RuntimeError(f"{OP}: {'; '.join(failed)}")
+        texts = [f"rank {rank} failed: {text}" for rank, text in failed.items()]
+        raise RankError(f"{OP}: {'; '.join(texts)}", [*failed])
 
 
 def _fill(file: IO[bytes], slices: Mapping[str, Stored], start: int, layout: Layout) -> None:

@@ -31,7 +31,7 @@ Verdict = dict[str, Any]
 
 
 class RankError(RuntimeError):
-    """Another rank failed, died or stood still.
+    """A rank failed, died, stood still, or is about to do something else than the others.
 
     Attributes:
         ranks: those that are to blame, as far as it is known.

@@ -28,8 +28,8 @@ def mesh_of_torchrun(
 
     Raises:
         TypeError: tp or timeout is no number.
-        ValueError: tp does not divide the number of ranks, there is no `torchrun` to share with, or
-            timeout or device_type is out of range.
+        ValueError: tp does not divide the number of ranks, there is no `torchrun` to share with, a
+            machine has more processes than devices, or timeout or device_type is out of range.
     """
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
         if tp is not None:
@@ -44,7 +44,18 @@ def mesh_of_torchrun(
     if kind not in ("cuda", "cpu"):
         raise ValueError(f"train: device_type must be cuda or cpu, got {kind!r}")
     if kind == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        _take_device(int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=limit)
     return init_device_mesh(kind, (world // tp, tp), mesh_dim_names=("dp", "tp"))
+
+
+def _take_device(at: int) -> None:
+    """Make a device of its own the current one: NCCL and object collectives use that."""
+    devices = torch.cuda.device_count()
+    if at >= devices:
+        raise ValueError(
+            f"train: process {at} of this machine has no CUDA device, there are {devices}: start "
+            "one process per device, or choose the CPU"
+        )
+    torch.cuda.set_device(at)

@@ -50,6 +50,11 @@ class Layout:
         return self.mesh.get_group("dp") if "dp" in (self.mesh.mesh_dim_names or ()) else None
 
     @property
+    def device(self) -> torch.device:
+        """This rank's: all its tensors are there, because NCCL moves no others."""
+        return device_of(self.mesh)
+
+    @property
     def tp(self) -> int:
         """Number of parts."""
         return self.tp_group.size()
@@ -103,6 +108,13 @@ class Layout:
 
     def _dims(self) -> tuple[str, ...]:
         return self.mesh.mesh_dim_names or ()
+
+
+def device_of(mesh: DeviceMesh) -> torch.device:
+    """This rank's device; of several GPUs the current one, as for NCCL."""
+    if mesh.device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(mesh.device_type)
 
 
 def check_mesh(op: str, mesh: Any) -> None:

@@ -126,7 +126,7 @@ class ShardedSAE(Sharded):
         check_terms("loss", terms)
         check_sharded("loss", terms)
         self._debug("loss", "x", x, everywhere=True)
-        peers = Peers(self.layout, x.device)
+        peers = Peers(self.layout)
         found = self._on_local(lambda view: sae_loss(view, x, target, terms, whole=peers))
         return found  # type: ignore[no-any-return]
 

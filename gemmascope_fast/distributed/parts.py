@@ -31,14 +31,13 @@ def cut(module: Any, latents: slice) -> Any:
 
 
 @torch.no_grad()
-def placed(part: Any, device_type: str) -> Any:
-    """`part`, its parameters on a device of that type and feature-major."""
-    device = torch.device(device_type)
-    if device_type != "cpu" and part.b_dec.device.type != device_type:
+def placed(part: Any, device: torch.device) -> Any:
+    """`part`, its parameters on `device` and feature-major."""
+    if device.type != "cpu" and part.b_dec.device != device:
         part = part.to(device)
     for name, p in part.named_parameters():
-        if p.device.type != device_type:
-            raise ValueError(f"{name} is on {p.device}, the mesh is of {device_type} devices")
+        if p.device != device:
+            raise ValueError(f"{name} is on {p.device}, this rank of the mesh on {device}")
         rows = p.t() if name.split(".")[0] == "W_enc" else p
         if not rows.is_contiguous():
             _replace(part, name, nn.Parameter(_compact(name, p), requires_grad=p.requires_grad))

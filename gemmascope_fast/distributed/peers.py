@@ -22,8 +22,8 @@ from .selection import batch_count, batch_share, keep_batchtopk, keep_topk
 class Peers(Whole):
     """The ranks of a mesh, each with its latents ("tp") of its tokens ("dp")."""
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
-        self._layout, self._device = layout, device
+    def __init__(self, layout: Layout) -> None:
+        self._layout, self._device = layout, layout.device
         self.first = layout.rank == 0
 
     def d_sae(self, own: int) -> int:

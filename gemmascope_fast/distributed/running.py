@@ -28,7 +28,7 @@ from .base import Sharded
 from .communication import all_reduce
 from .exchange import everyone
 from .export import write
-from .failure import guarded, limit
+from .failure import RankError, guarded, limit
 from .layout import Layout, check_mesh
 from .trainer import MeshTrainer, check_slices
 
@@ -47,16 +47,16 @@ def train_on(
     """Train on the ranks of `mesh`; `gsf.train` documents the arguments.
 
     Raises:
-        RankError: another rank failed, died or stood still; the last checkpoint stays.
-        RuntimeError: ranks differ in what they are to train, or on what.
+        RankError: another rank failed, died or stood still, or ranks differ in what they are to
+            train, or on what; the last checkpoint stays.
         ValueError: the mesh is not of all ranks, or too wide for the run.
     """
     check_mesh(OP, mesh)
     layout = Layout(mesh, settings.d_sae)
-    limit([layout.tp_group, layout.dp_group], torch.device(mesh.device_type))
+    limit([layout.tp_group, layout.dp_group], layout.device)
     first = dist.get_rank() == 0
     place = None if folder is None or not first else folder / CHECKPOINTS
-    with guarded(OP, alike=(NonFiniteError,)):
+    with guarded(OP, alike=(NonFiniteError, RankError)):
         check_run(layout, source, settings)
         if progress and first:
             _announce(source, settings, layout)
@@ -71,7 +71,7 @@ def check_run(layout: Layout, source: Source, settings: Settings) -> None:
     """Compare what the ranks are about to do, before anything large is made.
 
     Raises:
-        RuntimeError: a rank differs; it is named, on every rank.
+        RankError: a rank differs; it is named, on every rank.
         ValueError: the mesh is not of all ranks, or too wide for the run.
     """
     mesh = layout.mesh
@@ -87,13 +87,15 @@ def check_run(layout: Layout, source: Source, settings: Settings) -> None:
     ranks.sort(key=lambda item: item[0])
     usual = ranks[0][1]
     wrong = [
-        f"rank {rank} has {name} = {there.get(name)}, rank 0 has {usual.get(name)}"
+        (rank, f"rank {rank} has {name} = {there.get(name)}, rank 0 has {usual.get(name)}")
         for rank, there in ranks
         for name in sorted(usual.keys() | there.keys())
         if usual.get(name) != there.get(name)
     ]
     if wrong:
-        raise RuntimeError(f"{OP}: the ranks are to train different things: {'; '.join(wrong)}")
+        texts = "; ".join(text for _, text in wrong)
+        differ = sorted({rank for rank, _ in wrong})
+        raise RankError(f"{OP}: the ranks are to train different things: {texts}", differ)
     check_slices(settings, layout)
 
 
@@ -106,8 +108,8 @@ def _announce(source: Source, settings: Settings, layout: Layout) -> None:
         own["target_l0"] = settings.target_l0 * size / settings.d_sae
     elif settings.activation == "topk":
         own["k"] = min(int(settings.k or 1), size)
-    device = torch.device(layout.mesh.device_type)
-    found = estimate(replace(settings, **own), device, source.held_bytes(device), resume=True)
+    held = source.held_bytes(layout.device)
+    found = estimate(replace(settings, **own), layout.device, held, resume=True)
     ranks = f"dp {layout.dp} x tp {layout.tp}"
     print(f"train: {settings.d_sae:,} latents on {ranks}; per rank {found}", file=sys.stderr)
 

@@ -59,8 +59,8 @@ def shard(
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: the mesh has other dims, or this process is not on it.
-        RuntimeError: the module is frozen, or on the meta device without `load`; the ranks' parts
-            do not belong together; or one failed to make its own. Names the rank, on every rank.
+        RankError: the module is frozen, or on the meta device without `load`; the ranks' parts do
+            not belong together; or one failed to make its own. Names the rank, on every rank.
     """
     check_mesh("shard", mesh)
     if type(module) not in KINDS:
@@ -105,7 +105,7 @@ def load(
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: the mesh has other dims, or this process is not on it.
-        RuntimeError: a rank failed to load, or the parts do not belong together; as `shard`.
+        RankError: a rank failed to load, or the parts do not belong together; as `shard`.
     """
     op = "distributed.load"
     check_mesh(op, mesh)
@@ -148,7 +148,7 @@ def assembled(
     layout = Layout(mesh, d_sae, debug_mode() if debug is None else debug)
     local, failure = None, None
     try:
-        local = placed(make(layout.latents), mesh.device_type)
+        local = placed(make(layout.latents), layout.device)
     except Exception as error:  # every rank has to hear of it
         failure = error
     widen(local, exchange(op, layout, local, failure))

@@ -102,10 +102,8 @@ class MeshTrainer(Trainer):
 
     def _attach(self, settings: Settings, mesh: DeviceMesh) -> None:
         self.layout = Layout(mesh, settings.d_sae, debug_mode())
-        self.device = torch.device(mesh.device_type)
-        if mesh.device_type == "cuda":
-            self.device = torch.device("cuda", torch.cuda.current_device())
-        self.peers = Peers(self.layout, self.device)
+        self.device = self.layout.device
+        self.peers = Peers(self.layout)
 
     def _begin(self, record: Mapping[str, Any] | None = None) -> None:
         super()._begin(record)

@@ -6,7 +6,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,11 @@ def main(argv: Sequence[str]) -> int:
         args["preset"] = replace(preset, **changes)
         args["on_metrics"] = _writer(args.pop("metrics"))
         device = args["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-        args["mesh"] = _mesh(args["device"], **ranks)
-        source = _source(args.pop("source"), device, **live)
-        module = train(source, **args, **dtypes)
-    except (FloatingPointError, ModuleNotFoundError, OSError, TypeError, ValueError) as error:
+        with _ranks(args["device"], **ranks) as mesh:
+            own = device if mesh is None else mesh.device_type  # of several GPUs the current one
+            source = _source(args.pop("source"), own, **live)
+            module = train(source, mesh=mesh, **args, **dtypes)
+    except _told() as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     if os.environ.get("RANK", "0") == "0":
@@ -91,15 +93,37 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _mesh(device: str | None, tp: int | None, timeout: float | None) -> Any:
-    """The mesh of the ranks that torchrun started, or None."""
+def _told() -> tuple[type[Exception], ...]:
+    """Errors of the user's or of the machine's: a line says all of them."""
+    errors = (FloatingPointError, ModuleNotFoundError, OSError, TypeError, ValueError)
+    if "WORLD_SIZE" not in os.environ:
+        return errors
+    import torch.distributed as dist
+
+    from ..distributed.failure import RankError
+
+    return (*errors, RankError, dist.DistError)
+
+
+@contextmanager
+def _ranks(device: str | None, tp: int | None, timeout: float | None) -> Iterator[Any]:
+    """The mesh of the ranks that torchrun started, or None; their process group ends with it."""
     if tp is None and "WORLD_SIZE" not in os.environ:
-        return None
+        yield None
+        return
+    import torch.distributed as dist
+
     from ..distributed.launch import TIMEOUT, mesh_of_torchrun
 
     kind = None if device is None else torch.device(device).type
-    limit = TIMEOUT if timeout is None else timeout
-    return mesh_of_torchrun(tp, timeout=limit, device_type=kind)
+    limit, own, done = TIMEOUT if timeout is None else timeout, not dist.is_initialized(), False
+    try:
+        yield mesh_of_torchrun(tp, timeout=limit, device_type=kind)
+        done = True
+    finally:
+        # after an error NCCL would wait here for ranks that still wait in a collective
+        if own and dist.is_initialized() and (done or dist.get_backend() != "nccl"):
+            dist.destroy_process_group()
 
 
 def _writer(path: Path | None) -> Callable[[dict[str, float]], None] | None:
