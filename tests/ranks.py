@@ -2,7 +2,7 @@
 
     results = ranks.run(3, function, *args)      # [function(*args) of rank 0, 1, 2]
 
-Every number of ranks has processes of its own, whose gloo group lives as long as they do: DTensor
+Every number of ranks has processes of its own, whose group lives as long as they do: DTensor
 caches groups, so that a process cannot have one default group after another. An exception on a
 rank, or a rank that does not answer in time, fails the test with the traceback of every rank, and
 the processes are killed; the next run starts new ones. They come from a fork server that has
@@ -30,16 +30,21 @@ PRELOADED = ["torch.distributed.tensor", "torch.distributed.checkpoint", "gemmas
 GRACE = 5.0
 """Seconds that the other ranks get to end by themselves once one has failed."""
 
+device = "cpu"
+"""Of this process's tensors: in a rank what its `Ranks` was given, CUDA's current device say."""
+
 
 class Ranks:
     """Pools of processes, one for each number of ranks.
 
     Args:
         timeout: seconds that a run may take; time during which this process stood still is free.
+        backend: "gloo", or "nccl" with a device for each rank.
+        device: "cpu" or "cuda".
     """
 
-    def __init__(self, timeout: float = 60.0) -> None:
-        self.timeout = timeout
+    def __init__(self, timeout: float = 60.0, backend: str = "gloo", device: str = "cpu") -> None:
+        self.timeout, self.place = timeout, (backend, device)
         self.folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         self.started = 0
         self.pools: dict[int, list[_Worker]] = {}
@@ -55,7 +60,7 @@ class Ranks:
         if world not in self.pools:
             self.started += 1
             store = self.folder / f"store{self.started}"
-            self.pools[world] = [_Worker(store, rank, world) for rank in range(world)]
+            self.pools[world] = [_Worker(store, rank, world, *self.place) for rank in range(world)]
         workers = self.pools[world]
         for worker in workers:
             worker.send((function, args, options))
@@ -99,12 +104,12 @@ class Ranks:
 class _Worker:
     """One process, as its parent sees it."""
 
-    def __init__(self, store: Path, rank: int, world: int) -> None:
+    def __init__(self, store: Path, rank: int, world: int, *place: str) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self.stacks = store.with_name(f"{store.name}-stacks{rank}")
         self.pipe, theirs = context.Pipe()
-        arguments = (theirs, str(store), rank, world, str(self.stacks))
+        arguments = (theirs, str(store), rank, world, str(self.stacks), *place)
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
@@ -131,17 +136,24 @@ class _Worker:
         return "no answer\n" + self.stacks.read_text()
 
 
-def _serve(pipe: Connection, store: str, rank: int, world: int, stacks: str) -> None:
+def _serve(
+    pipe: Connection, store: str, rank: int, world: int, stacks: str, backend: str, kind: str
+) -> None:
     """Run what comes through the pipe until it is closed."""
     import torch
     import torch.distributed as dist
 
+    global device
+    device = kind
     log = open(stacks, "w")  # noqa: SIM115 - open as long as the process lives
     faulthandler.register(signal.SIGUSR1, file=log, all_threads=False)
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
+    if kind == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    else:
+        torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{store}",
         rank=rank,
         world_size=world,

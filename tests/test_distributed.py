@@ -41,7 +41,7 @@ def as_one_process(
     rows = rows_of(mesh, n)
     x = everything[rows].clone().requires_grad_()
     everything.requires_grad_()
-    weights = torch.randn(n, whole.d_out, generator=torch.Generator().manual_seed(3))
+    weights = torch.randn(n, whole.d_out, generator=torch.Generator().manual_seed(3)).to(x.device)
     extra = () if kind == "sae" else (everything,)
     expected = whole.encode(everything)
     target = whole.decode(expected, *extra, dtype=torch.float32)

@@ -244,7 +244,7 @@ def with_ties(dp: int, tp: int) -> None:
     for kind in (TopK(4), TopK(11), BatchTopK(2.5), BatchTopK(6)):
         whole = problems.randomised(gsf.SAE(D, 23, kind), integer=True)
         sharded, mesh = parted(whole, dp, tp)
-        everything = torch.randint(-1, 2, (N, D)).float()
+        everything = torch.randint(-1, 2, (N, D)).to(batch(0))
         rows = rows_of(mesh, N)
         expected = whole.encode(everything)
         found = sharded.encode(everything[rows])
@@ -253,7 +253,7 @@ def with_ties(dp: int, tp: int) -> None:
             assert torch.equal(found.local.threshold, expected.threshold)
     layered = problems.randomised(gsf.Crosscoder(3, D, 23, BatchTopK(2.5)), integer=True)
     sharded, mesh = parted(layered, dp, tp)
-    stacks = torch.randint(-1, 2, (N, 3, D)).float()
+    stacks = torch.randint(-1, 2, (N, 3, D)).to(batch(0))
     rows = rows_of(mesh, N)
     for mine, theirs in zip(sharded.encode(stacks[rows]), layered.encode(stacks), strict=True):
         same_acts(mine.gathered(), theirs[rows])

@@ -72,6 +72,7 @@ def losses(
     everything = batch(n, dtype=dtype)
     goal = None if kind == "sae" else torch.randn(n, 7, generator=torch.Generator().manual_seed(4))
     rows = rows_of(mesh, n, first)
+    goal = None if goal is None else goal.to(everything.device)
     x = everything[rows].clone().requires_grad_()
     everything.requires_grad_()
     expected, metrics = sae_loss(whole, everything, goal, terms, limits)

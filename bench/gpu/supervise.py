@@ -39,6 +39,7 @@ PARTS: dict[str, str] = {
     "step": "passes",
     "handover": "few",
     "train_1m": "train",
+    "distributed": "distributed",
 }
 """Part and the module whose function of that name it is, in the order they run."""
 
