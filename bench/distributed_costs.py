@@ -26,7 +26,7 @@ CLT_1B = {"kind": "clt", "d_in": 1152, "n_layers": 26, "d_sae": 20_160, "l0": 15
 MESHES = [(1, 1), (1, 8), (8, 8), (1, 64)]
 HEAD = """\
 | dictionary | GPUs | dp x tp | GB per GPU | fits 141 GB | sent per GPU, MB: tp | dp | \
-ms: products | gathers | tp | dp | tokens/s |
+at least, ms: products | gathers | tp | dp | tokens/s at most |
 |---|---|---|---|---|---|---|---|---|---|---|---|
 """
 

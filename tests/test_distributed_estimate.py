@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gemmascope_fast as gsf
-from gemmascope_fast.distributed import estimate
+from gemmascope_fast.distributed import Rates, estimate
 from gemmascope_fast.distributed import trainer as trainers
 from gemmascope_fast.distributed import updates as updating
 from gemmascope_fast.distributed.estimate import GATHERED
@@ -101,8 +102,37 @@ def test_a_ring_sends_its_share_of_the_payload() -> None:
     alone = estimate(d_in=64, d_sae=4096)
     assert alone.tp.sent == alone.dp.sent == 0 == alone.seconds["tp"]
     s = made.seconds
-    assert made.step_seconds == max(s["products"], s["gathers"]) + s["tp"] + s["dp"]
+    assert made.step_seconds == s["products"] + s["gathers"] + s["tp"] + s["dp"]
     assert made.tokens_per_second == pytest.approx(8192 / made.step_seconds)
+    assert f"a step takes at least {made.step_seconds * 1e3:.1f} ms" in str(made)
+
+
+def test_the_bytes_of_memory_are_those_of_touched_rows() -> None:
+    """Every latent fires: all rows of both matrices, and x, reconstruction and its gradient."""
+    sizes = {"d_in": 8, "d_out": 4, "kind": "transcoder", "d_sae": 10, "l0": 10.0}
+    tokens = 1000 * (8 + 2 * 4)
+    alone = estimate(**sizes, batch_size=1000, rates=Rates(memory=1.0))
+    assert alone.seconds["gathers"] == 4 * (10 * 4 + 2 * 2 * 10 * 12 + tokens)
+    two = estimate(**sizes, batch_size=2000, dp=2, rates=Rates(memory=1.0))
+    assert two.seconds["gathers"] == 4 * (10 * 4 * 2 + (2 * 2 + 2) * 10 * 12 + tokens)
+    small = estimate(**sizes, batch_size=1000, moments="8bit", rates=Rates(memory=1.0))
+    assert alone.seconds["gathers"] - small.seconds["gathers"] == 2 * 3 * 10 * 12
+    few = estimate(**sizes | {"l0": 0.01}, batch_size=1000, rates=Rates(memory=1.0))
+    assert few.seconds["gathers"] == 4 * (7 * 4 + 2 * 2 * 7 * 12 + tokens)  # 10 (1 - 1 / e)
+
+
+def test_time_is_a_floor_of_what_was_measured() -> None:
+    """A million latents on one H200; the rates are those of its copies and matrix products."""
+    rows = json.loads((ROOT / "bench/results/gpu_check_h200.json").read_text())["rows"]
+    row = rows["train_1m/50 steps"]
+    shape, (took,) = row["shape"], row["times"].values()
+    options = {"dtype": torch.bfloat16, "moments": "8bit", "batch_size": shape["n"]}
+    floors = [
+        estimate(d_in=shape["d"], d_sae=shape["d_sae"], l0=l0, **options)
+        for l0 in (row["l0_first"], row["l0_last"])
+    ]
+    assert all(floor.step_seconds < took["min_s"] for floor in floors)
+    assert took["median_s"] < 3 * floors[1].step_seconds, "no floor that says nothing"
 
 
 def test_more_slices_take_less_memory_and_products() -> None:

@@ -1,11 +1,13 @@
-"""`gsf.distributed.estimate`: memory, traffic and time of a training step on a mesh.
+"""`gsf.distributed.estimate`: memory, traffic and least time of a training step on a mesh.
 
-    step = max(products / rate, gathered bytes / memory rate) + tp + dp
+    step = products / rate + bytes of touched rows / memory rate + tp + dp
 
-without overlap. A ring moves `2 (p - 1) / p` of what p ranks all-reduce through every rank's link,
-`(p - 1) / p` of what they gather. The payloads are those of `MeshTrainer`, collective by collective
-(a test counts them); the rates are the caller's. The library trains SAEs and transcoders; for
-crosscoders and CLTs the same step is meant, by autograd and `gsf.optim.Adam`.
+one after the other. A ring moves `2 (p - 1) / p` of what p ranks all-reduce through every rank's
+link, `(p - 1) / p` of what they gather. The payloads are those of `MeshTrainer`, collective by
+collective (a test counts them). Time is a floor, not a forecast: every row of memory counts once a
+pass, and the default rates are the best of the hardware, which kernels and collectives stay below.
+The library trains SAEs and transcoders; for crosscoders and CLTs the same step is meant, by
+autograd and `gsf.optim.Adam`.
 """
 
 from __future__ import annotations
@@ -33,8 +35,11 @@ GATHERED = ("counts",)
 class Rates:
     """What a device and its links do per second; the defaults are an H200's in an NVLink node.
 
+    The defaults are what the hardware does at best, and make a lower bound of the time. Rates that
+    your own kernels and links reach bring it closer to a forecast.
+
     Args:
-        products: floating-point operations of dense 16-bit products, per second.
+        products: floating-point operations of the encoder's dense 16-bit products, per second.
         memory: bytes of device memory, per second.
         tp: bytes that a rank sends to the others of "tp", per second.
         dp: bytes that a rank sends to the others of "dp", per second.
@@ -73,14 +78,14 @@ class Traffic:
 
 @dataclass(frozen=True)
 class MeshEstimate:
-    """What a step takes on each rank; estimates, not measurements.
+    """What a step takes on each rank: memory and bytes as expected, seconds at least.
 
     Attributes:
         memory: bytes held at the peak, part by part.
         tp: collectives between the slices of the latents.
         dp: collectives between the parts of the batch.
         tokens: of a step, on all ranks.
-        seconds: of products, gathers, tp and dp.
+        seconds: least of products, gathers, tp and dp, at the given rates.
     """
 
     memory: dict[str, int]
@@ -96,19 +101,18 @@ class MeshEstimate:
 
     @property
     def step_seconds(self) -> float:
-        """Time of a step, nothing overlapping."""
-        s = self.seconds
-        return max(s["products"], s["gathers"]) + s["tp"] + s["dp"]
+        """Least time of a step, nothing overlapping."""
+        return sum(self.seconds.values())
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of all ranks per second."""
+        """Most tokens of all ranks per second."""
         return self.tokens / self.step_seconds
 
     def __str__(self) -> str:
         return (
-            f"{self.peak_bytes / 2**30:.1f} GiB per rank; {self.step_seconds * 1e3:.1f} ms a step, "
-            f"{self.tokens_per_second:,.0f} tokens/s; sent per rank and step: "
+            f"{self.peak_bytes / 2**30:.1f} GiB per rank; a step takes at least "
+            f"{self.step_seconds * 1e3:.1f} ms, at most {self.tokens_per_second:,.0f} tokens/s; sent: "
             f"tp {self.tp.sent / 1e6:.1f} MB, dp {self.dp.sent / 1e6:.1f} MB (estimates)"
         )
 
@@ -130,7 +134,7 @@ def estimate(
     moments: str = "fp32",
     rates: Rates | None = None,
 ) -> MeshEstimate:
-    """Memory, traffic and time of a JumpReLU's training step on (dp, tp) ranks.
+    """Memory, traffic and least time of a JumpReLU's training step on (dp, tp) ranks.
 
     Args:
         d_in: width of x (of each layer).
@@ -255,18 +259,11 @@ def _exchanged(s: StepShare) -> dict[str, int]:
 
 
 def _seconds(s: StepShare, rates: Rates, tp: Traffic, dp: Traffic) -> dict[str, float]:
-    flops, moved = 0, 0
-    for d_in, columns in s.sources:
-        size = {"n": s.rows, "d_sae": s.size, "nnz": s.entries, "itemsize": s.dtype.itemsize}
-        flops += COSTS["jumprelu_encode"](d=d_in, **size).flops
-        for name, d in (
-            *(("decode", columns), ("decode_backward", columns), ("encode_backward", d_in)),
-            *(("adam_step_", columns), ("adam_step_", d_in)),
-        ):
-            moved += COSTS[name](d=d, **size).bytes
+    encoder = {"n": s.rows, "d": s.d_in, "d_sae": s.size, "nnz": s.entries}
+    flops = COSTS["jumprelu_encode"](**encoder).flops * len(s.sources)
     return {
         "products": flops / rates.products,
-        "gathers": moved / rates.memory,
+        "gathers": s.moved / rates.memory,
         "tp": tp.sent / rates.tp + tp.collectives * rates.collective,
         "dp": dp.sent / rates.dp + dp.collectives * rates.collective,
     }

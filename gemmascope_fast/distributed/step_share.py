@@ -52,7 +52,32 @@ class StepShare:
     @property
     def touched(self) -> int:
         """Latents of a layer here that fire in the batch of all ranks, each alike."""
-        share = self.rows * self.dp * self.l0 / (self.d_sae * self.n_layers)
+        return self._fire(self.rows * self.dp)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the update is a fused step, without gradients in memory."""
+        return self.dp == 1 and self.kind in KINDS[:2]
+
+    @property
+    def moved(self) -> int:
+        """Least bytes that decode, gradients and update move: touched rows once a pass.
+
+        Decode reads W_dec; the update reads and writes weights and second moments. Where it is not
+        fused, the backward pass reads W_dec, gradients are written, and the update reads them.
+        """
+        own, touched, item = self._fire(self.rows), self.touched, self.dtype.itemsize
+        moment = 1 if self.moments == "8bit" else max(item, 4)
+        written = sum(columns for _, columns in self.sources)
+        rows = own * written * item + 2 * touched * self.columns * (item + moment)
+        if not self.fused:
+            rows += own * (written + self.columns) * item + touched * self.columns * item
+        tokens = self.rows * (2 * self.width + self.d_in * self.n_layers) * item
+        return rows + tokens
+
+    def _fire(self, tokens: int) -> int:
+        """Latents of a layer here of which some token is active, each alike."""
+        share = tokens * self.l0 / (self.d_sae * self.n_layers)
         return min(math.ceil(self.size * -math.expm1(-share)), self.size)
 
     @property
