@@ -112,8 +112,9 @@ class MeshEstimate:
     def __str__(self) -> str:
         return (
             f"{self.peak_bytes / 2**30:.1f} GiB per rank; a step takes at least "
-            f"{self.step_seconds * 1e3:.1f} ms, at most {self.tokens_per_second:,.0f} tokens/s; sent: "
-            f"tp {self.tp.sent / 1e6:.1f} MB, dp {self.dp.sent / 1e6:.1f} MB (estimates)"
+            f"{self.step_seconds * 1e3:.1f} ms, at most {self.tokens_per_second:,.0f} tokens/s; "
+            f"sent per rank and step: tp {self.tp.sent / 1e6:.1f} MB, "
+            f"dp {self.dp.sent / 1e6:.1f} MB (estimates)"
         )
 
 
