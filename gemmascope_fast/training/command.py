@@ -85,11 +85,11 @@ def main(argv: Sequence[str]) -> int:
             own = device if mesh is None else mesh.device_type  # of several GPUs the current one
             source = _source(args.pop("source"), own, **live)
             module = train(source, mesh=mesh, **args, **dtypes)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{args['out']}: {module}, L0 {module.metadata['l0']:.1f}")
     except _told() as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{args['out']}: {module}, L0 {module.metadata['l0']:.1f}")
     return 0
 
 
