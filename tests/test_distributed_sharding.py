@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from ranks import Ranks
 from sharded import JUMP, D, batch, close, mesh_of, parted, same_acts
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import gemmascope_fast as gsf
+from gemmascope_fast.distributed import acts as acts_module
 from gemmascope_fast.distributed import load, shard
 
 
@@ -261,6 +262,29 @@ def test_debug_mode_names_the_rank_with_another_input(ranks: Ranks) -> None:
     said = "x must be equal on all ranks of tp, and differs from that of rank 2 on rank 3"
     assert found[:2] == [["nothing was raised", f"loss: {said}"]] * 2  # loss sums over "dp" too
     assert found[2:] == [[f"encode: {said}", f"loss: {said}"]] * 2
+
+
+def differing_indices() -> str:
+    """One rank receives another index than the others."""
+    sharded, _ = parted(problems.sae(13), 1, 3, debug=True)
+    acts, received = sharded.encode(batch()), acts_module.all_gather
+
+    def disturbed(t: Tensor, group: Any) -> Tensor:
+        found = received(t, group)
+        if dist.get_rank() == 2 and t.dim() == 2:  # the entries: indices, values, gate
+            found[0, 0, 0] += 1
+        return found
+
+    acts_module.all_gather = disturbed
+    try:
+        return message(acts.gathered)
+    finally:
+        acts_module.all_gather = received
+
+
+def test_debug_mode_compares_the_indices_that_ranks_agree_on(ranks: Ranks) -> None:
+    said = "gathered: indices must be equal on all ranks of tp, and differs from that of rank 0 on "
+    assert ranks.run(3, differing_indices) == [said + "rank 2"] * 3
 
 
 def from_environment(value: str) -> Any:

@@ -14,6 +14,8 @@ from ranks import Ranks
 from sharded import batch, clt, crosscoder, mesh_of, parted, rows_of, sae
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import gemmascope_fast as gsf
 from gemmascope_fast.distributed import clip_grad_norm_, save_pretrained, saving, shard
@@ -119,6 +121,33 @@ def test_copies_have_the_same_bits(ranks: Ranks) -> None:
         names = [name for name in found[a][0] if name.startswith(shared)]
         assert all(torch.equal(found[a][0][name], found[b][0][name]) for name in names)
     assert found[0][2] == found[2][2] == slice(0, 31) and found[1][2] == slice(31, 61)
+
+
+class Rounded(TensorSource):
+    """A model's activations: every rank computes them a little differently."""
+
+    repeatable = False
+
+    def block(self, seed: int, index: int) -> Any:
+        found = super().block(seed, index)
+        return replace(found, x=found.x * (1 + 1e-3 * torch.distributed.get_rank()))
+
+
+def on_rounded_rows() -> tuple[Tensor, list[float], Tensor]:
+    settings = Settings(16, 16, **options_of({}))
+    trainer = MeshTrainer(Rounded(data()), settings, mesh_of(2, 2))
+    x, _ = trainer._batch()
+    for _ in range(3):
+        trainer.step()
+    return x, [place.scale for place in trainer.maps], trainer.module.b_dec.detach().clone()
+
+
+def test_ranks_of_one_copy_take_the_rows_of_their_first(ranks: Ranks) -> None:
+    found = ranks.run(4, on_rounded_rows)  # (0, 1) and (2, 3) are a copy each
+    for first, second in ((0, 1), (2, 3)):
+        assert torch.equal(found[first][0], found[second][0])
+    assert all(scale == found[0][1] for _, scale, _ in found)
+    assert all(torch.equal(b_dec, found[0][2]) for _, _, b_dec in found)
 
 
 class Matrices(torch.nn.Module):
@@ -337,6 +366,34 @@ def test_ranks_with_one_latent_or_none_write_what_they_have(
     assert set(ranks.run(4, exported, 1, 4, "sae", str(tmp_path / "parts"), **options)) == {""}
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes()
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that an op returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for t in tree_leaves(found):
+            if isinstance(t, Tensor) and not t.is_meta and type(t) is Tensor:
+                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+        return found
+
+
+def largest_of_an_export(folder: str) -> tuple[int, int]:
+    """Bytes of the largest tensor while files are written, and of a slice of a matrix."""
+    sharded = shard(sae(3000), mesh_of(1, 3))
+    with Largest() as seen:
+        save_pretrained(sharded, folder)
+    return seen.bytes, sharded.local.W_dec.nbytes
+
+
+def test_no_rank_holds_the_whole_while_it_is_written(ranks: Ranks, tmp_path: Path) -> None:
+    for largest, own in ranks.run(3, largest_of_an_export, str(tmp_path)):
+        assert own // 2 < largest <= own, "a slice, and nothing is counted twice"
 
 
 def two_at_once(folder: str) -> None:
