@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 import gemmascope_fast as gsf
@@ -115,12 +116,32 @@ def same_acts(found: gsf.SparseActs, expected: gsf.SparseActs, what: str = "") -
         )
 
 
+def whole_of(t: DTensor) -> Tensor:
+    """`t.full_tensor()`; gloo takes a GPU's memory for the CPU's in it, unlike in `all_gather`."""
+    if t.device.type == "cpu" or dist.get_backend() != "gloo":
+        return t.full_tensor()
+    return through_the_cpu(t)
+
+
+def through_the_cpu(t: DTensor) -> Tensor:
+    """`t.full_tensor()` by the parts of all ranks as objects."""
+    found = t.to_local().cpu()
+    for at, placement in enumerate(t.placements):
+        every: list[Any] = [None] * t.device_mesh.size(at)
+        dist.all_gather_object(every, found, group=t.device_mesh.get_group(at))
+        if isinstance(placement, Shard):
+            found = torch.cat(every, placement.dim)
+        elif isinstance(placement, Partial):
+            found = torch.stack(every).sum(0)
+    return found.to(t.device)
+
+
 def same_gradients(sharded: Any, whole: Any, dtype: torch.dtype = torch.float32) -> None:
     """Gradients of the parameters, summed over "dp", are those of one process."""
     for name, p in whole.named_parameters():
         mine = sharded.get_parameter(name).grad
         assert mine is not None and p.grad is not None, name
-        close(mine.full_tensor(), p.grad, f"d_{name}", dtype)
+        close(whole_of(mine), p.grad, f"d_{name}", dtype)
 
 
 @contextlib.contextmanager

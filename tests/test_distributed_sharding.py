@@ -309,6 +309,19 @@ def test_the_environment_turns_debug_mode_on(ranks: Ranks) -> None:
 # ---- the processes of these tests
 
 
+def gathered_as_objects() -> None:
+    sharded, mesh = parted(problems.transcoder(11), 2, 2)  # 6 and 5 latents
+    x = batch(8)[problems.rows_of(mesh, 8)]
+    sharded.loss(x, x[:, :7])[0].backward()
+    for name, p in sharded.named_parameters():
+        for t in (p.detach(), p.grad):  # the gradients are summands over "dp"
+            assert torch.equal(problems.through_the_cpu(t), t.full_tensor()), name
+
+
+def test_ranks_that_share_a_gpu_gather_what_torch_does(ranks: Ranks) -> None:
+    ranks.run(4, gathered_as_objects)
+
+
 def fails_on_one() -> None:
     if dist.get_rank() == 1:
         raise KeyError("broken")

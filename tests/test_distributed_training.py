@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ranks
-from sharded import batch, clt, crosscoder, mesh_of, parted, rows_of, sae
+from sharded import batch, clt, crosscoder, mesh_of, parted, rows_of, sae, whole_of
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -66,7 +66,7 @@ def trained(source: Any, mesh: Any, **options: Any) -> tuple[list[float], Any]:
 def on_mesh(dp: int, tp: int, changes: dict[str, Any]) -> tuple[list[float], dict[str, Tensor]]:
     options = options_of(changes)
     seen, module = trained(given(options.get("kind", "sae")), mesh_of(dp, tp), **options)
-    return seen, {name: p.full_tensor().detach() for name, p in module.named_parameters()}
+    return seen, {name: whole_of(p).detach() for name, p in module.named_parameters()}
 
 
 def close(found: Tensor, expected: Tensor, name: str) -> None:
@@ -264,7 +264,7 @@ def stretch(dp: int, tp: int, folder: str, until: int, changes: dict[str, Any]) 
     while trainer.taken < until:
         metrics = trainer.step()
     trainer.save(place)
-    whole = {name: p.full_tensor() for name, p in trainer.sharded.named_parameters()}
+    whole = {name: whole_of(p) for name, p in trainer.sharded.named_parameters()}
     return float(metrics["loss"]), whole, trainer.stream.position
 
 
