@@ -46,7 +46,7 @@ class Rates:
         collective: seconds that every collective takes at least.
     """
 
-    products: float = 7.0e14
+    products: float = 8.0e14
     memory: float = 4.3e12
     tp: float = 4.5e11
     dp: float = 5.0e10
