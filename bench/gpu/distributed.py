@@ -28,7 +28,7 @@ from gemmascope_fast.distributed.updates import BUFFER_BYTES
 
 from .context import ROOT, Context, Skip
 
-SECONDS = 240.0
+SECONDS = 120.0
 """Of a run on a GPU: kernels are compiled in it."""
 STEPS = 10
 DRIFT = 1e-4
