@@ -79,25 +79,34 @@ def encode(module: SAE, x: Tensor, max_nnz: int | None = None) -> SparseActs:
     encoder, activation = (given.x, given.W_enc, given.b_enc), given.activation
     if module.packed is not None:
         return packed_encode(module.packed, given, max_nnz)
+    screened = (given.x, weights_of(module, given.W_enc), given.b_enc)
     if isinstance(activation, JumpReLU):
         assert given.threshold is not None
         threshold, bandwidth = given.threshold, activation.bandwidth
         inner = (threshold, *encoder) if semantics.gradient_to_x else (threshold,)
         wanted = torch.is_grad_enabled() and any(t.requires_grad for t in inner)
         if semantics.own_gradient or bandwidth == 0 or not wanted:
-            return jumprelu_encode(*encoder, threshold, bandwidth=bandwidth, max_nnz=max_nnz)
+            return jumprelu_encode(*screened, threshold, bandwidth=bandwidth, max_nnz=max_nnz)
         leaf = threshold.detach().requires_grad_()  # has the window stored; its gradient is dropped
         acts = jumprelu_encode(
-            *encoder, leaf, bandwidth=semantics.emission(bandwidth), max_nnz=max_nnz
+            *screened, leaf, bandwidth=semantics.emission(bandwidth), max_nnz=max_nnz
         )
         return straight_through(semantics, acts, encoder, threshold, bandwidth)
     if isinstance(activation, BatchTopK):
-        acts = batchtopk_encode(*encoder, activation.k, max_nnz=max_nnz)
+        acts = batchtopk_encode(*screened, activation.k, max_nnz=max_nnz)
         if module.training:
             module.observe(smallest_active(acts.values.detach(), acts.gate))
     else:
-        acts = topk_encode(*encoder, activation.k)
+        acts = topk_encode(*screened, activation.k)
     return pass_zeros(acts, encoder) if semantics.zero_gradient else acts
+
+
+def weights_of(module: SAE, W_enc: Tensor) -> Tensor | PackedEncoder:
+    """`W_enc` with the codes that the module keeps of it, if it does (`screen`)."""
+    screen = getattr(module, "screened", None)  # queries and wrapped modules have none
+    if screen is None or W_enc is not module.W_enc:
+        return W_enc
+    return screen.encoder(W_enc)
 
 
 def packed_encode(

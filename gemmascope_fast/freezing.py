@@ -1,4 +1,4 @@
-"""`module.freeze()`: an encoder's codes, kept while its weights stay as they are."""
+"""`module.freeze()` and `module.screen()`: codes of an encoder that stays, or that trains."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
+from .checks import check_vector
 from .effective import effective
 from .packing import PackedEncoder, Precision, pack
+from .screening import Screen
 
 
 class Freezable(nn.Module):
@@ -43,6 +45,7 @@ class Frozen(Freezable):
 
     W_enc: nn.Parameter
     packed: PackedEncoder | None = None
+    screened: Screen | None = None
 
     def freeze(
         self,
@@ -68,4 +71,36 @@ class Frozen(Freezable):
             packed = pack(given.W_enc, center=center, check=check, precision=precision)
         self.eval().requires_grad_(False)
         self.packed = packed
+        return self
+
+    def screen(self, *, center: Tensor | None = None, check: bool = False) -> Self:
+        """Let a module that trains encode by int8 codes of its weights, on CUDA.
+
+        What `pack(precision="screened")` does for weights that stay: `encode` and `loss` may miss 1
+        entry in 10^6; what they store is exact, the straight-through window included. Codes follow
+        the weights: `gsf.optim.Adam` quantises the latents again that its step moved (fused or
+        not), and after any other change that autograd's version counter sees, the next call
+        quantises all of them. Edits through `.data` and replays of CUDA graphs are not seen: call
+        `screen` again after them; `check=True` finds them out.
+
+        On a CPU it changes nothing, as there every encoder is screened, exactly; neither does it on
+        devices that `pack` makes no codes for, in torch.compile's graphs and in CUDA graphs. Codes
+        take 1 byte per weight and are no part of `state_dict`; copies make their own.
+
+        Args:
+            center: `[d_in]` a typical x, as for `pack`; it stays the same.
+            check: keep a checksum per latent and compare it in every call, which reads all weights.
+
+        Raises:
+            TypeError, ValueError: `center` is no vector of that size on the weights' device.
+        """
+        if center is not None:
+            check_vector("screen", "center", center, self.W_enc.shape[0], self.W_enc)
+            center = center.detach().float()
+        self.screened = Screen(center, check)
+        return self
+
+    def unscreen(self) -> Self:
+        """Drop the codes of `screen`."""
+        self.screened = None
         return self

@@ -56,7 +56,7 @@ class PackedEncoder:
         """
         if self.checksums is None:
             return
-        changed = (_checksums(self.W_enc) != self.checksums).nonzero()
+        changed = (checksums(self.W_enc) != self.checksums).nonzero()
         if changed.numel() > 0:
             raise RuntimeError(
                 f"pack: the weights of {changed.numel()} latents changed after packing, the first "
@@ -119,7 +119,7 @@ def pack(
         with torch.no_grad():
             codes = getattr(torch.ops, ops.NAMESPACE).pack_encoder(W_enc.detach(), center)
         codes = codes if codes.numel() > 0 else None
-    return PackedEncoder(W_enc, codes, _checksums(W_enc) if check else None)
+    return PackedEncoder(W_enc, codes, checksums(W_enc) if check else None)
 
 
 def packed_bytes(d_in: int, d_sae: int, center: bool = False) -> int:
@@ -150,7 +150,7 @@ def packable(W_enc: Tensor, precision: Precision = "exact") -> bool:
 
 
 @torch.no_grad()
-def _checksums(W_enc: Tensor) -> Tensor:
+def checksums(W_enc: Tensor) -> Tensor:
     """`[d_sae]` sums of the bits of a latent's weights, each times an odd number of its place."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[W_enc.element_size()]
     rows = W_enc.detach().t()

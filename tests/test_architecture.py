@@ -28,7 +28,7 @@ LAYERS = [
     ("sparse",),
     ("checks",),
     ("packing", "explaining", "operands"),
-    ("functional", "auditing"),
+    ("functional", "auditing", "screening"),
     ("losses", "semantics"),
     ("effective",),
     ("freezing", "initial"),

@@ -10,7 +10,6 @@ testing = pytest.importorskip("gemmascope_fast._testing", reason="_testing is no
 screened = testing.cuda_screened
 DTYPES = {0: torch.float32, 1: torch.bfloat16, 2: torch.float16}
 NOTHING = np.zeros(0, np.float32)
-ALL = np.zeros(0, np.int64)
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +35,11 @@ def draw(n, d, f, dtype=1, seed=0, massive=0.0):
 
 
 def tokens_of(x, dtype=1, center=NOTHING, stride=None):
-    return screened.quantise(x, dtype, stride or x.shape[1], center, False, ALL)
+    return screened.quantise(x, dtype, stride or x.shape[1], center, False)
 
 
-def latents_of(w, dtype=1, center=NOTHING, stride=None, which=ALL):
-    return screened.quantise(w, dtype, stride or w.shape[1], center, True, which)
+def latents_of(w, dtype=1, center=NOTHING, stride=None):
+    return screened.quantise(w, dtype, stride or w.shape[1], center, True)
 
 
 def encode(x, w, bias, threshold, center=NOTHING, window=0.0, max_nnz=-1, **layout):
@@ -134,12 +133,29 @@ def test_codes_do_not_depend_on_layout_or_order_of_threads(stride):
             assert np.array_equal(ours, wanted)
 
 
-def test_chosen_latents_alone():
-    _, w, *_ = draw(1, 128, 9)
-    every = latents_of(w)
-    codes, scale, *_ = latents_of(w, which=np.array([7, 2, 99, -1]))
-    assert (codes[[2, 7]] == every[0][[2, 7]]).all() and (scale[[2, 7]] == every[1][[2, 7]]).all()
-    assert (codes[[0, 1, 8]].view(np.uint8) == 0xAB).all()
+def test_latents_that_a_step_moved_alone():
+    w, center = draw(1, 128, 9)[1], draw(1, 128, 1)[4]
+    before, changed = latents_of(w, center=center), rounded(2 * w[::-1], 1)
+    after = latents_of(changed, center=center)
+    touched_at = np.array([0, 3, 5, 4, 1, 5, 0, 2, 3])
+    for tail, moved in ((0, [2, 5]), (1, [2, 3, 5]), (2**62, [1, 2, 3, 4, 5, 7, 8])):
+        found = [a.copy() for a in before[:3]]
+        assert screened.requantise(changed, 1, center, *found, touched_at, 5, tail) == 0
+        for ours, old, new in zip(found, before, after, strict=False):
+            stay = np.setdiff1d(np.arange(9), moved)
+            assert (ours[moved] == new[moved]).all() and (ours[stay] == old[stay]).all()
+
+
+def test_latents_that_can_no_longer_be_screened_are_counted_once():
+    w = draw(1, 128, 6)[1]
+    w[1] = np.nan
+    codes, scale, dot, unscreened = latents_of(w)
+    assert unscreened == 1
+    for value, more in ((np.inf, 2), (np.inf, 0), (1.0, -3), (1.0, 0)):
+        w[[1, 2, 3]] = value
+        touched_at = np.array([0, 1, 1, 1, 1, 0])
+        assert screened.requantise(w, 1, NOTHING, codes, scale, dot, touched_at, 1, 0) == more
+        assert np.isnan(scale).sum() == (3 if value == np.inf else 0)
 
 
 def test_rows_that_cannot_be_screened():

@@ -1,7 +1,8 @@
 // W_enc's int8 codes on CUDA, for the screened encoder (encode_screened.h); host wrapper of quantise_kernel.cuh.
 //
 //   pack_encoder(W_enc, center) -> bytes, or none where the device or the weights cannot be screened
-//   repack_encoder_(bytes, W_enc, latents): the codes of these latents again, after their weights have changed
+//   repack_encoder_(bytes, W_enc, touched_at, step, tail): again those of the latents that this step of Adam has moved,
+//   by the state that it leaves; without touched_at those of all
 //
 // pack_encoder waits for the device, to learn how many latents cannot be screened; repack_encoder_ does not.
 #include <torch/csrc/stable/accelerator.h>
@@ -68,22 +69,27 @@ Tensor pack_encoder_cuda(const Tensor& W_enc, std::optional<Tensor> center) {
   return header.unscreened * kMostUnscreened > to.d_sae ? none : bytes;
 }
 
-void repack_encoder_cuda(Tensor packed, const Tensor& W_enc, const Tensor& latents) {
+void repack_encoder_cuda(Tensor packed, const Tensor& W_enc, std::optional<Tensor> touched_at,
+                         int64_t step, int64_t tail) {
   check_dim(kAgain, "W_enc", W_enc, 2);
   check_float(kAgain, "W_enc", W_enc);
-  check_dim(kAgain, "latents", latents, 1);
-  const Tensor which =
-      vector_of(kAgain, "latents", latents, ScalarType::Long, latents.size(0), W_enc);
   check_device(kAgain, "packed", packed, W_enc);
+  const Tensor touched =
+      touched_at
+          ? vector_of(kAgain, "touched_at", *touched_at, ScalarType::Long, W_enc.size(1), W_enc)
+          : W_enc;
   const torch::stable::accelerator::DeviceGuard guard(W_enc.get_device_index());
   QuantiseRows p = latents_of(screened_encoder(kAgain, packed, W_enc), W_enc);
-  p.count = which.size(0);
-  p.which = static_cast<const int64_t*>(which.data_ptr());
+  if (touched_at) p.touched_at = static_cast<const int64_t*>(touched.data_ptr());
+  p.step = step;
+  p.tail = tail;
   quantise<true>(kAgain, p, current_stream(kAgain, W_enc));
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gemmascope_fast, m) {
-  m.def("repack_encoder_(Tensor(a!) packed, Tensor W_enc, Tensor latents) -> ()");
+  m.def(
+      "repack_encoder_(Tensor(a!) packed, Tensor W_enc, Tensor? touched_at=None, int step=0, "
+      "int tail=0) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CUDA, m) {
   m.impl("pack_encoder", TORCH_BOX(&pack_encoder_cuda));

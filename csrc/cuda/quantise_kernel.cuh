@@ -24,9 +24,13 @@
 // about exponential with mean sd(z) / 3.5 = 16 sigma, and 3e-9 of the entries are missed. Rows and latents that are not
 // finite or whose largest element is outside 2^-40 .. 2^40 have NaN for constants: all their entries are candidates.
 //
+// Of weights that train, the latents that a step of Adam moved are quantised again: a row moves in no other step than
+// those in which adam_live holds of what the step leaves in touched_at.
+//
 // Bound by memory: a row is read once, its codes written once.
 #pragma once
 
+#include "cuda/adam_element.cuh"
 #include "cuda/device.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/screened_rows.cuh"
@@ -182,10 +186,11 @@ __device__ inline void finish_token(const QuantiseRows& p, int64_t row, float sc
 
 __device__ inline void finish_latent(const QuantiseRows& p, int64_t row, float scale, float dot) {
   const bool usable = scale != 0.0f && fabsf(dot) < __int_as_float(0x7f800000);
+  const bool was_usable = p.latents[row].scale == p.latents[row].scale;  // 0 before the first codes
   p.latents[row].scale =
       usable ? scale * static_cast<float>(screened_block(p.width)) : __int_as_float(0x7fc00000);
   p.latents[row].dot = dot;
-  if (!usable) atomicAdd(p.unscreened, 1);
+  if (usable != was_usable) atomicAdd(p.unscreened, usable ? -1 : 1);
 }
 
 // Dynamic shared memory: width floats. A CTA takes one row at a time.
@@ -195,9 +200,8 @@ __global__ void __launch_bounds__(kQuantiseThreads) quantise_kernel(QuantiseRows
   __shared__ RowSums parts[2][kQuantiseWarps];
   const int64_t block = screened_block(p.width), step = p.width / block;
   const int warp = threadIdx.x / kWarp;
-  for (int64_t item = blockIdx.x; item < p.count; item += gridDim.x) {
-    const int64_t row = p.which == nullptr ? item : p.which[item];
-    if (row < 0 || row >= p.rows.rows) continue;
+  for (int64_t row = blockIdx.x; row < p.count; row += gridDim.x) {
+    if (p.touched_at != nullptr && !adam_live(p.touched_at[row], p.step, p.tail)) continue;
     RowSums sums = {0.0f, 0.0f, 0.0f};
     sums.dot = load_row<kLatents>(p, row, values);
     __syncthreads();

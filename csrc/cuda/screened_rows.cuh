@@ -34,9 +34,9 @@ struct QuantiseRows {
   Rows rows;
   const float* center;  // [width], zeros behind d
   int64_t width;
-  int64_t count;         // rows to quantise:
-  const int64_t* which;  // [count], or null: 0, 1, 2, ...
-  int8_t* codes;         // [rows][width]
+  int64_t count;              // of rows
+  const int64_t* touched_at;  // [rows] of an optimizer's state: the rows that its step moved; or null: all rows
+  int8_t* codes;              // [rows][width]
 
   // tokens
   float* scale;  // [rows] u
@@ -44,7 +44,9 @@ struct QuantiseRows {
 
   // latents
   LatentCodes* latents;  // [rows]
-  int32_t* unscreened;   // latents whose scale is NaN are added up here
+  int32_t* unscreened;   // how many have NaN for a scale
+
+  int64_t step, tail;  // of the optimizer, with touched_at
 };
 
 }  // namespace on_cuda

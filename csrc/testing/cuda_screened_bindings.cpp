@@ -74,7 +74,7 @@ void run_quantise(const QuantiseRows& p) {
 
 // Of tokens (codes, scale, bound) or of latents (codes, scale, dot, number of latents that cannot be screened).
 py::tuple quantise(const Array<float>& values, int dtype, int64_t stride,
-                   const Array<float>& center, bool latents, const Array<int64_t>& which) {
+                   const Array<float>& center, bool latents) {
   Given given(values, dtype, stride);
   const int64_t rows = given.rows.rows, width = screened_width(given.rows.cols);
   auto middle = padded_center(center, width);
@@ -86,8 +86,7 @@ py::tuple quantise(const Array<float>& values, int dtype, int64_t stride,
   p.rows = given.rows;
   p.center = middle.data();
   p.width = width;
-  p.count = which.size() > 0 ? which.size() : rows;
-  p.which = which.size() > 0 ? which.data() : nullptr;
+  p.count = rows;
   p.codes = codes.mutable_data();
   if (!latents) {
     p.scale = scale.mutable_data();
@@ -103,6 +102,35 @@ py::tuple quantise(const Array<float>& values, int dtype, int64_t stride,
     other.mutable_data()[j] = found.data()[j].dot;
   }
   return py::make_tuple(codes, scale, other, unscreened);
+}
+
+// The codes of latents again, in place: those that step `step` has moved. Returns how many more cannot be screened.
+int requantise(const Array<float>& values, int dtype, const Array<float>& center,
+               py::array_t<int8_t>& codes, py::array_t<float>& scale, py::array_t<float>& dot,
+               const Array<int64_t>& touched_at, int64_t step, int64_t tail) {
+  Given given(values, dtype, values.shape(1));
+  const int64_t rows = given.rows.rows, width = screened_width(given.rows.cols);
+  auto middle = padded_center(center, width);
+  Memory<LatentCodes> latents(rows);
+  for (int64_t j = 0; j < rows; ++j) latents.data()[j] = {scale.at(j), dot.at(j)};
+  int32_t unscreened = 0;
+  QuantiseRows p = {};
+  p.rows = given.rows;
+  p.center = middle.data();
+  p.width = width;
+  p.count = rows;
+  p.touched_at = touched_at.data();
+  p.codes = codes.mutable_data();
+  p.latents = latents.data();
+  p.unscreened = &unscreened;
+  p.step = step;
+  p.tail = tail;
+  run_quantise<true>(p);
+  for (int64_t j = 0; j < rows; ++j) {
+    scale.mutable_at(j) = latents.data()[j].scale;
+    dot.mutable_at(j) = latents.data()[j].dot;
+  }
+  return unscreened;
 }
 
 // The strips that the matrix instructions would leave, a warp each.
@@ -284,7 +312,10 @@ const BindLater later([](py::module_& module) {
   m.attr("kappa") = kScreenKappa;
   m.attr("zero") = kScreenZero;
   m.def("quantise", &quantise, py::arg("values"), py::arg("dtype"), py::arg("stride"),
-        py::arg("center"), py::arg("latents"), py::arg("which"));
+        py::arg("center"), py::arg("latents"));
+  m.def("requantise", &requantise, py::arg("values"), py::arg("dtype"), py::arg("center"),
+        py::arg("codes").noconvert(), py::arg("scale").noconvert(), py::arg("dot").noconvert(),
+        py::arg("touched_at"), py::arg("step"), py::arg("tail"));
   m.def("encode", &encode, py::arg("x"), py::arg("x_dtype"), py::arg("x_stride"), py::arg("W"),
         py::arg("W_dtype"), py::arg("W_stride"), py::arg("bias"), py::arg("threshold"),
         py::arg("window"), py::arg("center"), py::arg("max_nnz"), py::arg("hopper"));

@@ -20,6 +20,8 @@ def cut(module: Any, latents: slice) -> Any:
     """
     if module.packed is not None:
         raise ValueError("module must not be frozen: call unfreeze()")
+    if getattr(module, "screened", None) is not None:
+        raise ValueError("module must not be screened: call unscreen()")
     if any(p.is_meta for p in module.parameters()):
         raise ValueError("module is on the meta device: pass load=, which makes the parts")
     part = copy.deepcopy(module, {id(p): p for p in module.parameters()})

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..arguments import check_number
 from ..modules import SAE
+from ..screening import current_screen
 from .deferred import Deferred
-from .rows import ROUNDING, as_rows, new_state, op_state, rates, rule, update
+from .rows import ROUNDING, as_rows, new_state, op_state, rates, requantise, rule, update
 
 OP = "Adam"
 ROWS, MOMENTS = ("touched", "exact", "live"), ("fp32", "8bit")
@@ -133,6 +134,7 @@ class Adam(torch.optim.Optimizer):
                     f"{OP}: gradients must be dense, got layout {p.grad.layout}: use "
                     'grad_format="dense", or torch.optim.SparseAdam'
                 )
+        screens = [(p, group, current_screen(p)) for p, group in held]
         extra: dict[Tensor, Tensor] = {}
         if self._deferred is not None and self._deferred.pending is not None:
             extra = self._fused_step({p: group for p, group in held})
@@ -142,6 +144,9 @@ class Adam(torch.optim.Optimizer):
                 if p in extra and p.grad is not None:
                     gradient = gradient + p.grad
                 update(p, gradient, self._state(p, group), group)
+        for p, group, screen in screens:
+            if screen is not None:
+                requantise(p, screen, self.state[p], group)
         return result
 
     def _fused_step(self, groups: dict[Tensor, dict[str, Any]]) -> dict[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import ops
 from ..reference import MOMENT_BLOCK
+from ..screening import Screen
 
 FOREVER = 2**62
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float64: 2.0**-53}
@@ -97,3 +98,10 @@ def update(p: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, 
     )
     if not in_place:
         p.detach().copy_(rows.view(p.shape))
+
+
+def requantise(p: Tensor, screen: Screen, state: dict[str, Any], group: dict[str, Any]) -> None:
+    """The codes of the rows that the last step of `p` moved, if there was one since they were."""
+    if not screen.current(p):
+        last = tail(p, float(group["betas"][0]), group["rows"])
+        screen.follow(p, state["touched_at"], state["step"], last)

@@ -103,7 +103,8 @@ def _encode(inputs: Inputs, x: Tensor, window: float, by_feature: bool = True) -
     elif isinstance(activation, BatchTopK):
         found = inputs.whole.batchtopk(inputs.op, args, float(activation.k), by_feature)
     else:
-        found = inputs.op("jumprelu_encode")(*args, tensors["threshold"], window, None, by_feature)
+        how = (tensors["threshold"], window, None, by_feature, inputs.codes)
+        found = inputs.op("jumprelu_encode")(*args, *how)
     transpose = (found[-2], found[-1]) if by_feature else (None, None)
     return Block(x, *found[:4], *transpose)
 

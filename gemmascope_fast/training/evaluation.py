@@ -27,6 +27,7 @@ class Inputs:
         semantics: those of the module, as far as they are not applied to the tensors already.
         whole: answers for the processes that share tokens or latents.
         tokens: number of tokens of all of them.
+        codes: those of W_enc, of a module that keeps some.
         smallest: the smallest active value of each block of a BatchTopK, None where none is.
     """
 
@@ -37,6 +38,7 @@ class Inputs:
     semantics: Semantics = Semantics()
     whole: Whole = WHOLE
     tokens: int = 0
+    codes: Tensor | None = None
     smallest: list[Tensor | None] = field(default_factory=list)
     _wide: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 

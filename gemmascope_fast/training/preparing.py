@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..arguments import check_count, check_number
 from ..checks import check_device, check_encoder, check_float, check_vector
-from ..effective import effective
+from ..effective import effective, weights_of
 from ..losses.sparsity import check_totals
 from ..modules import SAE, Activation, BatchTopK, JumpReLU, TopK, Transcoder
 from ..operands import autocast, widen
+from ..packing import unpacked
 from .evaluation import Inputs
 from .losses import LossTerm, Term
 from .losses_batch import BatchTerm
@@ -104,4 +105,5 @@ def inputs_of(
         acc = torch.float64
     detached = {name: t.detach() for name, t in tensors.items()}
     tokens = whole.n(tensors["x"].shape[0])
-    return Inputs(detached, activation, needs, acc, module.semantics, whole, tokens)
+    codes = unpacked(weights_of(module, tensors["W_enc"]))[1]
+    return Inputs(detached, activation, needs, acc, module.semantics, whole, tokens, codes)

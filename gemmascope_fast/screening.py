@@ -1,0 +1,127 @@
+"""`module.screen()`: int8 codes of an encoder that trains on CUDA, those of its weights as they are.
+
+Codes remember which weights they were made of: the tensor, where its memory is, and the version
+that autograd counts up with every write. An encoder takes them when all of that still holds; else
+all latents are quantised again first, in place, without waiting for the device. `gsf.optim.Adam`
+knows which rows it moved and has those quantised right behind its update, on the same stream; codes
+that were not current before it stay so. Source: docs/design.md, Screening.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from . import ops
+from .packing import PackedEncoder, checksums, pack, packable
+
+_lock = threading.Lock()
+_screens: Any = WeakTensorKeyDictionary()
+"""The codes of each W_enc that has some, for its optimizer to find; behind `_lock`."""
+
+
+class Screen:
+    """The codes of one `W_enc`, and which state of it they are of.
+
+    Args:
+        center: `[d_in]` a typical x, or None.
+        check: keep a checksum per latent and compare it in every call.
+    """
+
+    def __init__(self, center: Tensor | None = None, check: bool = False) -> None:
+        self._center, self._check = center, check
+        self._codes: Tensor | None = None
+        self._checksums: Tensor | None = None
+        self._weights: Any = lambda: None
+        self._place: tuple[Any, ...] = ()
+        self._version = -1
+        self._written: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the module makes codes of its own."""
+        return type(self), (self._center, self._check)
+
+    def encoder(self, W_enc: Tensor) -> Tensor | PackedEncoder:
+        """`W_enc` with codes of what it holds now; alone where nothing would use them."""
+        if torch.compiler.is_compiling() or not served(W_enc):
+            return W_enc
+        if self._codes is None or not self._of(W_enc):
+            self._pack(W_enc)
+        elif self._version != W_enc._version:
+            repack(self._codes, W_enc)
+            self._note(W_enc, checksums(W_enc) if self._check else None)
+        if self._codes is None:
+            return W_enc
+        if self._written is not None:
+            torch.cuda.current_stream(W_enc.device).wait_event(self._written)
+        return PackedEncoder(W_enc, self._codes, self._checksums)
+
+    def current(self, W_enc: Tensor) -> bool:
+        """Whether the codes are those of what `W_enc` holds, as far as its version tells."""
+        made = self._codes is not None and self._of(W_enc)
+        return made and self._version == W_enc._version
+
+    def follow(self, W_enc: Tensor, touched_at: Tensor, step: int, tail: int) -> None:
+        """Quantise the latents again that a step of Adam has moved.
+
+        Args:
+            W_enc: whose codes were current before.
+            touched_at: `[d_sae]` the last step in which each latent had a gradient.
+            step: this one.
+            tail: steps after a gradient in which a latent moves.
+        """
+        if self._codes is None or not served(W_enc):
+            return
+        repack(self._codes, W_enc, touched_at, step, tail)
+        kept = self._checksums
+        if kept is not None:  # those of other latents stay, so that edits of them are found
+            moved = (touched_at > 0) & (step - touched_at <= tail)
+            kept = torch.where(moved, checksums(W_enc), kept)
+        self._note(W_enc, kept)
+
+    def _of(self, W_enc: Tensor) -> bool:
+        return self._weights() is W_enc and self._place == place(W_enc)
+
+    def _pack(self, W_enc: Tensor) -> None:
+        center = None if self._center is None else self._center.to(W_enc.device)
+        self._codes = None  # before there are others
+        packed = pack(W_enc, center=center, check=self._check, precision="screened")
+        self._codes, self._weights, self._place = packed.codes, weakref.ref(W_enc), place(W_enc)
+        self._note(W_enc, packed.checksums)
+        with _lock:
+            _screens[W_enc] = weakref.ref(self)
+
+    def _note(self, W_enc: Tensor, sums: Tensor | None) -> None:
+        self._version, self._checksums = W_enc._version, sums
+        if W_enc.is_cuda:
+            self._written = torch.cuda.current_stream(W_enc.device).record_event()
+
+
+def repack(codes: Tensor, W_enc: Tensor, *moved: Any) -> None:
+    """Quantise all latents again, or those that `touched_at, step, tail` say have moved."""
+    getattr(torch.ops, ops.NAMESPACE).repack_encoder_(codes, W_enc.detach(), *moved)
+
+
+def place(W_enc: Tensor) -> tuple[Any, ...]:
+    """What a write does not change, and other memory under the same tensor does."""
+    return W_enc.data_ptr(), W_enc.dtype, W_enc.shape, W_enc.stride()
+
+
+def served(W_enc: Tensor) -> bool:
+    """Whether codes might be used here and now: not in a CUDA graph, which cannot wait for them."""
+    if type(W_enc) not in (Tensor, nn.Parameter) or W_enc.is_inference() or not W_enc.is_cuda:
+        return False
+    return packable(W_enc, "screened") and not torch.cuda.is_current_stream_capturing()
+
+
+def current_screen(W_enc: Tensor) -> Screen | None:
+    """The codes of a parameter, if it has some that are current."""
+    with _lock:
+        found = _screens.get(W_enc)
+    screen: Screen | None = None if found is None else found()
+    return screen if screen is not None and screen.current(W_enc) else None
