@@ -1,0 +1,294 @@
+"""`module.screen()`: whose codes an encoder uses while its weights change.
+
+The codes of this processor take the place of CUDA's: they are exact, and those of latents whose
+weights have changed since would miss entries. `quantised` says what was quantised when.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from conftest import native_absent
+from oracle import assert_same
+from screening import ENCODERS
+
+import gemmascope_fast as gsf
+from gemmascope_fast import packing, screening
+
+ABSENT = native_absent(ENCODERS)
+pytestmark = pytest.mark.skipif(bool(ABSENT), reason=ABSENT)
+
+D, F = 128, 200
+
+
+@pytest.fixture
+def quantised(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """ "pack", "all", or the number of latents that a step moved."""
+    log: list[Any] = []
+    known: dict[int, torch.Tensor] = {}
+
+    def pack(W_enc: torch.Tensor, **options: Any) -> gsf.PackedEncoder:
+        log.append("pack")
+        packed = packing.pack(W_enc, **options)
+        assert packed.codes is not None
+        known[packed.codes.data_ptr()] = W_enc.detach().clone()
+        return packed
+
+    def repack(codes: torch.Tensor, W_enc: torch.Tensor, *moved: Any) -> None:
+        weights = known[codes.data_ptr()]
+        if moved:
+            touched_at, step, tail = moved
+            live = (touched_at > 0) & (step - touched_at <= tail)
+            weights[:, live] = W_enc[:, live]
+        else:
+            weights.copy_(W_enc)
+        log.append(int(live.sum()) if moved else "all")
+        codes.copy_(packing.pack(weights).codes)
+
+    monkeypatch.setenv("GEMMASCOPE_FAST_SCREEN", "always")
+    monkeypatch.setattr(screening, "served", lambda W_enc: True)
+    monkeypatch.setattr(screening, "pack", pack)
+    monkeypatch.setattr(screening, "repack", repack)
+    return log
+
+
+def sae(activation: Any = None, **options: Any) -> gsf.SAE:
+    g = torch.Generator().manual_seed(1)
+    return gsf.SAE(D, F, activation or gsf.JumpReLU(0.2, 2.2), generator=g, **options)
+
+
+def batch(step: int, n: int = 2) -> torch.Tensor:
+    return torch.randn(n, D, generator=torch.Generator().manual_seed(50 + step))
+
+
+def loss_of(module: gsf.SAE, x: torch.Tensor) -> torch.Tensor:
+    acts = module.encode(x)
+    return (module.decode(acts) - x).square().sum(-1).mean() + 1e-2 * acts.l0().mean()
+
+
+def train(module: gsf.SAE, optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> None:
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        loss_of(module, batch(step)).backward()
+        optimizer.step()
+
+
+def assert_screened(module: gsf.SAE, x: torch.Tensor) -> None:
+    """The codes that serve are those of the weights, and so are the entries."""
+    acts = module.encode(x)
+    assert gsf.explain().packed and gsf.explain().path == "screened"
+    codes = module.screened.encoder(module.W_enc).codes
+    assert_same(codes, gsf.pack(module.W_enc.detach()).codes)
+    plain = copy.deepcopy(module).unscreen().encode(x)
+    assert not gsf.explain().packed and plain.nnz > 0
+    for name in ("offsets", "indices", "values", "gate"):
+        assert_same(getattr(acts, name).detach(), getattr(plain, name).detach(), name)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"betas": (0.0, 0.99)},
+        {"betas": (0.9, 0.99)},
+        {"betas": (0.3, 0.99), "rows": "live"},
+        {"moments": "8bit", "remove_parallel": True, "unit_norm": True},
+    ],
+    ids=str,
+)
+def test_adam_keeps_the_codes_those_of_the_weights(
+    quantised: list[Any], fused: bool, rule: Any
+) -> None:
+    module, plain = sae().screen(), sae()
+    optimizers = [gsf.optim.Adam(m, 1e-2, fused=fused, **rule) for m in (module, plain)]
+    for step in range(4):
+        for m, optimizer in zip((module, plain), optimizers, strict=True):
+            train(m, optimizer, 1, step)
+        assert_screened(module, batch(step, 20))
+    assert quantised[0] == "pack" and len(quantised) == 5, "the encoders found nothing to do"
+    assert all(0 < moved < F for moved in quantised[1:])
+    for p, q in zip(module.parameters(), plain.parameters(), strict=True):
+        assert_same(p.detach(), q.detach())
+
+
+def test_loss_uses_the_codes(quantised: list[Any]) -> None:
+    module, plain = sae().screen(), sae()
+    for fused in (True, False):
+        for m in (module, plain):
+            optimizer = gsf.optim.Adam(m, 1e-2, fused=fused)
+            for step in range(3):
+                optimizer.zero_grad()
+                m.loss(batch(step))[0].backward()
+                assert gsf.explain().packed == (m is module)
+                optimizer.step()
+            m.deferred = None
+        assert_screened(module, batch(9, 20))
+    assert quantised[0] == "pack" and "all" not in quantised and len(quantised) == 7
+    assert_same(module.W_enc.detach(), plain.W_enc.detach())
+
+
+def test_parameters_in_groups_are_followed_too(quantised: list[Any]) -> None:
+    module = sae().screen()
+    optimizer = gsf.optim.Adam([{"params": [module.W_enc]}, {"params": [module.W_dec]}], 1e-2)
+    train(module, optimizer, 3)
+    assert quantised[0] == "pack" and all(type(n) is int for n in quantised[1:])
+    optimizer.zero_grad()
+    optimizer.step()
+    assert len(quantised) == 4, "nothing moved"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: train(m, torch.optim.Adam(m.parameters(), lr=1e-2), 1),
+        lambda m: m.W_enc[:, 3].mul_(5),
+        lambda m: m.W_enc.t()[7].zero_(),
+        lambda m: m.load_state_dict(copy.deepcopy(sae()).state_dict()),
+        lambda m: m.reset_parameters(torch.Generator().manual_seed(5)),
+    ],
+    ids=["another optimizer", "in place", "a view", "load_state_dict", "reset_parameters"],
+)
+def test_after_other_changes_all_latents_are_quantised(quantised: list[Any], change: Any) -> None:
+    module = sae().screen()
+    train(module, gsf.optim.Adam(module, 1e-2), 1)
+    module.encode(batch(0))
+    quantised.clear()
+    with torch.set_grad_enabled(change.__code__.co_names[0] == "train"):
+        change(module)
+    assert_screened(module, batch(1, 20))
+    assert quantised == ["all"]
+    train(module, gsf.optim.Adam(module, 1e-2), 1, 1)
+    assert quantised[0] == "all" and type(quantised[1]) is int and len(quantised) == 2
+
+
+def test_a_step_from_codes_that_were_not_current_quantises_all(quantised: list[Any]) -> None:
+    module = sae().screen()
+    optimizer = gsf.optim.Adam(module, 1e-2)
+    loss_of(module, batch(0)).backward()
+    with torch.no_grad():
+        module.W_enc[:, 11] *= 3
+    optimizer.step()
+    assert quantised == ["pack"]
+    assert_screened(module, batch(1, 20))
+    assert quantised == ["pack", "all"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: setattr(m, "W_enc", torch.nn.Parameter(m.W_enc.detach().clone())),
+        lambda m: setattr(m.W_enc, "data", m.W_enc.data.clone()),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.screen(center=torch.ones(D)),
+    ],
+    ids=["parameter", "data", "dtype", "screen"],
+)
+def test_other_memory_is_packed_anew(quantised: list[Any], change: Any) -> None:
+    module = sae().screen()
+    module.encode(batch(0))
+    change(module)
+    module.encode(batch(0))
+    assert quantised == ["pack", "pack"]
+    assert gsf.explain().packed and gsf.explain().path == "screened"
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_check_finds_what_no_version_tells(quantised: list[Any], steps: int) -> None:
+    module = sae().screen(check=True)
+    optimizer = gsf.optim.Adam(module, 1e-2)
+    train(module, optimizer, 2)
+    assert_screened(module, batch(0))
+    still = int((optimizer.state[module.W_enc]["touched_at"] == 0).nonzero()[0])
+    loss_of(module, batch(1)).backward()
+    module.W_enc.data[5, still] += 1
+    if steps:
+        optimizer.step()
+    with pytest.raises(RuntimeError, match=f"weights of 1 latents changed .* being {still};"):
+        module.encode(batch(0))
+    assert_screened(module.screen(check=True), batch(0))
+
+
+@pytest.mark.parametrize(
+    ("activation", "options"),
+    [
+        (gsf.TopK(5), {}),
+        (gsf.BatchTopK(5), {}),
+        (gsf.JumpReLU(0.2, 2.2), {"semantics": "saelens_6"}),
+    ],
+    ids=str,
+)
+def test_other_activations_and_semantics(
+    quantised: list[Any], activation: Any, options: Any
+) -> None:
+    runs = []
+    for screened in (True, False):
+        module = sae(activation, **options)
+        module = module.screen() if screened else module
+        train(module, gsf.optim.Adam(module, 1e-2), 3)
+        assert gsf.explain().packed == screened
+        runs.append(module)
+    assert quantised[0] == "pack" and "all" not in quantised
+    for p, q in zip(*(m.parameters() for m in runs), strict=True):
+        assert_same(p.detach(), q.detach())
+
+
+def test_weights_that_are_rescaled_in_every_call_have_no_codes(quantised: list[Any]) -> None:
+    module = sae(gsf.TopK(5), semantics="saelens_6").screen()
+    assert module.semantics.rescale
+    module.encode(batch(0))
+    assert quantised == [] and not gsf.explain().packed
+
+
+def test_compiled_graphs_get_the_plain_encoder(quantised: list[Any]) -> None:
+    module = sae().screen()
+    compiled = torch.compile(module.encode, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        acts = compiled(batch(0))
+        assert quantised == []
+        assert_same(acts.values, module.encode(batch(0)).values)
+    assert quantised == ["pack"]
+
+
+def test_copies_make_codes_of_their_own(quantised: list[Any]) -> None:
+    module = sae().screen(center=torch.ones(D))
+    module.encode(batch(0))
+    names = set(module.state_dict())
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        twin.W_enc[:, 3] *= 2
+    twin.encode(batch(0))
+    assert quantised == ["pack", "pack"] and gsf.explain().centered
+    assert twin.screened is not module.screened
+    assert names == set(sae().state_dict())
+    module.unscreen().encode(batch(0))
+    assert module.screened is None and not gsf.explain().packed
+
+
+def test_a_frozen_module_uses_the_codes_of_freeze(quantised: list[Any]) -> None:
+    module = sae().screen().freeze()
+    module.encode(batch(0))
+    assert quantised == [] and gsf.explain().packed
+    module.unfreeze().encode(batch(0))
+    assert quantised == ["pack"]
+
+
+def test_on_a_cpu_nothing_changes() -> None:
+    module = sae()
+    before = module.encode(batch(0))
+    assert module.screen(check=True) is module
+    after = module.encode(batch(0))
+    assert not gsf.explain().packed
+    assert_same(after.values.detach(), before.values.detach())
+    assert module.screened is not None and not module.screened.current(module.W_enc)
+
+
+def test_bad_input_of_screen() -> None:
+    module = sae()
+    with pytest.raises(ValueError, match="screen: center must have shape"):
+        module.screen(center=torch.ones(3))
+    with pytest.raises(TypeError, match="screen: center must be"):
+        module.screen(center=[1.0])  # type: ignore[arg-type]
+    assert module.screened is None
