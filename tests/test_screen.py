@@ -176,17 +176,27 @@ def test_a_step_from_codes_that_were_not_current_quantises_all(quantised: list[A
     assert quantised == ["pack", "all"]
 
 
+@torch.no_grad()
+def take_as_old_a_parameter(module: gsf.SAE) -> None:
+    """Over the same memory, with a version of its own that has come to the same number."""
+    twin = torch.nn.Parameter(module.W_enc.data)
+    while twin._version < module.W_enc._version:
+        twin.mul_(1.5)
+    module.W_enc = twin
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        take_as_old_a_parameter,
         lambda m: setattr(m, "W_enc", torch.nn.Parameter(m.W_enc.detach().clone())),
         lambda m: setattr(m.W_enc, "data", m.W_enc.data.clone()),
         lambda m: m.to(torch.bfloat16),
         lambda m: m.screen(center=torch.ones(D)),
     ],
-    ids=["parameter", "data", "dtype", "screen"],
+    ids=["alias", "parameter", "data", "dtype", "screen"],
 )
-def test_other_memory_is_packed_anew(quantised: list[Any], change: Any) -> None:
+def test_another_tensor_is_packed_anew(quantised: list[Any], change: Any) -> None:
     module = sae().screen()
     module.encode(batch(0))
     change(module)
