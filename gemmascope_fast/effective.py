@@ -20,6 +20,7 @@ from .activations import Activation, BatchTopK, JumpReLU
 from .arguments import check_number
 from .functional import batchtopk_encode, decode, jumprelu_encode, pre_at, topk_encode
 from .packing import PackedEncoder
+from .screening import Screen
 from .semantics import Semantics
 from .sparse import SparseActs
 
@@ -103,7 +104,9 @@ def encode(module: SAE, x: Tensor, max_nnz: int | None = None) -> SparseActs:
 
 def weights_of(module: SAE, W_enc: Tensor) -> Tensor | PackedEncoder:
     """`W_enc` with the codes that the module keeps of it, if it does (`screen`)."""
-    screen = getattr(module, "screened", None)  # queries and wrapped modules have none
+    screen: Screen | None = getattr(
+        module, "screened", None
+    )  # queries and wrapped modules have none
     if screen is None or W_enc is not module.W_enc:
         return W_enc
     return screen.encoder(W_enc)

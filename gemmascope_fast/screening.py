@@ -1,4 +1,4 @@
-"""`module.screen()`: int8 codes of an encoder that trains on CUDA, those of its weights as they are.
+"""`module.screen()`: int8 codes of an encoder that trains on CUDA, of its weights as they are.
 
 Codes remember which weights they were made of: the tensor, where its memory is, and the version
 that autograd counts up with every write. An encoder takes them when all of that still holds; else

@@ -200,6 +200,9 @@ def test_what_was_not_measured_has_no_verdict() -> None:
     both = {OURS: 1.0, targets.OURS_ADAM: 2.0, targets.DENSE_ADAM: 9.0}
     told = row("step", 2**16, both)["targets"]
     assert [(v["found"], v["met"]) for v in told] == [(4.5, True)], "of the steps that update"
+    both |= {targets.OURS_SCREENED: 1.5}
+    told = row("step", 2**18, both)["targets"]
+    assert [(v["found"], v["met"]) for v in told] == [(4.5, False), (6.0, True)]
     missing = row("topk", 2**16, {OURS: 1.0})["targets"]
     assert [v["met"] for v in missing] == [None]
     with pytest.raises(RuntimeError, match="does not fit"):
