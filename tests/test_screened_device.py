@@ -193,10 +193,16 @@ def test_packing_again() -> None:
     packed = pack(W, center)
     changed = torch.tensor([3, 500, 899], device=DEVICE)
     W.t()[changed] = torch.randn(3, 256, device=DEVICE).to(W.dtype)
-    torch.ops.gemmascope_fast.repack_encoder_(packed.codes, W, changed)
-    begin = packed.codes.numel() - W.numel()
-    assert torch.equal(packed.codes[begin:], pack(W, center).codes[begin:])
+    touched_at = torch.zeros(900, dtype=torch.int64, device=DEVICE)
+    touched_at[changed] = 7
+    torch.ops.gemmascope_fast.repack_encoder_(packed.codes, W, touched_at, 7, 0)
+    assert torch.equal(packed.codes, pack(W, center).codes)
     assert_audited(gsf.jumprelu_encode(x, packed, b, t), (x, W, b, t))
+    W.t().mul_(-1)
+    torch.ops.gemmascope_fast.repack_encoder_(packed.codes, W)
+    assert torch.equal(packed.codes, pack(W, center).codes)
+    with pytest.raises(RuntimeError, match="touched_at must have shape"):
+        torch.ops.gemmascope_fast.repack_encoder_(packed.codes, W, touched_at[1:], 7, 0)
 
 
 def test_codes_of_other_weights_are_an_error() -> None:
