@@ -74,10 +74,9 @@ void repack_encoder_cuda(Tensor packed, const Tensor& W_enc, std::optional<Tenso
   check_dim(kAgain, "W_enc", W_enc, 2);
   check_float(kAgain, "W_enc", W_enc);
   check_device(kAgain, "packed", packed, W_enc);
-  const Tensor touched =
-      touched_at
-          ? vector_of(kAgain, "touched_at", *touched_at, ScalarType::Long, W_enc.size(1), W_enc)
-          : W_enc;
+  const Tensor touched = touched_at ? vector_of(kAgain, "touched_at", *touched_at, ScalarType::Long,
+                                                W_enc.size(1), W_enc)
+                                    : W_enc;
   const torch::stable::accelerator::DeviceGuard guard(W_enc.get_device_index());
   QuantiseRows p = latents_of(screened_encoder(kAgain, packed, W_enc), W_enc);
   if (touched_at) p.touched_at = static_cast<const int64_t*>(touched.data_ptr());
