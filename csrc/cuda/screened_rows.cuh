@@ -34,10 +34,9 @@ struct QuantiseRows {
   Rows rows;
   const float* center;  // [width], zeros behind d
   int64_t width;
-  int64_t count;  // of rows
-  const int64_t*
-      touched_at;  // [rows] of an optimizer's state: the rows that its step moved; or null: all rows
-  int8_t* codes;   // [rows][width]
+  int64_t count;              // of rows
+  const int64_t* touched_at;  // [rows] Adam's: the rows that its step moved; null: all
+  int8_t* codes;              // [rows][width]
 
   // tokens
   float* scale;  // [rows] u
