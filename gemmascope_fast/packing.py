@@ -131,6 +131,11 @@ def packed_bytes(d_in: int, d_sae: int, center: bool = False) -> int:
     return 64 + (-(-d_in * 4 // 64) * 64 if center else 0) + latents * (width + 12 + 4 * scales)
 
 
+def screened_width(d_in: int) -> int:
+    """Codes of a latent on CUDA."""
+    return -(-d_in // 128) * 128
+
+
 def unpacked(W_enc: Tensor | PackedEncoder) -> tuple[Tensor, Tensor | None]:
     """The weights and, where they were packed, their codes; checked if that was asked for."""
     if not isinstance(W_enc, PackedEncoder):

@@ -302,3 +302,57 @@ def test_bad_input_of_screen() -> None:
     with pytest.raises(TypeError, match="screen: center must be"):
         module.screen(center=[1.0])  # type: ignore[arg-type]
     assert module.screened is None
+
+
+# ---- gsf.train
+
+
+def run(**options: Any) -> gsf.SAE:
+    rows = torch.randn(400, D, generator=torch.Generator().manual_seed(3))
+    sizes: dict[str, Any] = {"d_sae": F, "target_l0": 8.0, "batch_size": 40, "steps": 6}
+    return gsf.train(rows, **sizes | options, progress=False)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_train_on_screened_codes(quantised: list[Any], fused: bool) -> None:
+    screened = run(precision="screened", fused=fused)
+    assert quantised[0] == "pack" and "all" not in quantised[1:]
+    moved = [n for n in quantised if type(n) is int]
+    assert len(moved) == 6 and max(moved) <= F
+    assert screened.screened is None, "the result encodes exactly"
+    for p, q in zip(screened.parameters(), run(fused=fused).parameters(), strict=True):
+        assert_same(p.detach(), q.detach())
+
+
+def test_a_resumed_run_is_of_the_same_precision(quantised: list[Any], tmp_path: Any) -> None:
+    whole = run(precision="screened")
+    stopped = {"out": tmp_path, "checkpoint_every": 3, "precision": "screened"}
+
+    def stop(metrics: dict[str, float]) -> None:
+        if metrics["step"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(**stopped, on_metrics=stop)
+    with pytest.raises(ValueError, match="precision=screened, and now precision=None"):
+        run(out=tmp_path)
+    for p, q in zip(run(**stopped).parameters(), whole.parameters(), strict=True):
+        assert_same(p.detach(), q.detach())
+
+
+def test_bad_precision() -> None:
+    with pytest.raises(ValueError, match="precision must be one of exact, screened, got 'int8'"):
+        run(precision="int8")
+    with pytest.raises(ValueError, match="precision='screened' is for one device: drop mesh"):
+        run(precision="screened", mesh=object())
+
+
+def test_memory_of_the_codes() -> None:
+    sizes: dict[str, Any] = {"d_in": 130, "d_sae": 1000, "batch_size": 64, "device": "cuda"}
+    plain, screened = (
+        gsf.estimate_memory(**sizes, precision=precision) for precision in ("exact", "screened")
+    )
+    assert screened.phases["step"]["codes"] == 1000 * (256 + 8)
+    assert not plain.phases["step"]["codes"]
+    there = gsf.estimate_memory(**sizes | {"device": "cpu"}, precision="screened")
+    assert not there.phases["step"]["codes"]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from .hooks import ModelSource
 from .preset import PRESETS, find_preset
 from .runs import train
-from .settings import ACTIVATIONS, KINDS, MOMENTS, ROWS
+from .settings import ACTIVATIONS, KINDS, MOMENTS, PRECISIONS, ROWS
 from .sources import Source, TensorSource
 
 OVERRIDES = ("lr", "beta1", "bandwidth")
@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     add("--checkpoint-every", type=int, help="steps between checkpoints")
     add("--dtype", choices=DTYPES, help="of the matrices; default float32")
     add("--autocast", choices=DTYPES, help="of the products; default that of the matrices")
+    add("--precision", choices=PRECISIONS, default="exact", help="screened: int8 candidates (CUDA)")
     add("--device", help="such as cuda:0; default CUDA where there is one")
     add("--metrics", type=Path, help="append every step's metrics to this file, one JSON a line")
     several = made.add_argument_group("several processes, started by torchrun")

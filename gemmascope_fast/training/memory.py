@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..packing import screened_width
 from ..reference import MOMENT_BLOCK
 from .calibration import ROWS, TILE_BYTES
 from .preset import find_preset
@@ -23,7 +24,7 @@ from .settings import Settings, prefixes
 GIB = 1 << 30
 OPTIONS = {
     *("preset", "rows", "moments", "fused", "init_l0", "matryoshka", "kind", "affine", "dtype"),
-    "autocast",
+    *("autocast", "precision"),
 }
 ROW_COPIES, GROUP_COPIES, AUX_COPIES = 5, 6, 5
 """Matrices of a batch that exist at once: raw, scaled, reconstruction, its error and gradient; for
@@ -104,7 +105,7 @@ def estimate_memory(
         source_bytes: that the source holds on that device, beside tensors of the caller.
         resume: whether a checkpoint may be read on the way.
         options: other arguments of `train`: preset, rows, moments, fused, init_l0, matryoshka,
-            kind, affine, dtype, autocast.
+            kind, affine, dtype, autocast, precision.
 
     Returns:
         The estimate; printing it names the parts.
@@ -150,7 +151,9 @@ def estimate(
         "sample": 3 * wide * s.preset.calibration_tokens * max(s.d_in, s.d_out),
         "quantiles": 2 * TILE_BYTES if s.start_l0 is not None else 0,
     }
-    step = {"optimizer": moments} | _step(s, device, matrix + skip, vectors)
+    codes = s.d_sae * (screened_width(s.d_in) + 8)
+    kept = s.precision == "screened" and device.type == "cuda"
+    step = {"optimizer": moments, "codes": codes * kept} | _step(s, device, matrix + skip, vectors)
     statistics = {"statistics": 4 * 8 * ROWS * max(s.d_in, s.d_out)}
     phases = {"statistics": statistics, "start": start, "step": step}
     if resume:  # one matrix of the weights on its way, then the moments as they are read

@@ -61,6 +61,7 @@ def train(
     checkpoint_every: int | None = None,
     dtype: torch.dtype | None = None,
     autocast: torch.dtype | None = None,
+    precision: str = "exact",
     device: torch.device | str | None = None,
     on_metrics: OnMetrics | None = None,
     progress: bool = True,
@@ -97,6 +98,8 @@ def train(
         checkpoint_every: steps between checkpoints; default 1,000, or a tenth of a shorter run.
         dtype: of the matrices; default float32.
         autocast: dtype in which the products run; None leaves the matrices' own.
+        precision: "screened" lets the encoder miss 1 entry in 10^6 for speed, where `SAE.screen`
+            does: on CUDA, without autocast, on one device. The result encodes exactly.
         device: default that of a tensor source, else CUDA where there is one, else the CPU.
         on_metrics: called after every step with a dict of floats: step, tokens, loss, its terms,
             fvu, l0, density, fired (latents in this batch), dead, lr, seconds.
@@ -144,11 +147,14 @@ def train(
         seed=seed,
         dtype=torch.float32 if dtype is None else dtype,
         autocast=autocast,
+        precision=precision,
         checkpoint_every=checkpoint_every,
     )
     if on_metrics is not None and not callable(on_metrics):
         raise TypeError(f"{OP}: on_metrics must be callable, got {type(on_metrics).__name__}")
     folder = None if out is None else Path(out)
+    if mesh is not None and precision != "exact":
+        raise ValueError(f"{OP}: precision={precision!r} is for one device: drop mesh")
     if mesh is not None:
         said = {"resume": resume, "on_metrics": on_metrics, "progress": progress}
         return _on_mesh(mesh, rows_of, settings, folder, metadata=dict(metadata or {}), **said)

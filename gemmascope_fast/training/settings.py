@@ -19,6 +19,7 @@ ACTIVATIONS = ("jumprelu", "topk", "batchtopk")
 KINDS = ("sae", "transcoder")
 ROWS = ("exact", "live")
 MOMENTS = ("fp32", "8bit")
+PRECISIONS = ("exact", "screened")
 OP = "train"
 
 
@@ -50,6 +51,7 @@ class Settings:
     seed: int = 0
     dtype: torch.dtype = torch.float32
     autocast: torch.dtype | None = None
+    precision: str = "exact"
     checkpoint_every: int | None = None
 
     def __post_init__(self) -> None:
@@ -67,6 +69,7 @@ class Settings:
             ("rows", ROWS),
             ("moments", MOMENTS),
             ("kind", KINDS),
+            ("precision", PRECISIONS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -141,6 +144,8 @@ class Settings:
         """As JSON, without what may differ between two runs that are the same."""
         read = asdict(self) | {"dtype": str(self.dtype), "autocast": str(self.autocast)}
         del read["checkpoint_every"]
+        if self.precision == "exact":  # checkpoints from before there was a choice say nothing
+            del read["precision"]
         return read
 
     def make(self, device: torch.device, latents: slice | None = None) -> SAE:

@@ -135,6 +135,7 @@ class Trainer:
     def exported(self) -> SAE:
         """A copy of the module that reads raw activations."""
         module = copy.deepcopy(self.module).requires_grad_(False)
+        module.screened = None
         fold_(module, *self.maps)
         return module.requires_grad_(True)
 
@@ -142,6 +143,7 @@ class Trainer:
         """The module itself, turned into one that reads raw activations; the run is over."""
         self.updates.release()
         del self.updates
+        self.module.screened = None
         fold_(self.module, *self.maps)
         return self.module
 
@@ -165,6 +167,8 @@ class Trainer:
     def _begin(self, record: Mapping[str, Any] | None = None) -> None:
         """Make what a run has, empty where `record` is that of a checkpoint to be read."""
         self.module = self._make()
+        if self.settings.precision == "screened":
+            self.module.screen()
         self.updates = self._updates()
         self.taken = 0 if record is None else record["step"]
         size = self.module.d_sae
