@@ -153,8 +153,6 @@ def train(
     if on_metrics is not None and not callable(on_metrics):
         raise TypeError(f"{OP}: on_metrics must be callable, got {type(on_metrics).__name__}")
     folder = None if out is None else Path(out)
-    if mesh is not None and precision != "exact":
-        raise ValueError(f"{OP}: precision={precision!r} is for one device: drop mesh")
     if mesh is not None:
         said = {"resume": resume, "on_metrics": on_metrics, "progress": progress}
         return _on_mesh(mesh, rows_of, settings, folder, metadata=dict(metadata or {}), **said)
@@ -169,10 +167,12 @@ def train(
         return _finish(trainer, folder, dict(metadata or {}))
 
 
-def _on_mesh(mesh: DeviceMesh, *run: Any, **options: Any) -> SAE:
+def _on_mesh(mesh: DeviceMesh, source: Source, settings: Settings, *to: Any, **options: Any) -> SAE:
     from ..distributed.running import train_on
 
-    return cast("SAE", train_on(mesh, *run, **options))
+    if settings.precision != "exact":
+        raise ValueError(f"{OP}: precision={settings.precision!r} is for one device: drop mesh")
+    return cast("SAE", train_on(mesh, source, settings, *to, **options))
 
 
 def as_source(source: Any, kind: str) -> Source:
