@@ -33,8 +33,10 @@ struct FewHit {
 
 // Takes the thread's first hit out of `left`. The value of a candidate means nothing.
 template <int kColumns, Limit kLimit>
-__device__ __forceinline__ FewHit next_hit(const float (&acc)[kColumns / 8][4], int lane,
-                                           const float* bias, StripHits<kColumns>& left) {
+__device__ __forceinline__ FewHit next_hit(const EncodeTiles& p,
+                                           const float (&acc)[kColumns / 8][4], int64_t token,
+                                           int lane, const float* bias, const float* limit,
+                                           StripHits<kColumns>& left) {
   FewHit hit = {-1, 0, 0, 0.0f};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -51,7 +53,10 @@ __device__ __forceinline__ FewHit next_hit(const float (&acc)[kColumns / 8][4], 
   if (kLimit == Limit::kScreened) return hit;
   const int index = 64 * hit.word + 4 * (hit.bit / 2) + 2 * (hit.half & 1) + hit.bit % 2;
   const float picked = pick_element<0, kColumns / 2>(acc, index);
-  hit.pre = picked + bias[strip_column(hit.word, hit.bit, lane)];
+  const int column = strip_column(hit.word, hit.bit, lane);
+  const float less = kLimit == Limit::kUpperBound ? limit[column] : 0.0f;
+  const UpperRow row = upper_row<kLimit>(p, token + (hit.half > 0 ? 8 : 0));
+  hit.pre = hit_value<kLimit>(picked, row, bias[column], less);
   return hit;
 }
 
@@ -139,7 +144,9 @@ __device__ __forceinline__ void emit_strip_of_few(const EncodeTiles& p,
 #pragma unroll
     for (int i = 0; i < kFewHits; ++i) {
       few[i] = {-1, 0, 0, 0.0f};
-      if (i < most) few[i] = next_hit<kColumns, kLimit>(acc, lane, bias, left);
+      if (i < most) {
+        few[i] = next_hit<kColumns, kLimit>(p, acc, token0 + lane / 4, lane, bias, limit, left);
+      }
       if (kLimit == Limit::kPerLatent && few[i].half >= 0) {
         const float most_of = limit[strip_column(few[i].word, few[i].bit, lane)];
         odd = odd || few[i].pre != few[i].pre || most_of != most_of;

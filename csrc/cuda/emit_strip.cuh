@@ -43,20 +43,44 @@ __device__ __forceinline__ bool strip_is_missing(const EncodeTiles& p, int64_t t
   return (run & kRunBegin) + (run >> kRunCount) > p.arena;
 }
 
+// What turns a sum of codes into the most that pre can be: pre = (sum - shift) / scale[i], less limit[j], over bias[j].
+struct UpperRow {
+  float shift, per_code;
+};
+
+template <Limit kLimit>
+__device__ __forceinline__ UpperRow upper_row(const EncodeTiles& p, int64_t token) {
+  if (kLimit != Limit::kUpperBound || token >= p.n) return {0.0f, 0.0f};
+  return {p.bound[token] - __int_as_float(kSumZero), __fdividef(1.0f, p.scale[token])};
+}
+
+// The value of a hit.
+template <Limit kLimit>
+__device__ __forceinline__ float hit_value(float acc, const UpperRow& row, float bias,
+                                           float limit) {
+  if (kLimit != Limit::kUpperBound) return acc + bias;
+  const float sum = static_cast<float>(__float_as_int(acc) - kSumZero);
+  return __fdividef(fmaf(sum - row.shift, row.per_code, -limit), bias);
+}
+
 template <int kColumns, Limit kLimit>
 __device__ __forceinline__ void compare_strip(const EncodeTiles& p,
                                               const float (&acc)[kColumns / 8][4], int64_t token,
                                               int lane, const float* bias, const float* limit,
                                               StripHits<kColumns>& hits) {
   const float* from = (kLimit == Limit::kPerToken ? bias : limit) + 2 * (lane % 4);
-  float bound[2] = {0.0f, 0.0f}, scale[2] = {0.0f, 0.0f};
+  float bound[2] = {0.0f, 0.0f}, scale[2] = {0.0f, 0.0f}, least[2] = {0.0f, 0.0f};
   if (kLimit != Limit::kPerLatent) {
     if (token < p.n) bound[0] = p.bound[token];
     if (token + 8 < p.n) bound[1] = p.bound[token + 8];
   }
-  if (kLimit == Limit::kScreened) {
+  if (multiplies_codes(kLimit)) {
     if (token < p.n) scale[0] = p.scale[token];
     if (token + 8 < p.n) scale[1] = p.scale[token + 8];
+  }
+  if (kLimit == Limit::kUpperBound) {
+    if (token < p.n) least[0] = p.least[token];
+    if (token + 8 < p.n) least[1] = p.least[token + 8];
   }
 #pragma unroll
   for (int word = 0; word < StripHits<kColumns>::kWords; ++word) {
@@ -65,14 +89,28 @@ __device__ __forceinline__ void compare_strip(const EncodeTiles& p,
 #pragma unroll
   for (int m = 0; m < StripHits<kColumns>::kBlocks; ++m) {
     const float2 pair = *reinterpret_cast<const float2*>(from + 8 * m);
+    float2 unit = {0.0f, 0.0f};
+    if (kLimit == Limit::kUpperBound) {
+      unit = *reinterpret_cast<const float2*>(bias + 2 * (lane % 4) + 8 * m);
+    }
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const float column = e % 2 == 0 ? pair.x : pair.y;
+      float column = e % 2 == 0 ? pair.x : pair.y;
+      if (kLimit == Limit::kUpperBound) {
+        column = fmaf(least[e / 2], e % 2 == 0 ? unit.x : unit.y, column);
+      }
       const bool hit = kLimit == Limit::kPerLatent ? !(acc[m][e] <= column)
                        : kLimit == Limit::kPerToken
                            ? !(acc[m][e] + column <= bound[e / 2])
                            : !(acc[m][e] <= fmaf(scale[e / 2], column, bound[e / 2]));
       if (hit) hits.mask[e / 2][m / 16] |= 1u << (2 * (m % 16) + e % 2);
+    }
+  }
+  if (kLimit == Limit::kUpperBound) {
+#pragma unroll
+    for (int word = 0; word < StripHits<kColumns>::kWords; ++word) {
+      if (bound[0] != bound[0]) hits.mask[0][word] = 0;
+      if (bound[1] != bound[1]) hits.mask[1][word] = 0;
     }
   }
 }
@@ -215,22 +253,28 @@ __device__ __forceinline__ void emit_pair(uint64_t* out, uint32_t pair, float fi
   if (pair & 2) out[rank] = static_cast<uint64_t>(code + 1) << 32 | __float_as_uint(second);
 }
 
-template <int kColumns>
-__device__ __forceinline__ void write_strip(const float (&acc)[kColumns / 8][4], uint64_t* run,
-                                            const StripPlace& place, int lane, const float* bias,
+template <int kColumns, Limit kLimit>
+__device__ __forceinline__ void write_strip(const EncodeTiles& p,
+                                            const float (&acc)[kColumns / 8][4], int64_t token,
+                                            uint64_t* run, const StripPlace& place, int lane,
+                                            const float* bias, const float* limit,
                                             const uint32_t (&blocks)[StripHits<kColumns>::kWords],
                                             const StripHits<kColumns>& hits) {
+  const UpperRow rows[2] = {upper_row<kLimit>(p, token), upper_row<kLimit>(p, token + 8)};
   int seen[2] = {0, 0};
 #pragma unroll
   for (int m = 0; m < StripHits<kColumns>::kBlocks; ++m) {
     if ((blocks[m / 16] >> (2 * (m % 16)) & 1) == 0) continue;
     const int column = 8 * m + 2 * (lane % 4);
     const float2 add = *reinterpret_cast<const float2*>(bias + column);
+    float2 less = {0.0f, 0.0f};
+    if (kLimit == Limit::kUpperBound) less = *reinterpret_cast<const float2*>(limit + column);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       emit_pair(run + place.begin[half], hits.mask[half][m / 16] >> (2 * (m % 16)) & 3,
-                acc[m][2 * half] + add.x, acc[m][2 * half + 1] + add.y, lane / 4 + 8 * half, column,
-                lane, seen[half]);
+                hit_value<kLimit>(acc[m][2 * half], rows[half], add.x, less.x),
+                hit_value<kLimit>(acc[m][2 * half + 1], rows[half], add.y, less.y),
+                lane / 4 + 8 * half, column, lane, seen[half]);
     }
   }
 }
@@ -285,7 +329,11 @@ __device__ __forceinline__ void emit_strip(const EncodeTiles& p,
   }
   const StripPlace place = count_strip<kColumns>(hits, lane);
   uint64_t* run = reserve_strip(p, strip, place, lane);
-  if (run != nullptr) write_strip<kColumns>(acc, run, place, lane, bias, blocks, hits);
+  if (run != nullptr) {
+    // Else the compiler keeps what was compared with, 128 registers, until here.
+    if (kLimit == Limit::kUpperBound) __syncwarp();
+    write_strip<kColumns, kLimit>(p, acc, token, run, place, lane, bias, limit, blocks, hits);
+  }
 }
 
 }  // namespace on_cuda

@@ -15,7 +15,7 @@ const void* kernel_of(Limit limit) {
 }  // namespace
 
 bool encode_few_serves(const EncodeTiles& p, Dtype dtype, Limit limit) {
-  return p.n <= kStripTokens && dtype != Dtype::kFloat32 && limit != Limit::kScreened;
+  return p.n <= kStripTokens && dtype != Dtype::kFloat32 && !multiplies_codes(limit);
 }
 
 cudaError_t encode_few(const EncodeTiles& p, Dtype dtype, Limit limit, cudaStream_t stream) {

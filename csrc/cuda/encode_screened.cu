@@ -26,8 +26,6 @@ namespace {
 // Records of the first arena: 2 KiB per token. More than fit cost a second pass over the strips that missed.
 constexpr int64_t kRecordsPerToken = 256;
 constexpr int64_t kSmallestArena = 65536;
-// One candidate costs as much as this many elements of the plain product, which takes over where there are more.
-constexpr int64_t kElementsPerCandidate = 200;
 constexpr int64_t kGrid = int64_t{1} << 16;
 
 template <typename T>
@@ -41,11 +39,6 @@ Tensor empty(const Tensor& like, int64_t size, ScalarType dtype) {
 
 unsigned blocks_of(int64_t items, int64_t per_block) {
   return static_cast<unsigned>(std::clamp((items + per_block - 1) / per_block, int64_t{1}, kGrid));
-}
-
-bool asked_for(const char* mode) {
-  const char* choice = std::getenv("GEMMASCOPE_FAST_SCREEN");
-  return choice != nullptr && std::strcmp(choice, mode) == 0;
 }
 
 bool is_capturing(cudaStream_t stream) {
@@ -67,37 +60,21 @@ struct Call {
 
 EncodeHits screen(const Call& call, int64_t arena) {
   const ScreenedEncoder& packed = call.packed;
-  const int64_t n = call.x.size(0);
-  EncodeInputs in;
-  in.x = torch::stable::new_empty(call.x, {n, packed.width}, ScalarType::Char);
-  Tensor bytes = call.bytes;
-  const Tensor codes =
-      torch::stable::narrow(bytes, 0, packed.codes_begin(), packed.d_sae * packed.width);
-  in.W = torch::stable::view(codes, {packed.d_sae, packed.width});
-  in.bias = call.bias;
-  in.dtype = Dtype::kFloat32;
+  ScreenedOperands given = screened_operands(call.op, call.x, packed, call.bytes, call.stream);
+  given.in.bias = call.bias;
   EncodeLimit limit;
   limit.kind = Limit::kScreened;
-  limit.values = empty(call.bias, n, ScalarType::Float);
-  limit.scale = empty(call.bias, n, ScalarType::Float);
+  limit.values = given.bound;
+  limit.scale = given.scale;
   limit.latent = latent_limits(call.op, call.bias, call.threshold, call.window, call.stream);
   limit.first = 0;
   limit.last = packed.d_sae;
-  QuantiseRows tokens = {};
-  tokens.rows = rows_of(call.x);
-  tokens.center = packed.center();
-  tokens.width = packed.width;
-  tokens.count = n;
-  tokens.codes = data<int8_t>(in.x);
-  tokens.scale = data<float>(limit.scale);
-  tokens.bound = data<float>(limit.values);
-  quantise<false>(call.op, tokens, call.stream);
   const unsigned blocks =
       static_cast<unsigned>((packed.d_sae + kQuantiseThreads - 1) / kQuantiseThreads);
   screen_limit_kernel<<<blocks, kQuantiseThreads, 0, call.stream>>>(packed.latents(), packed.d_sae,
                                                                     data<float>(limit.latent));
   check_launch(call.op);
-  return encode_hits(call.op, in, limit, arena, call.stream);
+  return encode_hits(call.op, given.in, limit, arena, call.stream);
 }
 
 // What the host must know before it goes on: the first wait.
@@ -115,12 +92,7 @@ Sizes read_sizes(const Call& call, const EncodeHits& hits) {
   read(&sizes.candidates, data<int64_t>(hits.offsets) + hits.tiles.n, 8);
   read(&sizes.header, call.packed.header(), sizeof(ScreenedHeader));
   check_cuda(call.op, "waiting for the candidates", cudaStreamSynchronize(call.stream));
-  const ScreenedHeader& header = sizes.header;
-  if (header.magic != kScreenedMagic || header.d_in != call.packed.d_in ||
-      header.d_sae != call.packed.d_sae) {
-    fail(call.op, "packed must come from pack(precision=\"screened\") of a W_enc of shape [",
-         call.packed.d_in, ", ", call.packed.d_sae, "]");
-  }
+  check_header(call.op, call.packed, sizes.header);
   return sizes;
 }
 
@@ -184,21 +156,70 @@ EncodeCsr keep(const Call& call, const EncodeCsr& candidates, std::optional<int6
 }
 
 void report(const Call& call, const char* why_direct, const Sizes& sizes) {
-  EncodeReport said;
-  said.op = call.op;
-  said.target = "cuda sm_90a";
-  said.why_direct = why_direct;
-  said.packed = true;
-  said.centered = sizes.header.centered != 0;
-  said.n = call.x.size(0);
-  said.d_in = call.x.size(1);
-  said.d_sae = call.W_enc.size(1);
-  said.screened_blocks = why_direct == nullptr ? (said.d_sae + 255) / 256 : 0;
-  said.candidates = said.rescored = sizes.candidates;
-  set_encode_report(said);
+  report_screened(call.op, call.x, call.W_enc, why_direct, sizes.header, sizes.candidates);
 }
 
 }  // namespace
+
+bool screening_is(const char* mode) {
+  const char* choice = std::getenv("GEMMASCOPE_FAST_SCREEN");
+  return choice != nullptr && std::strcmp(choice, mode) == 0;
+}
+
+const char* why_not_now(const Tensor& x, const Tensor& W_enc, cudaStream_t stream) {
+  return x.size(0) == 0          ? "there are no tokens"
+         : screening_is("never") ? "GEMMASCOPE_FAST_SCREEN=never"
+         : is_capturing(stream)  ? "a CUDA graph cannot wait for the candidates"
+                                 : why_not_screened(W_enc);
+}
+
+ScreenedOperands screened_operands(const char* op, const Tensor& x, const ScreenedEncoder& packed,
+                                   const Tensor& bytes, cudaStream_t stream) {
+  const int64_t n = x.size(0);
+  ScreenedOperands made;
+  made.in.x = torch::stable::new_empty(x, {n, packed.width}, ScalarType::Char);
+  Tensor whole = bytes;
+  const Tensor codes =
+      torch::stable::narrow(whole, 0, packed.codes_begin(), packed.d_sae * packed.width);
+  made.in.W = torch::stable::view(codes, {packed.d_sae, packed.width});
+  made.in.dtype = Dtype::kFloat32;
+  made.scale = empty(x, n, ScalarType::Float);
+  made.bound = empty(x, n, ScalarType::Float);
+  QuantiseRows tokens = {};
+  tokens.rows = rows_of(x);
+  tokens.center = packed.center();
+  tokens.width = packed.width;
+  tokens.count = n;
+  tokens.codes = data<int8_t>(made.in.x);
+  tokens.scale = data<float>(made.scale);
+  tokens.bound = data<float>(made.bound);
+  quantise<false>(op, tokens, stream);
+  return made;
+}
+
+void check_header(const char* op, const ScreenedEncoder& packed, const ScreenedHeader& header) {
+  if (header.magic != kScreenedMagic || header.d_in != packed.d_in ||
+      header.d_sae != packed.d_sae) {
+    fail(op, "packed must come from pack(precision=\"screened\") of a W_enc of shape [",
+         packed.d_in, ", ", packed.d_sae, "]");
+  }
+}
+
+void report_screened(const char* op, const Tensor& x, const Tensor& W_enc, const char* why,
+                     const ScreenedHeader& header, int64_t candidates) {
+  EncodeReport said;
+  said.op = op;
+  said.target = "cuda sm_90a";
+  said.why_direct = why;
+  said.packed = true;
+  said.centered = header.centered != 0;
+  said.n = x.size(0);
+  said.d_in = x.size(1);
+  said.d_sae = W_enc.size(1);
+  said.screened_blocks = why == nullptr ? (said.d_sae + 255) / 256 : 0;
+  said.candidates = said.rescored = candidates;
+  set_encode_report(said);
+}
 
 ScreenedEncoder screened_encoder(const char* op, const Tensor& packed, const Tensor& W_enc) {
   check_dim(op, "packed", packed, 1);
@@ -248,10 +269,7 @@ std::optional<EncodeCsr> jumprelu_screened(const char* op, const Tensor& x, cons
                                            float window, std::optional<int64_t> max_nnz,
                                            const Tensor& packed, cudaStream_t stream) {
   Call call = {op, stream, x, W_enc, bias, threshold, packed, window, {}};
-  const char* why = x.size(0) == 0         ? "there are no tokens"
-                    : asked_for("never")   ? "GEMMASCOPE_FAST_SCREEN=never"
-                    : is_capturing(stream) ? "a CUDA graph cannot wait for the candidates"
-                                           : why_not_screened(W_enc);
+  const char* why = why_not_now(x, W_enc, stream);
   if (why != nullptr) {
     report(call, why, {});
     return std::nullopt;
@@ -261,7 +279,7 @@ std::optional<EncodeCsr> jumprelu_screened(const char* op, const Tensor& x, cons
   const int64_t arena = std::min(std::max(kRecordsPerToken * x.size(0), kSmallestArena), elements);
   EncodeHits hits = screen(call, arena);
   const Sizes sizes = read_sizes(call, hits);
-  if (sizes.candidates * kElementsPerCandidate > elements && !asked_for("always")) {
+  if (sizes.candidates * kElementsPerCandidate > elements && !screening_is("always")) {
     report(call, "too many candidates", sizes);
     return std::nullopt;
   }

@@ -1,5 +1,5 @@
-// The screened encoder on CUDA: int8 codes propose entries, with a margin that lets all but 1 in 10^6 pass; the weights
-// decide.
+// The screened encoders on CUDA: int8 codes propose entries, with a margin that lets all but 1 in 10^6 pass; the
+// weights decide. JumpReLU: encode_screened.cu. TopK: topk_screened.h.
 //
 // Packed bytes, made by pack_encoder.cu:
 //
@@ -58,6 +58,29 @@ const char* why_not_screened(const Tensor& W_enc);
 // Rows to int8, on the current device.
 template <bool kLatents>
 void quantise(const char* op, const QuantiseRows& p, cudaStream_t stream);
+
+// One candidate costs as much as this many elements of the plain product, which takes over where there are more.
+constexpr int64_t kElementsPerCandidate = 200;
+
+// Whether GEMMASCOPE_FAST_SCREEN is `mode`.
+bool screening_is(const char* mode);
+// Null where a call can be screened now; else the reason it cannot.
+const char* why_not_now(const Tensor& x, const Tensor& W_enc, cudaStream_t stream);
+
+// x and W_enc as codes, on the current stream. `in.bias` is missing; scale and bound [n] are those of EncodeLimit.
+struct ScreenedOperands {
+  EncodeInputs in;
+  Tensor scale, bound;
+};
+ScreenedOperands screened_operands(const char* op, const Tensor& x, const ScreenedEncoder& packed,
+                                   const Tensor& bytes, cudaStream_t stream);
+
+// Throws where the codes are those of another shape, or no codes.
+void check_header(const char* op, const ScreenedEncoder& packed, const ScreenedHeader& header);
+
+// For gsf.explain(); `why` is null where the call was screened.
+void report_screened(const char* op, const Tensor& x, const Tensor& W_enc, const char* why,
+                     const ScreenedHeader& header, int64_t candidates);
 
 // What jumprelu_encode returns, without the view by feature; nothing where the plain encoder must serve. Waits once for
 // the number of candidates, and again for that of the entries unless `max_nnz` fixes it.

@@ -27,6 +27,9 @@ const void* kernel_of(Dtype dtype, Limit limit) {
   if (limit == Limit::kScreened) {
     return reinterpret_cast<const void*>(&encode_sm90_kernel<int8_t, Limit::kScreened>);
   }
+  if (limit == Limit::kUpperBound) {
+    return reinterpret_cast<const void*>(&encode_sm90_kernel<int8_t, Limit::kUpperBound>);
+  }
   const bool half = dtype == Dtype::kFloat16;
   if (limit == Limit::kPerLatent) {
     return half ? reinterpret_cast<const void*>(&encode_sm90_kernel<__half, Limit::kPerLatent>)
@@ -70,7 +73,8 @@ std::optional<Device> ask_device(int device) {
   found.encode_map = find_encode_map();
   if (found.encode_map == nullptr) return std::nullopt;
   for (const Dtype dtype : {Dtype::kBFloat16, Dtype::kFloat16}) {
-    for (const Limit limit : {Limit::kPerLatent, Limit::kPerToken, Limit::kScreened}) {
+    for (const Limit limit :
+         {Limit::kPerLatent, Limit::kPerToken, Limit::kScreened, Limit::kUpperBound}) {
       const std::optional<bool> ready = prepare_kernel(kernel_of(dtype, limit));
       if (!ready) return std::nullopt;
       if (!*ready) return found;
@@ -106,7 +110,7 @@ struct Element {
 };
 
 Element element_of(Dtype dtype, Limit limit) {
-  if (limit == Limit::kScreened) return {CU_TENSOR_MAP_DATA_TYPE_UINT8, 1};
+  if (multiplies_codes(limit)) return {CU_TENSOR_MAP_DATA_TYPE_UINT8, 1};
   return {
       dtype == Dtype::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
       2};
@@ -167,7 +171,7 @@ cudaError_t launch(const Device& device, const void* kernel, const EncodeTiles& 
 
 bool encode_sm90_serves(const EncodeTiles& p, Dtype dtype, Limit limit) {
   const Element element = element_of(dtype, limit);
-  if (dtype == Dtype::kFloat32 && limit != Limit::kScreened) return false;
+  if (dtype == Dtype::kFloat32 && !multiplies_codes(limit)) return false;
   if (p.d < 1 || p.d > kMostRows) return false;
   if (p.first < 0 || p.first % kSm90Latents != 0 || p.first >= p.last || p.last > p.d_sae) {
     return false;

@@ -11,7 +11,7 @@ inline namespace on_cuda {
 
 // Whether encode_sm90 can be called: the current device, what this library was built for, the 16-bit `dtype` of both x
 // and W, alignment to 16 bytes, sizes. The column blocks of its output are 256 latents wide.
-// With Limit::kScreened x and W are int8 codes, and the dtype is not looked at.
+// With Limit::kScreened and kUpperBound x and W are int8 codes, and the dtype is not looked at.
 bool encode_sm90_serves(const EncodeTiles& p, Dtype dtype, Limit limit);
 
 // One pass, first or second, on the current device.

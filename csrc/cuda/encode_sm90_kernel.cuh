@@ -31,11 +31,9 @@ constexpr int kSm90Stages = 4;
 template <typename T>
 constexpr int kSm90Depth = kSm90RowBytes / static_cast<int>(sizeof(T));
 
-// What the products of T are summed in. Sums of bytes begin at 1.5 * 2^23 as a float's bits, and so are floats when
-// they are done: 12582912 + sum where |sum| <= 2^22, and more than that elsewhere.
+// What the products of T are summed in.
 template <typename T>
 using Sm90Sum = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
-constexpr int32_t kSm90Zero = 0x4B400000;
 
 // Order of the tiles: `group` rows of tiles sweep the columns together, so that x of these rows and W of a few columns
 // stay in L2. rows * columns < 2^31 and group <= rows.
@@ -192,7 +190,7 @@ __device__ __forceinline__ void sm90_multiply(const Sm90Place& at, int group, in
 #pragma unroll
     for (int j = 0; j < 32; ++j) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) acc[j][i] = kSm90Zero;
+      for (int i = 0; i < 4; ++i) acc[j][i] = kSumZero;
     }
   }
   sm90::pin(acc);

@@ -94,7 +94,7 @@ bool uses_few(const EncodeTiles& p, Dtype dtype, Limit limit) {
 }
 
 bool uses_sm90(const EncodeTiles& p, Dtype dtype, Limit limit) {
-  if (limit == Limit::kScreened) return true;
+  if (multiplies_codes(limit)) return true;
   return !is_small(p) && !prefers_portable() && encode_sm90_serves(p, dtype, limit);
 }
 
@@ -127,10 +127,12 @@ void set_limit(const char* op, EncodeHits& hits, const EncodeInputs& in, const E
     p.bound = data<float>(limit.values);
     hits.scale = limit.scale;
     hits.limit = limit.latent;
-    if (limit.kind == Limit::kScreened) {
+    hits.least = limit.least;
+    if (multiplies_codes(limit.kind)) {
       p.scale = data<float>(hits.scale);
       p.limit = data<float>(hits.limit);
     }
+    if (limit.kind == Limit::kUpperBound) p.least = data<float>(hits.least);
     return;
   }
   if (!uses_few(p, in.dtype, limit.kind)) {
@@ -341,6 +343,11 @@ EncodeCsr encode_candidates(const char* op, const EncodeInputs& in, const Tensor
   limit.values = torch::stable::contiguous(bound);
   limit.first = first;
   limit.last = last;
+  return encode_candidates(op, in, limit, capacity, stream);
+}
+
+EncodeCsr encode_candidates(const char* op, const EncodeInputs& in, const EncodeLimit& limit,
+                            int64_t capacity, cudaStream_t stream) {
   EncodeHits hits = encode_hits(op, in, limit, capacity, stream);
   return place_hits(op, hits, capacity, stream);
 }

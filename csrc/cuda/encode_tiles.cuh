@@ -7,7 +7,7 @@
 // written; a second pass over the strips that miss theirs writes them into an arena of the exact size.
 #pragma once
 
-#include <stdint.h>
+#include "cuda/device.cuh"
 
 namespace gemmascope_fast {
 inline namespace on_cuda {  // csrc/cpu has an EncodeTiles of its own
@@ -29,7 +29,15 @@ enum class Limit : int {
   kPerLatent,  // JumpReLU: pre > threshold[j] - window
   kPerToken,   // TopK, BatchTopK: pre > bound[i], or pre is NaN (a hit whose value is NaN)
   kScreened,  // int8: !(acc <= scale[i] * limit[j] + bound[i]), a candidate; its value means nothing
+  kUpperBound,  // int8: what pre can be at most, where that exceeds least[i] or is NaN
 };
+__host__ __device__ constexpr bool multiplies_codes(Limit limit) {
+  return limit == Limit::kScreened || limit == Limit::kUpperBound;
+}
+
+// Sums of codes begin at 1.5 * 2^23 as a float's bits, and so are floats when they are done: 12582912 + sum where
+// |sum| <= 2^22, and more than that elsewhere.
+constexpr int32_t kSumZero = 0x4B400000;
 
 struct EncodeTiles {
   // x [n, d] and W [d_sae, d], rows contiguous in their elements; strides in elements between rows.
@@ -48,9 +56,11 @@ struct EncodeTiles {
   float window;            // bandwidth / 2, or 0: no window entries
 
   // kPerToken: never negative. kScreened: see quantise_kernel.cuh; x and W are int8, d is their width, and bias,
-  // threshold and window are not read.
+  // threshold and window are not read. kUpperBound: the same, with the latents' codes per unit for the bias. An entry is
+  // !(acc <= scale[i] * (least[i] * bias[j] + limit[j]) + bound[i]); tokens whose bound is NaN have none.
   const float* bound;  // [n]
-  const float* scale;  // [n] kScreened
+  const float* scale;  // [n] kScreened, kUpperBound
+  const float* least;  // [n] kUpperBound, never negative
 
   // Outputs. Column block c of the run covers latents first + c * width .. of `width` latents each, strip s covers
   // tokens 16 s .. 16 s + 15, strips = ceil(n / 16).

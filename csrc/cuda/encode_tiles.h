@@ -35,9 +35,11 @@ EncodeInputs encode_inputs(const Tensor& x, const Tensor& W_enc, const Tensor& b
 // What to keep of latents [first, last). `first` is a multiple of 256.
 struct EncodeLimit {
   Limit kind;
-  // kPerLatent: threshold [d_sae]; kPerToken: bound [n], never negative; kScreened: bound [n]. float32, contiguous.
+  // kPerLatent: threshold [d_sae]; kPerToken: bound [n], never negative; kScreened, kUpperBound: bound [n].
+  // float32, contiguous.
   Tensor values;
-  Tensor scale, latent;  // kScreened: scale [n] and limit [d_sae]
+  Tensor scale, latent;  // kScreened, kUpperBound: scale [n] and limit [d_sae]
+  Tensor least;          // kUpperBound: [n]
   float window = 0.0f;   // kPerLatent: bandwidth / 2
   int64_t first, last;
 };
@@ -49,7 +51,7 @@ struct EncodeHits {
   Limit kind;
   int width;      // latents of a column block
   Tensor values;  // of the EncodeLimit
-  Tensor limit, scale, counts, bases, runs, records, rest, invalid;
+  Tensor limit, scale, least, counts, bases, runs, records, rest, invalid;
   Tensor reserved;  // [1] int64: records of all strips
   Tensor offsets;   // [n + 1] int64: of the CSR with all entries
 };
@@ -81,6 +83,10 @@ EncodeCsr place_hits(const char* op, EncodeHits& hits, int64_t capacity, cudaStr
 // (i, j), first <= j < last, with pre[i, j] > bound[i] or NaN. Nothing waits: compare `needed` with the capacity.
 EncodeCsr encode_candidates(const char* op, const EncodeInputs& in, const Tensor& bound,
                             int64_t first, int64_t last, int64_t capacity, cudaStream_t stream);
+
+// The same of any limit but kPerLatent.
+EncodeCsr encode_candidates(const char* op, const EncodeInputs& in, const EncodeLimit& limit,
+                            int64_t capacity, cudaStream_t stream);
 
 // EncodeTiles::limit of JumpReLU.
 Tensor latent_limits(const char* op, const Tensor& bias, const Tensor& threshold, float window,

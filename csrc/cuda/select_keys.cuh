@@ -7,14 +7,13 @@
 
 #include <stdint.h>
 
-#include "cuda/device.cuh"
+#include "cuda/rows.cuh"
 
 namespace gemmascope_fast {
 inline namespace on_cuda {
 
 constexpr uint32_t kInfKey = 0x7F800000u;
 constexpr uint32_t kNaNKey = 0x7FC00000u;
-constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 __device__ inline uint32_t key_of(float value) {
   return value > 0 ? __float_as_uint(value) : value != value ? kNaNKey : 0;

@@ -4,73 +4,16 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
-#include <numeric>
 #include <utility>
 #include <vector>
 
 #include "cuda/encode_limit_kernel.cuh"
-#include "cuda/encode_sm90_kernel.cuh"
-#include "cuda/place_kernel.cuh"
-#include "cuda/quantise_kernel.cuh"
 #include "cuda/rescore_kernel.cuh"
 #include "testing/registry.h"
+#include "testing/screened_on_cpu.h"
 
 namespace gemmascope_fast {
 namespace {
-
-namespace py = pybind11;
-template <class T>
-using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
-
-// Full of 0xAB, as memory that an allocator hands out is full of anything.
-template <class T>
-py::array_t<T> new_array(std::vector<py::ssize_t> shape) {
-  py::array_t<T> result(std::move(shape));
-  memset(static_cast<void*>(result.mutable_data()), 0xAB, static_cast<size_t>(result.nbytes()));
-  return result;
-}
-template <class T>
-struct Memory {  // aligned to 16 bytes
-  std::vector<uint4> words;
-  explicit Memory(int64_t size) : words(static_cast<size_t>(size) * sizeof(T) / 16 + 1) {
-    memset(static_cast<void*>(words.data()), 0xAB, words.size() * 16);
-  }
-  T* data() { return reinterpret_cast<T*>(words.data()); }
-};
-
-// A matrix of one of the dtypes with rows a stride apart, NaN between them.
-struct Given {
-  Memory<char> memory;
-  Rows rows;
-
-  Given(const Array<float>& from, int dtype, int64_t stride)
-      : memory(from.shape(0) * stride * (dtype == kFloat32 ? 4 : 2)) {
-    const int64_t n = from.shape(0), d = from.shape(1);
-    if (stride < d) throw py::value_error("stride");
-    memset(memory.data(), 0xFF, memory.words.size() * 16);
-    rows = {memory.data(), n, d, stride, 1, dtype, 0};
-    rows.wide = rows_are_wide(rows.data, dtype, d, stride, 1);
-    for (int64_t i = 0; i < n; ++i) {
-      for (int64_t k = 0; k < d; ++k)
-        store_element(memory.data(), dtype, i * stride + k, from.at(i, k));
-    }
-  }
-};
-
-Memory<float> padded_center(const Array<float>& center, int64_t width) {
-  Memory<float> result(width);
-  std::fill_n(result.data(), width, 0.0f);
-  std::copy_n(center.data(), std::min<int64_t>(center.size(), width), result.data());
-  return result;
-}
-
-template <bool kLatents>
-void run_quantise(const QuantiseRows& p) {
-  const unsigned blocks = static_cast<unsigned>(std::clamp<int64_t>(p.count, 1, 3));
-  cuda_on_cpu::launch<quantise_kernel<kLatents>>(blocks, kQuantiseThreads,
-                                                 static_cast<size_t>(p.width) * 4, p);
-}
 
 // Of tokens (codes, scale, bound) or of latents (codes, scale, dot, number of latents that cannot be screened).
 py::tuple quantise(const Array<float>& values, int dtype, int64_t stride,
@@ -133,59 +76,6 @@ int requantise(const Array<float>& values, int dtype, const Array<float>& center
   return unscreened;
 }
 
-// The strips that the matrix instructions would leave, a warp each.
-constexpr int kColumns = 256;
-__global__ void __launch_bounds__(32) products_kernel(EncodeTiles p) {
-  __shared__ float2 limits[kColumns / 2];
-  float* const limit = &limits[0].x;
-  const int lane = static_cast<int>(threadIdx.x);
-  const int64_t token0 = static_cast<int64_t>(blockIdx.x) * kStripTokens;
-  const int64_t latent0 = static_cast<int64_t>(blockIdx.y) * kColumns;
-  for (int c = lane; c < kColumns && latent0 + c < p.d_sae; c += 32)
-    limit[c] = p.limit[latent0 + c];
-  __syncwarp();
-  float acc[kColumns / 8][4];
-  for (int m = 0; m < kColumns / 8; ++m) {
-    for (int e = 0; e < 4; ++e) {
-      const int64_t token = token0 + lane / 4 + 8 * (e / 2);
-      const int64_t latent = latent0 + 8 * m + 2 * (lane % 4) + e % 2;
-      int32_t sum = __float_as_int(kScreenZero);
-      if (token < p.n && latent < p.d_sae) {
-        const int8_t* x = static_cast<const int8_t*>(p.x) + token * p.x_stride;
-        const int8_t* W = static_cast<const int8_t*>(p.W) + latent * p.W_stride;
-        for (int64_t k = 0; k < p.d; ++k) sum += x[k] * W[k];
-      }
-      acc[m][e] = __int_as_float(sum);
-    }
-  }
-  emit_strip<kColumns, Limit::kScreened>(p, acc, token0, latent0, blockIdx.y, lane, limit, limit);
-}
-
-// Two CTAs, two rows of tiles to a group.
-void run_hopper(const EncodeTiles& p) {
-  const Sm90Raster raster = {static_cast<uint32_t>((p.n + kSm90Tokens - 1) / kSm90Tokens),
-                             static_cast<uint32_t>((p.last + kSm90Latents - 1) / kSm90Latents),
-                             p.n > kSm90Tokens ? 2u : 1u};
-  constexpr int kDepth = kSm90Depth<int8_t>;
-  const CUtensorMap x = {p.x, 1, p.d, p.n, p.x_stride, kDepth, kSm90Tokens};
-  const CUtensorMap W = {p.W, 1, p.d, p.last, p.W_stride, kDepth, kSm90Latents};
-  cuda_on_cpu::launch<encode_sm90_kernel<int8_t, Limit::kScreened>>(
-      std::min(2u, raster.rows * raster.columns), kSm90Threads, kSm90SharedBytes, x, W, p, raster);
-}
-
-void run_products(const EncodeTiles& p, bool hopper) {
-  if (hopper) return run_hopper(p);
-  const dim3 grid(static_cast<unsigned>((p.n + kStripTokens - 1) / kStripTokens),
-                  static_cast<unsigned>((p.last + kColumns - 1) / kColumns));
-  cuda_on_cpu::launch<products_kernel>(grid, 32, 0, p);
-}
-
-// Counts to offsets, in place of CUB's scan.
-void sum_counts(int64_t* counts, int64_t size) {
-  int64_t sum = 0;
-  for (int64_t i = 0; i < size; ++i) sum += std::exchange(counts[i], sum);
-}
-
 template <bool kWide>
 void run_rescore(const Rescore& p) {
   cuda_on_cpu::launch<rescore_kernel<kWide>>(
@@ -219,8 +109,7 @@ struct Screened {
                                              threshold.data(), window, d_sae, limit.data());
     cuda_on_cpu::launch<screen_limit_kernel>(blocks, kQuantiseThreads, 0, latents.data(), d_sae,
                                              limit.data());
-    PlaceHits h = {};
-    EncodeTiles& t = h.tiles;
+    EncodeTiles t = {};
     t.x = x_codes.data();
     t.W = W_codes.data();
     t.n = n;
@@ -229,34 +118,8 @@ struct Screened {
     t.scale = scale.data();
     t.bound = bound.data();
     t.limit = limit.data();
-    h.width = kColumns;
-    h.column_blocks = (d_sae + kColumns - 1) / kColumns;
-    Memory<uint16_t> counts(h.column_blocks * h.tokens());
-    Memory<uint64_t> runs(h.column_blocks * h.strips()), records(n * d_sae);
-    Memory<uint32_t> bases(h.groups() * h.tokens());
-    std::vector<int64_t> offsets(static_cast<size_t>(n) + 1);
-    unsigned long long reserved = 0;
-    t.counts = counts.data();
-    t.runs = runs.data();
-    t.records = records.data();
-    t.arena = static_cast<uint64_t>(n * d_sae);
-    t.needed = &reserved;
-    run_products(t, hopper);
-    h.bases = bases.data();
-    h.offsets = offsets.data();
-    cuda_on_cpu::launch<scan_counts_kernel>(2, kPlaceThreads, 0, h);
-    cuda_on_cpu::launch<scan_groups_kernel>(2, kPlaceThreads, 0, h);
-    sum_counts(offsets.data(), n + 1);
-    int64_t needed = 0;
-    h.needed = &needed;
-    h.capacity = offsets.back();
-    std::vector<int32_t> indices(static_cast<size_t>(h.capacity));
-    std::vector<float> values(indices.size());
-    h.indices = indices.data();
-    h.values = values.data();
-    cuda_on_cpu::launch<limit_offsets_kernel>(1, kPlaceThreads, 0, h);
-    cuda_on_cpu::launch<place_kernel>(2, kPlaceThreads, 0, h);
-    return {offsets, indices};
+    auto found = entries_of<Limit::kScreened>(t, n * d_sae, hopper);
+    return {found.offsets, found.indices};
   }
 };
 

@@ -2,8 +2,10 @@
 // one output pass each. Candidates, and how many there were, are the test's choice.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "cuda/select_batch_kernel.cuh"
@@ -81,14 +83,15 @@ void select_rows(const std::string& team, InOut<int32_t> latents, InOut<float> v
 }
 
 py::tuple fill_rows(const In<int32_t>& latents, const In<float>& values, const In<int32_t>& counts,
-                    const In<int64_t>& lost, int64_t d_sae, int64_t together) {
-  const py::ssize_t n = latents.shape(0), k = latents.shape(1);
+                    const In<int64_t>& lost, int64_t d_sae, int64_t together,
+                    const std::optional<In<int64_t>>& which, int64_t rows) {
+  const py::ssize_t n = latents.shape(0), k = latents.shape(1), all = which ? rows : n;
   require(values.size() == n * k && counts.size() == n && together > 0 &&
               (n + together - 1) / together <= lost.size(),
           "[n, k], [n], [blocks]");
-  auto offsets = poisoned<int64_t>({n + 1});
-  auto out_latents = poisoned<int32_t>({n * k});
-  auto out_values = poisoned<float>({n * k}), gate = poisoned<float>({n * k});
+  auto offsets = poisoned<int64_t>({all + 1});
+  auto out_latents = poisoned<int32_t>({all * k});
+  auto out_values = poisoned<float>({all * k}), gate = poisoned<float>({all * k});
   FillRows p;
   p.latents = latents.data();
   p.values = values.data();
@@ -98,6 +101,7 @@ py::tuple fill_rows(const In<int32_t>& latents, const In<float>& values, const I
   p.k = k;
   p.d_sae = d_sae;
   p.together = together;
+  p.which = which ? which->data() : nullptr;
   p.offsets = offsets.mutable_data();
   p.out_latents = out_latents.mutable_data();
   p.out_values = out_values.mutable_data();
@@ -185,7 +189,9 @@ py::list borders(const std::vector<Prefix>& chunks) {
 const BindLater later([](py::module_& module) {
   py::module_ m = module.def_submodule("cuda_select");
   m.def("select_rows", &select_rows);
-  m.def("fill_rows", &fill_rows);
+  m.def("fill_rows", &fill_rows, py::arg("latents"), py::arg("values"), py::arg("counts"),
+        py::arg("lost"), py::arg("d_sae"), py::arg("together"), py::arg("which") = py::none(),
+        py::arg("rows") = 0);
   m.def("select_batch", &select_batch);
   m.def("write_batch", &write_batch);
   m.def("first_prefix", &first_prefix, py::arg("n"), py::arg("k"));
