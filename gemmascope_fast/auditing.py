@@ -55,24 +55,28 @@ def audit(
     x: Tensor,
     W_enc: Tensor | PackedEncoder,
     b_enc: Tensor,
-    threshold: Tensor,
+    threshold: Tensor | None = None,
     *,
     bandwidth: float = 0.0,
     tokens: int = 64,
     seed: int = 0,
 ) -> Audit:
-    """Compare what `jumprelu_encode` stored for some tokens with their exact pre-activations.
+    """Compare what an encoder stored for some tokens with their exact pre-activations.
 
     The pre-activations are float64 sums of all products. A pair is missed if its pre-activation
-    exceeds `threshold - bandwidth / 2` by more than float32 rounds and it is not stored; pairs that
-    are NaN are not looked at. For results of `pack(precision="screened")` every so many steps.
+    exceeds its limit by more than float32 rounds and it is not stored; pairs that are NaN are not
+    looked at. For results of `pack(precision="screened")` every so many steps.
+
+        limit = threshold - bandwidth / 2                  jumprelu_encode
+        limit = the smallest activation of the token       topk_encode
+        limit = acts.threshold                             batchtopk_encode
 
     Args:
-        acts: the result of `jumprelu_encode(x, W_enc, b_enc, threshold, bandwidth=bandwidth)`.
+        acts: the result of the encoder.
         x: `[*batch, d_in]`.
         W_enc: `[d_in, d_sae]`, or packed.
         b_enc: `[d_sae]`.
-        threshold: `[d_sae]`.
+        threshold: `[d_sae]`, of `jumprelu_encode`; None for the others.
         bandwidth: width of the window if its entries were stored, else 0.
         tokens: size of the sample, without replacement.
         seed: of the sample.
@@ -87,7 +91,8 @@ def audit(
     op = "audit"
     W_enc = W_enc.W_enc if isinstance(W_enc, PackedEncoder) else W_enc
     check_encoder(op, x, W_enc, b_enc)
-    check_vector(op, "threshold", threshold, W_enc.shape[1], W_enc)
+    if threshold is not None:
+        check_vector(op, "threshold", threshold, W_enc.shape[1], W_enc)
     check_count(op, "tokens", tokens)
     half = check_number(op, "bandwidth", bandwidth) / 2
     if not isinstance(acts, SparseActs):
@@ -97,13 +102,15 @@ def audit(
     flat = x.reshape(-1, x.shape[-1])
     chosen = torch.randperm(flat.shape[0], generator=torch.Generator().manual_seed(seed))[:tokens]
     rows = chosen.sort().values.to(x.device)
-    stored = _stored(acts, rows)
+    stored, least = _stored(acts, rows, selected=threshold is None)
+    limits = least if threshold is None else (threshold.double() - half)[None]
     counts = torch.zeros(4, dtype=torch.int64, device=x.device)
     given = flat[rows].double()
     for begin in range(0, W_enc.shape[1], BLOCK):
         end = min(begin + BLOCK, W_enc.shape[1])
         weights, bias = W_enc[:, begin:end].double(), b_enc[begin:end].double()
-        margin = given @ weights + bias - (threshold[begin:end].double() - half)
+        limit = limits[:, begin:end] if limits.shape[1] > 1 else limits
+        margin = given @ weights + bias - limit
         slack = ROUNDING * (given.abs() @ weights.abs() + bias.abs())
         has = stored[:, begin:end]
         above, below = margin > slack, margin < -slack
@@ -112,12 +119,21 @@ def audit(
     return Audit(len(rows), *counts.tolist())
 
 
-def _stored(acts: SparseActs, rows: Tensor) -> Tensor:
-    """`[len(rows), d_sae]` bool: which pairs of these tokens are stored."""
+def _stored(acts: SparseActs, rows: Tensor, selected: bool) -> tuple[Tensor, Tensor]:
+    """`[len(rows), d_sae]` bool, which pairs of these tokens are stored; `[len(rows), 1]` limits.
+
+    Of a selection only what is active counts as stored, and the limit is the least of it, or 0
+    where a token has entries that are not active.
+    """
     mask = torch.zeros(len(rows), acts.shape[-1], dtype=torch.bool, device=rows.device)
     begin, count = acts.offsets[rows], acts.offsets[rows + 1] - acts.offsets[rows]
     row = torch.arange(len(rows), device=rows.device).repeat_interleave(count)
     first = count.cumsum(0) - count
     entry = begin[row] + torch.arange(len(row), device=rows.device) - first[row]
-    mask[row, acts.indices[entry].long()] = True
-    return mask
+    mask[row, acts.indices[entry].long()] = acts.gate[entry] > 0 if selected else True
+    least = torch.full((len(rows),), torch.inf, dtype=torch.float64, device=rows.device)
+    if acts.threshold is not None:
+        least[:] = acts.threshold.double()
+    else:
+        least.scatter_reduce_(0, row, acts.values[entry].double(), "amin")
+    return mask, least[:, None]

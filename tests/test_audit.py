@@ -77,6 +77,27 @@ def test_pairs_that_are_nan_are_not_looked_at() -> None:
     assert found.missed == found.extra == 0
 
 
+@pytest.mark.parametrize("bias", [0.0, -3.0])
+def test_selections(bias: float) -> None:
+    """At -3 tokens have fewer positive entries than k, and fillers."""
+    x, W, b, _ = draw(40, 64, 900)
+    b = b + bias
+    acts = gsf.topk_encode(x, W, b, 50)
+    active = int(acts.gate.sum())
+    assert (active == 40 * 50) == (bias == 0)
+    found = gsf.audit(acts, x, W, b)
+    assert (found.tokens, found.missed, found.extra) == (40, 0, 0)
+    # The k-th best is near its own limit; where there are fewer, all exceed 0.
+    assert found.entries + found.near >= active > found.entries - 3
+    strong = acts.values > acts.values.median()
+    lost = [int(i) for i in strong.nonzero()[[0, 9]]]
+    missed = gsf.audit(without(acts, lost), x, W, b)
+    assert (missed.missed, missed.extra) == (2, 0) and missed.entries == found.entries
+    batch = gsf.batchtopk_encode(x, W, b, 5.0)
+    found = gsf.audit(batch, x, W, b)
+    assert found.missed == found.extra == 0 and found.entries + found.near == batch.nnz > 80
+
+
 def test_bad_input() -> None:
     acts, (x, W, b, t) = sample()
     with pytest.raises(TypeError, match="audit: acts must be a SparseActs, got Tensor"):

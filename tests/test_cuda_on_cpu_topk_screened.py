@@ -99,14 +99,16 @@ def assert_best(data, k, found, truth, skip=()):
         pre = np.where(np.isnan(truth[i]), np.inf, truth[i])
         cut = max(np.sort(pre)[-k], 0)
         has = np.isin(np.arange(len(pre)), latents)
-        near = np.where(np.isfinite(slack[i]), slack[i], 0) + (slack[i][np.isfinite(slack[i])]).max()
+        near = (
+            np.where(np.isfinite(slack[i]), slack[i], 0) + (slack[i][np.isfinite(slack[i])]).max()
+        )
         assert has[pre > cut + near].all(), f"row {i} lacks a latent"
         assert not has[pre < cut - near].any(), f"row {i} has a latent too many"
         assert count == min(k, int((pre > 0).sum())) or (np.abs(pre) <= near).any()
         exact = truth[i, latents]
         assert (np.isnan(values) == np.isnan(exact)).all()
         sure = np.isfinite(exact)
-        assert (np.abs(values - exact)[sure] <= slack[i, latents][sure]).all()
+        assert (np.abs(values[sure] - exact[sure]) <= slack[i, latents][sure]).all()
         assert (values[~sure & ~np.isnan(exact)] == INF).all()
 
 
@@ -134,7 +136,7 @@ def test_an_upper_bound_is_one_and_not_much_more(d, dtype, massive):
     assert emitted[scan.truth > least[:, None]].all() and not emitted.all()
 
 
-@pytest.mark.parametrize(("n", "d", "f"), [(1, 128, 1), (140, 200, 600), (30, 640, 270)])
+@pytest.mark.parametrize(("n", "d", "f"), [(1, 128, 1), (140, 136, 520), (20, 384, 270)])
 def test_hopper_bounds_are_those_of_exact_sums(n, d, f):
     data = draw(n, d, f, massive=20.0)
     if f == 1:
@@ -167,33 +169,45 @@ def test_dense_strips_and_sparse_ones_hold_the_same_bounds():
 # ---- rows
 
 
-@pytest.mark.parametrize("layout", [{}, {"dtype": 0}, {"dtype": 2}, {"stride": 203}])
-@pytest.mark.parametrize("team", ["warp", "block"])
-def test_rows(layout, team):
-    data = draw(35, 200, 1100, layout.get("dtype", 1), massive=30.0)
-    for k in (1, 16):
-        found, scan, _ = encode(data, k, team=team, **layout)
-        assert len(found.unsure) == 0
-        assert_best(data, k, found, scan.truth)
-        assert 35 * k <= found.decided < 35 * (2.2 * k + 2), "no more than can be among the best"
-        for seed in range(1, 3):
-            testing.cuda_seed(seed)
-            again, *_ = encode(data, k, team=team, **layout)
-            for name in ("latents", "values", "counts", "bound"):
-                assert np.array_equal(getattr(found, name), getattr(again, name)), name
-            assert again.decided == found.decided
+@pytest.mark.parametrize(
+    ("layout", "k"),
+    [
+        ({}, 16),
+        ({}, 1),
+        ({"dtype": 0}, 8),
+        ({"dtype": 2, "team": "block"}, 8),
+        ({"stride": 203}, 8),
+    ],
+)
+def test_rows(layout, k):
+    data = draw(18, 200, 700, layout.get("dtype", 1), massive=30.0)
+    found, scan, _ = encode(data, k, **layout)
+    assert len(found.unsure) == 0
+    assert_best(data, k, found, scan.truth)
+    assert 18 * k <= found.decided < 18 * (2.2 * k + 2), "no more than can be among the best"
+
+
+def test_the_same_bits_in_every_order_of_threads():
+    data = draw(10, 128, 600)
+    found, *_ = encode(data, 12)
+    for seed in range(1, 3):
+        testing.cuda_seed(seed)
+        again, *_ = encode(data, 12)
+        for name in ("latents", "values", "counts", "bound"):
+            assert np.array_equal(getattr(found, name), getattr(again, name)), name
+        assert again.decided == found.decided
 
 
 def test_a_value_depends_on_its_token_and_latent_alone():
-    data = draw(20, 640, 600)
+    data = draw(10, 384, 400)
     found, *_ = encode(data, 8)
     one, *_ = encode((data[0][7:8], *data[1:]), 8)
     assert np.array_equal(one.values[0], found.values[7])
     *_, offsets, indices, pre = screened.encode(
-        *(data[0], 1, 640, data[1], 1, 640, data[2], np.zeros(600, np.float32), 0.0),
+        *(data[0], 1, 384, data[1], 1, 384, data[2], np.ones(400, np.float32), 0.0),
         *(data[3], -1, False),
     )
-    for i in range(20):
+    for i in range(10):
         row = slice(offsets[i], offsets[i + 1])
         chosen = np.isin(indices[row], found.latents[i])
         assert np.array_equal(pre[row][chosen], found.values[i]), "those of jumprelu_encode"
@@ -201,11 +215,11 @@ def test_a_value_depends_on_its_token_and_latent_alone():
 
 def test_a_margin_that_room_does_not_cover_is_told():
     """8 kept for k = 6: where the 8th bound reaches the 6th value, the row is unsure."""
-    data = draw(64, 256, 700)
+    data = draw(40, 256, 500)
     found, scan, kept = encode(data, 6, room=8)
     sixth = np.sort(found.values, axis=1)[:, 0]
     assert sorted(found.unsure) == np.flatnonzero(sixth <= kept.bound).tolist()
-    assert 10 < len(found.unsure) < 64
+    assert 5 < len(found.unsure) < 40
     assert_best(data, 6, found, scan.truth, found.unsure)
 
 

@@ -197,11 +197,14 @@ def _screened(ctx: Context, shape: Shape) -> dict[str, Any]:
 
 
 def topk(ctx: Context) -> None:
-    """`topk_encode` against linear + ReLU + `torch.topk`; `batchtopk_encode` against the matmul."""
+    """`topk_encode`, exact and screened, against linear + ReLU + `torch.topk`; `batchtopk_encode`."""
     for shape in ctx.settings.shapes(("uniform",)):
         about = {"shape": shape.json()}
         seconds = estimate(ctx, shape, 6)
         ctx.row(f"topk {shape.name}", lambda shape=shape: _topk(ctx, shape), seconds, **about)
+        free(device_of(ctx))
+        measure = lambda shape=shape: _topk_screened(ctx, shape)  # noqa: E731
+        ctx.row(f"topk screened {shape.name}", measure, seconds, **about)
         free(device_of(ctx))
         if shape.l0 == ctx.settings.l0s[0]:
             measure = lambda shape=shape: _batchtopk(ctx, shape)  # noqa: E731
@@ -229,6 +232,36 @@ def _topk(ctx: Context, shape: Shape) -> dict[str, Any]:
         ctx.settings.row_seconds,
     )
     return _on_matmul("topk", shape, times, k * shape.n, error)
+
+
+def _topk_screened(ctx: Context, shape: Shape) -> dict[str, Any]:
+    device, k = device_of(ctx), shape.l0
+    p = problem(shape, device, decoder=False)
+    packed = gsf.pack(p.W_enc, precision="screened")
+    if packed.codes is None:
+        raise Skip("nothing on this machine would use the codes")
+    args = (p.x, p.W_enc, p.b_enc)
+    op = ops.overload("topk_encode", *args)
+    acts = gsf.topk_encode(p.x, packed, p.b_enc, k)
+    told = gsf.explain()
+    audit = gsf.audit(acts, *args, tokens=AUDITED)
+    error = checks.selected(p, k, acts.offsets, acts.indices, acts.values)
+    del acts
+    too_large = dense.fits(shape, device, 2, 1)
+    times = compare(
+        {
+            OURS: lambda: op(*args, k, False, packed.codes),
+            "ours, not screened": lambda: op(*args, k, False),
+            "matmul": lambda: p.x @ p.W_enc,
+            "torch.topk": too_large or (lambda: dense.topk(p, k)),
+        },
+        device,
+        ctx.settings.row_seconds,
+    )
+    audited = {"audited": audit.entries, "missed": audit.missed, "extra": audit.extra}
+    row = _on_matmul("topk", shape, times, k * shape.n, error, recall=audit.recall, **audited)
+    row["line"] = f"{told}; {audit}; {row['line']}"
+    return row
 
 
 def _batchtopk(ctx: Context, shape: Shape) -> dict[str, Any]:
