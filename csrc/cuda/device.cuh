@@ -4,6 +4,15 @@
 
 #include <stdint.h>
 
+// Compute capability that device code is compiled for: 80, 90, 120, ...; 0 in host code. It may decide launch bounds.
+namespace gemmascope_fast {
+#ifdef __CUDA_ARCH__
+constexpr int kCapability = __CUDA_ARCH__ / 10;
+#else
+constexpr int kCapability = 0;
+#endif
+}  // namespace gemmascope_fast
+
 #ifdef __CUDACC__
 
 #include <cuda_bf16.h>

@@ -25,7 +25,8 @@ inline namespace on_cuda {
 
 constexpr int kFewLatents = 64;  // of a block
 constexpr int kFewThreads = 256;
-constexpr int kFewBlocks = 3;  // that share a multiprocessor
+// That share a multiprocessor: its shared memory has room for one on 8.6, 8.9 and 12.0.
+constexpr int kFewBlocks = kCapability == 86 || kCapability == 89 || kCapability >= 120 ? 1 : 3;
 constexpr int kFewStages = 3;
 constexpr int kFewRowBytes = 256;  // of a row in a stage
 constexpr int kFewDepth = 4;       // warps that share k, 64 bytes of a row each

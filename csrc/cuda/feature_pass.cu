@@ -109,17 +109,20 @@ Tensor feature_pieces(const Tensor& like, FeaturePass* p) {
   return pieces;
 }
 
-cudaError_t feature_shape_here(const FeaturePass& p, FeatureShape* shape, int (*blocks)(int K)) {
-  int device = 0, per_block = 0, per_processor = 0;
+cudaError_t feature_shape_here(const FeaturePass& p, FeatureShape* shape,
+                               int (*blocks)(int K, int capability)) {
+  int device = 0, per_block = 0, per_processor = 0, major = 0, minor = 0;
   cudaError_t status = cudaGetDevice(&device);
+  const auto ask = [&](int* answer, cudaDeviceAttr attribute) {
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(answer, attribute, device);
+  };
+  ask(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  ask(&per_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  ask(&major, cudaDevAttrComputeCapabilityMajor);
+  ask(&minor, cudaDevAttrComputeCapabilityMinor);
   if (status == cudaSuccess) {
-    status = cudaDeviceGetAttribute(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    *shape = feature_shape(p, per_block, per_processor, blocks, 10 * major + minor);
   }
-  if (status == cudaSuccess) {
-    status =
-        cudaDeviceGetAttribute(&per_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  }
-  if (status == cudaSuccess) *shape = feature_shape(p, per_block, per_processor, blocks);
   return status;
 }
 

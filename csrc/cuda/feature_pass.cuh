@@ -15,7 +15,12 @@ constexpr int kFeatureChunks = 1024;  // of a row that fits: 8192 columns
 // 3 x 224 chunks are 5376 columns.
 __host__ __device__ constexpr int feature_threads(int K) { return K == 3 ? 224 : 256; }
 __host__ __device__ constexpr int feature_batch(int K) { return K == 1 ? 4 : K == 2 ? 2 : 1; }
-__host__ __device__ constexpr int feature_blocks(int K) { return K == 1 ? 4 : K == 2 ? 3 : 2; }
+
+// CTAs of a multiprocessor that the compiler keeps registers for. From 10.0 on its code takes more of them than three
+// leave; 12.0 has no shared memory for three.
+__host__ __device__ constexpr int feature_blocks(int K, int capability) {
+  return capability >= 100 || K > 2 ? 2 : K == 1 ? 4 : 3;
+}
 
 // What the pass reads of an entry besides rows; entries are sorted by latent. No entry: token -1.
 struct __align__(16) Record {
@@ -91,7 +96,8 @@ struct FeatureShape {
 // registers allow (`blocks`, those of the pass's Finish), else two, so that a batch is always on its way, else one.
 inline FeatureShape feature_shape(const FeaturePass& p, int64_t shared_per_block,
                                   int64_t shared_per_processor,
-                                  int (*blocks)(int K) = &feature_blocks) {
+                                  int (*blocks)(int K, int capability) = &feature_blocks,
+                                  int capability = 80) {
   const int64_t in = p.encoder ? p.x.cols : 0, out = p.decoder ? p.g.cols : 0;
   const int64_t chunks = padded_columns(in > out ? in : out) / kChunk;
   FeatureShape shape = {};
@@ -107,7 +113,8 @@ inline FeatureShape feature_shape(const FeaturePass& p, int64_t shared_per_block
   const int64_t batch = chunk * words * feature_batch(K);
   const int64_t own = static_cast<int64_t>(sizeof(FeatureShared)) + kFinishShared, reserved = 1024;
   const int64_t both = p.decoder && p.encoder ? 4 * chunk : 0;  // rows of float32
-  const int64_t wanted = static_cast<int64_t>(blocks(K)) * feature_threads(K) / shape.threads;
+  const int64_t wanted =
+      static_cast<int64_t>(blocks(K, capability)) * feature_threads(K) / shape.threads;
   for (int stages = kFeatureStages; stages > 0; --stages) {
     const int64_t rows = fixed + stages * batch, bytes = rows > both ? rows : both;
     if (bytes + own > shared_per_block) continue;

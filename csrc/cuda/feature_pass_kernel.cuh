@@ -72,7 +72,7 @@ __device__ inline void add_pieces(const FeaturePass& p, const Piece& piece, Feat
 
 // Sums the pieces behind the first one of every latent that has any; one CTA per window.
 template <int K>
-__global__ void __launch_bounds__(feature_threads(K), feature_blocks(K))
+__global__ void __launch_bounds__(feature_threads(K), feature_blocks(K, kCapability))
     feature_pieces_kernel(FeaturePass p) {
   GSF_DYNAMIC_SHARED(uint4, memory);
   __shared__ FeatureShared shared;
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(feature_threads(K), feature_blocks(K))
 
 // Finish: what becomes of the sums of a latent, called by all threads of its CTA, after `feature_pieces_kernel`.
 //
-//   static constexpr int blocks(int K)                            CTAs per multiprocessor, as feature_shape's
+//   static constexpr int blocks(int K, int capability)            CTAs per multiprocessor, as feature_blocks
 //   struct Shared                                                 what its threads share, at most kFinishShared bytes
 //   __device__ void begin(int64_t latent, Shared* shared) const   while the first rows of the walk are on their way
 //   template <int K> __device__ void operator()(int64_t latent, int64_t entries, FeatureSums<K>& sums,
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(feature_threads(K), feature_blocks(K))
 // shared memory, is free: with both parts it has room for both rows in float32. A latent without entries has sums of
 // zero, and no begin.
 template <int K, class Finish>
-__global__ void __launch_bounds__(feature_threads(K), Finish::blocks(K))
+__global__ void __launch_bounds__(feature_threads(K), Finish::blocks(K, kCapability))
     feature_pass_kernel(FeaturePass p, Finish finish) {
   GSF_DYNAMIC_SHARED(uint4, memory);
   __shared__ FeatureShared shared;
@@ -137,7 +137,7 @@ struct StoreGradients {
 
   struct Shared {};
 
-  static constexpr int blocks(int K) { return feature_blocks(K); }
+  static constexpr int blocks(int K, int capability) { return feature_blocks(K, capability); }
   __device__ void begin(int64_t, Shared*) const {}
 
   template <int K>

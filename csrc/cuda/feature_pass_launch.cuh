@@ -39,7 +39,7 @@ cudaError_t launch_feature_kernel(void (*kernel)(Parameters, More...), int64_t b
 
 // Shape of a pass on the current device; K is 0 when its rows do not fit. `blocks`: its Finish's.
 cudaError_t feature_shape_here(const FeaturePass& p, FeatureShape* shape,
-                               int (*blocks)(int K) = &feature_blocks);
+                               int (*blocks)(int K, int capability) = &feature_blocks);
 
 // The sums of later pieces, into p.pieces [feature_windows(p)][feature_piece_size(p)].
 cudaError_t launch_feature_pieces(FeaturePass p, FeatureShape shape, cudaStream_t stream);

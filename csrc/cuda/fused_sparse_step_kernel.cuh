@@ -36,8 +36,9 @@ struct AdamFinish {
     bool live[2];  // decoder, encoder
   };
 
-  // Three CTAs where the sums of the pass leave room: while one waits for rows of x, another computes.
-  static constexpr int blocks(int K) { return K == 4 ? 2 : 3; }
+  // Three CTAs where the sums of the pass leave room: while one waits for rows of x, another computes. From 10.0 on the
+  // compiler needs more registers than that leaves (feature_blocks).
+  static constexpr int blocks(int K, int capability) { return K == 4 || capability >= 100 ? 2 : 3; }
 
   // What the update will read, on its way into the L2.
   __device__ static void fetch_moments(const AdamView& a, int64_t latent) {

@@ -16,8 +16,8 @@ namespace gemmascope_fast {
 
 // One warp, so that the compiler sees that its lanes go the same way: it would guard every shuffle otherwise.
 constexpr int kTokenThreads = kWarp;
-constexpr int kTokenBlocks = 24;  // per multiprocessor
-constexpr int kTokenRows = 8;     // rows in flight
+constexpr int kTokenBlocks = kCapability == 86 ? 16 : 24;  // per multiprocessor; 8.6 has no more
+constexpr int kTokenRows = 8;                              // rows in flight
 
 struct TokenPass {
   const int64_t* offsets;     // [sets * n + 1]
