@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import compiling_cuda as compiled
 import pytest
@@ -47,8 +46,12 @@ def read_side_by_side(request: pytest.FixtureRequest) -> None:
     """Most of the time is the disassembler's."""
     items = [i for i in request.session.items if i.path == request.path]
     wanted = {i.callspec.params.get("architecture") for i in items if hasattr(i, "callspec")}
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(compiled.reports, wanted - {None}))
+    compiled.read_side_by_side(wanted - {None})
+
+
+def test_every_listed_architecture_has_a_budget() -> None:
+    assert {"sm_80", "sm_90a", "sm_120a"} < compiled.listed()
+    assert compiled.listed() == set(json.loads(compiled.BUDGET.read_text()))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

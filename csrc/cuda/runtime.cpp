@@ -67,7 +67,7 @@ void check_cuda(const char* op, const char* what, cudaError_t status) {
     int device = 0;
     if (cudaGetDevice(&device) == cudaSuccess) {
       fail(op, what, ": this build has no kernels for ", described(device),
-           "; build it with CUDAARCHS of that capability");
+           "; build it with CUDAARCHS of that capability, or set GEMMASCOPE_FAST_BACKEND=triton");
     }
   }
   fail(op, what, ": ", cudaGetErrorName(status), ": ", cudaGetErrorString(status));
