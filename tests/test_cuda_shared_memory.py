@@ -103,7 +103,8 @@ def test_rows_that_do_not_fit_are_those_that_slabs_take(program: Path, capabilit
 
 
 def test_a_pass_keeps_the_blocks_that_registers_allow(program: Path) -> None:
-    # 5,376 columns of bfloat16, both parts: K, threads, stages. Adam leaves 9.0 room for three blocks, 10.0 for two.
+    # 5,376 columns of bfloat16, both parts: K, threads, stages. Adam has three blocks on 9.0, two
+    # on 10.0.
     chosen = {c: [passes(program, c)[5376, 0, 3, adam][:3] for adam in (0, 1)] for c in DEVICES}
     assert chosen[90] == [(3, 224, 4), (3, 224, 2)]
     assert chosen[100] == [(3, 224, 4), (3, 224, 4)]
