@@ -192,7 +192,7 @@ def test_pre_at_of_pairs_out_of_range_is_zero():
 
 ABSENT = dict.fromkeys(
     ["g", "W_dec", "x", "d_W_dec", "d_W_enc", "threshold", "d_gate", "d_b_enc"]
-    + ["d_threshold", "d_values", "d_pre"]
+    + ["d_threshold", "d_values", "d_pre", "hot_slots", "hot"]
 )
 
 
@@ -209,15 +209,18 @@ def rows_like(parameter: Tensor) -> Tensor:
     return torch.empty_like(parameter).fill_(float("nan"))
 
 
-def run_pass(shared: int, slab: int, first: int = 0, last: int = -1, **given: Any) -> int:
+def pass_arguments(first: int = 0, last: int = -1, **given: Any) -> dict[str, Any]:
     a = {**ABSENT, **given}
     for name in ("g", "W_dec", "x", "d_W_dec", "d_W_enc"):
         a[name] = None if a[name] is None else matrix(a[name])
     for name, t in a.items():
         a[name] = vector(t) if isinstance(t, Tensor) else t
     last = given["feature_offsets"].shape[0] - 1 if last < 0 else last
-    return testing.cuda_feature_pass({"bandwidth": 0.0, **a, "first": first, "last": last},
-                                     shared, slab)  # fmt: skip
+    return {"bandwidth": 0.0, **a, "first": first, "last": last}
+
+
+def run_pass(shared: int, slab: int, first: int = 0, last: int = -1, **given: Any) -> int:
+    return testing.cuda_feature_pass(pass_arguments(first, last, **given), shared, slab)
 
 
 def decode_backward(args: list[Any], shared: int = LARGE, slab: int = 0) -> tuple[Tensor, ...]:

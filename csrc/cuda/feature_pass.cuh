@@ -1,7 +1,7 @@
 // What the kernels of the feature-major pass (feature_pass_kernel.cuh) are handed, and how a row is cut and launched.
 #pragma once
 
-#include "cuda/rows.cuh"
+#include "cuda/hot_latents.cuh"
 
 namespace gemmascope_fast {
 
@@ -50,6 +50,9 @@ struct FeaturePass {
   float* d_values;     // [capacity]: the gradient, or null
   float* d_pre;        // [capacity]: the gradient times the gate, or null
   int keep_gradients;  // in the records, for a later launch
+
+  const int32_t* hot_slots;  // with hot: latents that are left out (hot_latents.cuh); null: none
+  const HotState* hot;
 
   float* pieces;  // [windows][feature_piece_size]
   int stages;     // batches of entries in shared memory

@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(feature_threads(K), feature_blocks(K, kCapabil
   GSF_DYNAMIC_SHARED(uint4, memory);
   __shared__ FeatureShared shared;
   const Piece piece = window_piece(p, blockIdx.x);
-  if (piece.count == 0) return;
+  if (piece.count == 0 || is_hot(p.hot_slots, p.hot, piece.latent)) return;
   FeatureSums<K> sums;
   clear_sums(&sums);
   walk_piece<K>(p, piece, memory, shared, &sums, [] {});
@@ -117,6 +117,7 @@ __global__ void __launch_bounds__(feature_threads(K), Finish::blocks(K, kCapabil
   __shared__ typename Finish::Shared kept;
   static_assert(sizeof(kept) <= kFinishShared, "no room");
   const int64_t latent = p.first + blockIdx.x;
+  if (is_hot(p.hot_slots, p.hot, latent)) return;
   const Piece piece = latent_piece(p, latent);
   FeatureSums<K> sums;
   clear_sums(&sums);

@@ -4,11 +4,13 @@
 //   d_W_dec[j] = sum_e values[e] S_g[r],  d_W_enc[:, j] = sum_e q gate x[r % n],  d_b_enc, d_threshold, d_x as
 //   encode_backward does with d_values = q;  d_b_dec = sum over g and r of d_recon[g][r]
 //
-// A launch per group, then the sum in token order for d_x. Dense products take over where they pay (dense_products.h).
+// A launch per group, then the sum in token order for d_x. Dense products take over where they pay (dense_products.h),
+// or take the latents that fire most (hot_backward.h).
 // Never waits. Bound by reading nnz rows of S and of x, as many of W_enc for d_x, and by writing d_W_enc and d_W_dec.
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/dense_products.h"
+#include "cuda/hot_backward.h"
 #include "cuda/sae_inputs.h"
 #include "cuda/token_pass.h"
 
@@ -45,6 +47,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sae_backward_cuda(
   FeaturePass p = sae_pass(kOp, in, d_b_enc, d_threshold);
   p.d_pre = mutable_floats(d_pre);
   const StoreGradients gradients{d_W_enc.target(), d_W_dec.target()};
+  const std::optional<HotSplit> hot = split_hot(kOp, in, gradients, x, &p);
   for_groups(kOp, in, p,
              [&](const FeaturePass& group) { store_gradients(kOp, group, gradients, x); });
 

@@ -1,10 +1,6 @@
-// The device code of decode, pre_at and the backward ops on the CPU (cuda_on_cpu.h), over numpy arrays. Matrices are
-// float32 or the bits of a 16-bit dtype (`dtype` 1: bfloat16, 2: float16), with any strides; outputs are written in
-// place.
+// The device code of decode, pre_at and the backward ops on the CPU (cuda_on_cpu.h), over numpy arrays (cuda_passes.h).
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-
-#include <utility>
 
 #include "cuda/entry_dots_kernel.cuh"
 #include "cuda/feature_slabs.cuh"
@@ -12,46 +8,11 @@
 #include "cuda/latent_order_kernel.cuh"
 #include "cuda/pre_at_kernel.cuh"
 #include "cuda/token_pass_kernel.cuh"
-#include "testing/cuda_on_cpu.h"
+#include "testing/cuda_passes.h"
 #include "testing/registry.h"
 
 namespace gemmascope_fast {
 namespace {
-
-namespace py = pybind11;
-using Matrix = std::pair<py::array, int>;  // elements, dtype
-
-void require(bool ok, const char* message) {
-  if (!ok) throw py::value_error(message);
-}
-
-Rows rows_of(const Matrix& m) {
-  const auto& [a, dtype] = m;
-  const py::ssize_t size = dtype == kFloat32 ? 4 : 2;
-  require(dtype >= 0 && dtype <= 2 && a.itemsize() == size, "dtype 0: float32, else uint16");
-  require(a.ndim() == 2, "a matrix has two dimensions");
-  Rows r = {a.data(), a.shape(0), a.shape(1), a.strides(0) / size, a.strides(1) / size, dtype, 0};
-  r.wide = rows_are_wide(r.data, dtype, r.cols, r.row_stride, r.col_stride) ? 1 : 0;
-  return r;
-}
-
-Target target_of(Matrix& m) {
-  const Rows r = rows_of(m);
-  return {m.first.mutable_data(), r.rows, r.cols, r.row_stride, r.col_stride, r.dtype, r.wide};
-}
-
-// A vector of T, or null for None.
-template <class T>
-T* vector_of(const py::object& o) {
-  if (o.is_none()) return nullptr;
-  const auto a = py::cast<py::array>(o);
-  require(
-      py::isinstance<py::array_t<T>>(a) && a.ndim() >= 1 && (a.flags() & py::array::c_style) != 0,
-      "a contiguous vector of another dtype was expected");
-  return static_cast<T*>(const_cast<void*>(a.data()));
-}
-
-int64_t size_of(const py::object& o) { return py::cast<py::array>(o).shape(0); }
 
 unsigned few(int64_t blocks) { return static_cast<unsigned>(blocks < 3 ? blocks : 3); }
 
@@ -163,42 +124,8 @@ int run_fitting(FeaturePass p, const StoreGradients& gradients, int64_t shared) 
 // The names are those of FeaturePass; matrices and targets that are absent leave their part out. Returns 10 K + stages
 // of the (last) launch.
 int feature_pass(const py::dict& a, int64_t shared, int64_t slab) {
-  FeaturePass p = {};
-  p.feature_offsets = vector_of<int64_t>(a["feature_offsets"]);
-  p.permutation = vector_of<int64_t>(a["permutation"]);
-  p.indices = vector_of<int32_t>(a["indices"]);
-  p.records = reinterpret_cast<Record*>(vector_of<int32_t>(a["records"]));
-  p.capacity = size_of(a["indices"]);
-  p.d_sae = size_of(a["feature_offsets"]) - 1;
-  p.first = py::cast<int64_t>(a["first"]);
-  p.last = py::cast<int64_t>(a["last"]);
-  p.n = py::cast<int64_t>(a["n"]);
-  p.threshold = vector_of<float>(a["threshold"]);
-  p.d_gate = vector_of<float>(a["d_gate"]);
-  const double bandwidth = py::cast<double>(a["bandwidth"]);
-  p.bandwidth = static_cast<float>(bandwidth);
-  p.half = static_cast<float>(bandwidth / 2);
-  p.d_b_enc = vector_of<float>(a["d_b_enc"]);
-  p.d_threshold = vector_of<float>(a["d_threshold"]);
-  p.d_values = vector_of<float>(a["d_values"]);
-  p.d_pre = vector_of<float>(a["d_pre"]);
   StoreGradients gradients = {};
-  if (!a["g"].is_none()) {
-    p.decoder = 1;
-    p.g = rows_of(py::cast<Matrix>(a["g"]));
-    auto target = py::cast<Matrix>(a["d_W_dec"]);
-    gradients.d_W_dec = target_of(target);
-  }
-  if (!a["W_dec"].is_none()) {
-    p.dots = 1;
-    p.W_dec = rows_of(py::cast<Matrix>(a["W_dec"]));
-  }
-  if (!a["x"].is_none()) {
-    p.encoder = 1;
-    p.x = rows_of(py::cast<Matrix>(a["x"]));
-    auto target = py::cast<Matrix>(a["d_W_enc"]);
-    gradients.d_W_enc = target_of(target);
-  }
+  FeaturePass p = pass_of(a, &gradients);
   if (slab == 0) return run_fitting(p, gradients, shared);
   int shape = 0;
   store_in_slabs(p, gradients, slab, [&](const FeaturePass& part, const StoreGradients& out) {
