@@ -38,8 +38,8 @@ HotLatents latents_of(const py::dict& a) {
 void select(const py::dict& a) {
   const HotLatents p = latents_of(a);
   cuda_on_cpu::launch<hot_candidates_kernel>(2, kHotThreads, 0, p);
-  const auto blocks = static_cast<unsigned>(hot_blocks(p.most_candidates, kHotThreads));
-  cuda_on_cpu::launch<hot_rank_kernel>(blocks, kHotThreads, 0, p);
+  const int64_t blocks = std::max<int64_t>(1, hot_blocks(p.most_candidates, kHotThreads));
+  cuda_on_cpu::launch<hot_rank_kernel>(static_cast<unsigned>(blocks), kHotThreads, 0, p);
   cuda_on_cpu::launch<hot_decide_kernel>(1, kWarp, 0, p);
 }
 
