@@ -21,6 +21,8 @@ WIDE_COPY = r"LDGSTS\.E\.(\w+\.)*128"
 MEANT: dict[str, dict[str, int]] = {
     "encode_sm90_kernel<__": {r"HGMMA\.64x256x16\.F32": 4, "UTMALDG": 2},
     "encode_sm90_kernel<signed char": {r"IGMMA\.64x256x32\.S8\.S8": 4, "UTMALDG": 2},
+    "hot_product_kernel": {r"HGMMA\.64x256x16\.F32": 4, "UTMALDG": 2},
+    "hot_(transpose|gather)_kernel": {WIDE_LOAD: 1, r"STG\.E\.128": 1},
     "rescore_kernel": {WIDE_LOAD: 8, r"LDS\.128": 4},
     "encode_few_kernel": {r"HMMA\.16816\.F32": 8, WIDE_COPY: 15, r"LDS\.128": 18},
     "encode_tile_kernel<(__half|__nv_bfloat16)": {r"HMMA\.16816\.F32": 24, WIDE_COPY: 1},
@@ -34,7 +36,9 @@ MEANT: dict[str, dict[str, int]] = {
 """Expressions for a kernel's name; for the opcodes it is built on, from their beginning; how many
 there are at least. Loads of 16 bytes are as many as are in flight at once."""
 
-ONLY = {"encode_sm90_kernel<__": "sm_90a", "encode_sm90_kernel<signed char": "sm_90a"}
+ONLY = dict.fromkeys(
+    ("encode_sm90_kernel<__", "encode_sm90_kernel<signed char", "hot_product_kernel"), "sm_90a"
+)
 """Kernels of one architecture: elsewhere nothing is left of them."""
 
 ROUNDED = {"adam_step_kernel", "adam_slab_kernel"}

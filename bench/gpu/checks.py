@@ -86,6 +86,8 @@ def differentiated(
 ) -> float:
     """Assert d_W_enc, d_b_enc, d_threshold, d_W_dec of a few touched latents, and d_b_dec.
 
+    The latent that fires most is among them.
+
     Args:
         p: the problem.
         e: its entries.
@@ -95,9 +97,10 @@ def differentiated(
     """
     d_W_enc, d_b_enc, d_threshold, d_W_dec, d_b_dec = grads
     worst = close(d_b_dec, d_recon.double().sum(0), "d_b_dec")
-    touched = (e.feature_offsets.diff() > 0).nonzero()[:, 0]
-    for at in sampled(touched.shape[0], 6):
-        j = int(touched[at])
+    counts = e.feature_offsets.diff()
+    touched = (counts > 0).nonzero()[:, 0]
+    some = {int(touched[at]) for at in sampled(touched.shape[0], 6)}
+    for j in sorted(some | ({int(counts.argmax())} if some else set())):
         mine = e.permutation[e.feature_offsets[j] : e.feature_offsets[j + 1]]
         rows, values, gate = e.rows[mine], e.values[mine].double(), e.gate[mine].double()
         seen = d_recon[rows].double()

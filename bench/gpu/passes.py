@@ -24,6 +24,7 @@ from .problem import (
     problem,
 )
 from .rows import DENSE_ADAM, OURS, OURS_ADAM, backward_bytes, compose, decode_bytes, encode_flops
+from .splits import UNSPLIT, unsplit
 from .targets import OURS_CAPPED, OURS_SCREENED
 from .timing import Call, compare, copy_rate, free, unavailable
 from .triton import TRITON, call_of
@@ -108,6 +109,7 @@ def _backward(ctx: Context, shape: Shape, rate: float, compiled: Any) -> dict[st
     times = compare(
         {
             OURS: ours,
+            UNSPLIT: unsplit(device, ours),
             "ours, composed ops": composed_backward(p, e, d_recon),
             "dense eager": missing or (lambda: dense.backward(p, pre, d_recon, ENTRY_BANDWIDTH)),
             "torch.compile": dense.compiles(ctx.settings, missing or "")
