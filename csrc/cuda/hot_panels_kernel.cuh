@@ -35,16 +35,39 @@ __device__ inline bool all_finite_bf16(const uint4& raw) {
   return finite;
 }
 
+using HotSquare = uint32_t[kHotSquare][kHotSquare / 2 + 1];  // 64 x 64 bfloat16
+
+// Column `col` of two rows.
+__device__ inline uint32_t column_pair(const HotSquare& square, int row, int col) {
+  const int shift = col % 2 * 16;
+  return (square[row][col / 2] >> shift & 0xffffu) | (square[row + 1][col / 2] >> shift & 0xffffu)
+                                                         << 16;
+}
+
+// 16 bytes at once: the compiler would store the words, which come from shared memory, one by one.
+__device__ inline void store_whole(uint16_t* to, const uint4& v) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
+#else
+  *reinterpret_cast<uint4*>(to) = v;
+#endif
+}
+
 // One block per square of 64 tokens and 64 columns.
 __global__ void __launch_bounds__(kHotThreads) hot_transpose_kernel(HotTranspose p) {
-  __shared__ uint32_t square[kHotSquare][kHotSquare / 2 + 1];
+  constexpr int kSteps = kHotSquare * kHotSquare / kChunk / kHotThreads;
+  constexpr int kChunks = kHotSquare / kChunk;
+  __shared__ HotSquare square;
   if (p.state->chosen == 0) return;
   const int64_t row0 = static_cast<int64_t>(blockIdx.x) * kHotSquare;
   const int64_t col0 = static_cast<int64_t>(blockIdx.y) * kHotSquare;
   bool finite = true;
 #pragma unroll
-  for (int i = threadIdx.x; i < kHotSquare * kHotSquare / kChunk; i += kHotThreads) {
-    const int row = i / (kHotSquare / kChunk), chunk = i % (kHotSquare / kChunk);
+  for (int step = 0; step < kSteps; ++step) {
+    const int i = step * kHotThreads + static_cast<int>(threadIdx.x);
+    const int row = i / kChunks, chunk = i % kChunks;
     const int64_t col = col0 + chunk * kChunk;
     const bool inside = row0 + row < p.from.rows && col < p.from.cols;
     const uint4 raw =
@@ -59,18 +82,15 @@ __global__ void __launch_bounds__(kHotThreads) hot_transpose_kernel(HotTranspose
   if (!finite) p.state->broken = 1;
   __syncthreads();
 #pragma unroll
-  for (int i = threadIdx.x; i < kHotSquare * kHotSquare / kChunk; i += kHotThreads) {
-    const int col = i / (kHotSquare / kChunk), chunk = i % (kHotSquare / kChunk);
+  for (int step = 0; step < kSteps; ++step) {
+    const int i = step * kHotThreads + static_cast<int>(threadIdx.x);
+    const int col = i / kChunks, row = i % kChunks * kChunk;
     if (col0 + col >= p.from.cols) continue;
-    uint32_t word[kChunk / 2];
-#pragma unroll
-    for (int k = 0; k < kChunk / 2; ++k) {
-      const int shift = col % 2 * 16, row = chunk * kChunk + 2 * k;
-      word[k] = (square[row][col / 2] >> shift & 0xffffu) |
-                (square[row + 1][col / 2] >> shift & 0xffffu) << 16;
-    }
-    uint16_t* to = p.to + (col0 + col) * p.tokens + row0 + chunk * kChunk;
-    *reinterpret_cast<uint4*>(to) = make_uint4(word[0], word[1], word[2], word[3]);
+    uint16_t* to = p.to + (col0 + col) * p.tokens + row0 + row;
+    const uint4 raw =
+        make_uint4(column_pair(square, row, col), column_pair(square, row + 2, col),
+                   column_pair(square, row + 4, col), column_pair(square, row + 6, col));
+    store_whole(to, raw);
   }
 }
 
