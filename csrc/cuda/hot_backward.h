@@ -12,7 +12,8 @@ struct HotSplit {
 
 // Launches the products for the latents that turn out to be hot enough, and makes the pass leave those out. Launches
 // nothing, and returns nothing, where shapes, dtypes or the device say that it cannot pay. The pass comes afterwards,
-// on the same stream: it serves all latents whose products failed.
+// on the same stream: it serves all latents whose products failed. fused_sparse_step has no split: where this one
+// serves, its bits are no longer those of sae_backward and adam_step_.
 std::optional<HotSplit> split_hot(const char* op, const SaeInputs& in,
                                   const StoreGradients& gradients, const Tensor& like,
                                   FeaturePass* pass);
