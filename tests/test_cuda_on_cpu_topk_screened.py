@@ -43,9 +43,9 @@ class Uppers(Scan):
     def __init__(self, x, w, bias, center, dtype=1, width=256, hopper=False) -> None:
         self.truth = x.astype(np.float64) @ w.T.astype(np.float64) + bias
         super().__init__(torch.from_numpy(self.truth.astype(np.float32)), width)
-        tokens = screened.quantise(x, dtype, x.shape[1], center, False, ALL)
+        tokens = screened.quantise(x, dtype, x.shape[1], center, False)
         self.codes, self.scale, self.bound = tokens
-        self.w_codes, scale, dot, _ = screened.quantise(w, dtype, w.shape[1], center, True, ALL)
+        self.w_codes, scale, dot, _ = screened.quantise(w, dtype, w.shape[1], center, True)
         self.units, self.limit = topk.limits(scale, dot, bias)
         self.hopper = hopper
 

@@ -98,11 +98,11 @@ struct Screened {
     Memory<float> scale(n), bound(n), limit(d_sae);
     Memory<LatentCodes> latents(d_sae);
     int32_t unscreened = 0;
-    QuantiseRows p = {x.rows,         center.data(), width,        n,       nullptr,
-                      x_codes.data(), scale.data(),  bound.data(), nullptr, nullptr};
+    QuantiseRows p = {x.rows,       center.data(), width,   n,       nullptr, x_codes.data(),
+                      scale.data(), bound.data(),  nullptr, nullptr, 0,       0};
     run_quantise<false>(p);
-    p = {W.rows,         center.data(), width,   d_sae,          nullptr,
-         W_codes.data(), nullptr,       nullptr, latents.data(), &unscreened};
+    p = {W.rows,  center.data(), width,          d_sae,       nullptr, W_codes.data(),
+         nullptr, nullptr,       latents.data(), &unscreened, 0,       0};
     run_quantise<true>(p);
     const unsigned blocks = static_cast<unsigned>(d_sae / kQuantiseThreads + 1);
     cuda_on_cpu::launch<encode_limit_kernel>(blocks, kLimitThreads, 0, bias.data(),
