@@ -197,7 +197,7 @@ def _screened(ctx: Context, shape: Shape) -> dict[str, Any]:
 
 
 def topk(ctx: Context) -> None:
-    """`topk_encode`, exact and screened, against linear + ReLU + `torch.topk`; `batchtopk_encode`."""
+    """TopK, exact and screened, against linear + ReLU + `torch.topk`; BatchTopK against matmul."""
     for shape in ctx.settings.shapes(("uniform",)):
         about = {"shape": shape.json()}
         seconds = estimate(ctx, shape, 6)

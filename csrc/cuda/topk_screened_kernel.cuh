@@ -149,7 +149,7 @@ __device__ inline void finish_row(const DecideRows& p, int64_t i, const Row& kep
 
 // Dynamic shared memory: decide_shared.
 template <bool kWide>
-__global__ void __launch_bounds__(kRescoreThreads, 3) decide_rows_kernel(DecideRows p) {
+__global__ void __launch_bounds__(kRescoreThreads, kWide ? 2 : 3) decide_rows_kernel(DecideRows p) {
   GSF_DYNAMIC_SHARED(float4, x);
   __shared__ DecideScratch scratch;
   const int64_t words = rescore_words(p.x.cols, kWide);
