@@ -11,7 +11,6 @@ from selection import Chunk, RowBest, Scan, select, testing
 
 screened, topk = testing.cuda_screened, testing.cuda_topk_screened
 DTYPES = {0: torch.float32, 1: torch.bfloat16, 2: torch.float16}
-ALL = np.zeros(0, np.int64)
 NAN, INF = np.float32("nan"), np.float32("inf")
 
 
