@@ -269,6 +269,22 @@ def test_what_pays_at_the_measured_shapes(d_sae: int, l0: int) -> None:
     assert scratch < 2 * n * (2 * d) * 2
 
 
+@pytest.mark.parametrize("part", [1e-4, 0.003, 0.0117, 0.047, 0.4])
+def test_the_share_of_the_hottest_is_that_of_log_normal_rates(part: float) -> None:
+    rates = log_normal(2**20, 1.0)
+    share = float(rates[: round(part * 2**20)].sum() / rates.sum())
+    assert testing.cuda_hot_share(part) == pytest.approx(share, abs=0.01)
+
+
+def test_the_question_is_asked_where_the_answer_is_usually_yes() -> None:
+    def asked(d_sae: int, l0: int, n: int = 8192) -> bool:
+        return testing.cuda_hot_expected(n, 5376, 5376, d_sae, 132, n * l0)
+
+    assert [asked(2**14, 64), asked(2**16, 64), asked(2**16, 128)] == [True, False, True]
+    assert not any(asked(2**18, l0) for l0 in (16, 64, 128)) and not asked(2**14, 16)
+    assert not asked(512, 4) and asked(512, 200), "all latents fit into the panels"
+
+
 def test_the_cost_is_that_of_its_waves() -> None:
     most, worth, _ = testing.cuda_hot_work(8192, 5376, 5376, 16384, 132)
     tile = 2 * 128 * 256 * 132 / 690e12

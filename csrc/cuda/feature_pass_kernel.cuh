@@ -117,8 +117,8 @@ __global__ void __launch_bounds__(feature_threads(K), Finish::blocks(K, kCapabil
   __shared__ typename Finish::Shared kept;
   static_assert(sizeof(kept) <= kFinishShared, "no room");
   const int64_t latent = p.first + blockIdx.x;
-  if (is_hot(p.hot_slots, p.hot, latent)) return;
   const Piece piece = latent_piece(p, latent);
+  if (is_hot(p.hot_slots, p.hot, latent) & (piece.count > 0)) return;  // one wait for all loads
   FeatureSums<K> sums;
   clear_sums(&sums);
   if (piece.count > 0) {

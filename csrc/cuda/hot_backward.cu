@@ -193,7 +193,7 @@ std::optional<HotSplit> split_hot(const char* op, const SaeInputs& in,
   if (!device.serves) return std::nullopt;
   const HotShape shape = {in.n, in.x.size(1), g.cols, in.d_sae, device.processors};
   if (hot_bytes(shape) > kHotLargest) return std::nullopt;
-  if (mode == Mode::kAuto && pass->capacity < hot_worth(shape, 1)) return std::nullopt;
+  if (mode == Mode::kAuto && !hot_expected(shape, pass->capacity)) return std::nullopt;
   Split split(op, in, g, *pass, device, shape, like);
   HotSplit kept = split.choose(mode);
   split.multiply(in, gradients);

@@ -40,10 +40,13 @@ __device__ inline int hot_rows(const HotState* state) {
   return state->broken != 0 ? 0 : state->chosen;
 }
 
-// Whether the products have made the gradients of this latent; slots null: there are none.
+// Whether the products have made the gradients of this latent; slots null: there are none. All loads go at once: the
+// pass asks for every latent.
 __device__ inline bool is_hot(const int32_t* slots, const HotState* state, int64_t latent) {
-  return slots != nullptr &&
-         static_cast<uint32_t>(slots[latent]) < static_cast<uint32_t>(hot_rows(state));
+  if (slots == nullptr) return false;
+  const uint32_t slot = static_cast<uint32_t>(slots[latent]);
+  const int rows = state->chosen, broken = state->broken;
+  return (broken == 0) & (slot < static_cast<uint32_t>(rows));
 }
 
 // Tokens of a panel's row: whole blocks of 64 columns.

@@ -122,10 +122,17 @@ py::tuple work(int64_t n, int64_t d_in, int64_t d_out, int64_t d_sae, int64_t pr
   return py::make_tuple(hot_most(shape), worth, hot_bytes(shape));
 }
 
+bool expected(int64_t n, int64_t d_in, int64_t d_out, int64_t d_sae, int64_t processors,
+              int64_t entries) {
+  return hot_expected({n, d_in, d_out, d_sae, processors}, entries);
+}
+
 const BindLater later([](py::module_& m) {
   m.def("cuda_hot_select", &select);
   m.def("cuda_hot_backward", &backward);
   m.def("cuda_hot_work", &work);
+  m.def("cuda_hot_share", &hot_share);
+  m.def("cuda_hot_expected", &expected);
 });
 
 }  // namespace
