@@ -163,6 +163,20 @@ def test_the_readme_shows_chosen_rows_with_sizes_contenders_and_verdicts() -> No
     assert "by `make gpu-check`" in text and "| 1 of 2 met, **1 missed** |" in text
 
 
+def test_the_step_of_a_gpu_is_shown_as_it_is_timed_with_and_without_its_update() -> None:
+    ours, theirs = "ours, with Adam(fused=True)", "dense eager, with fused torch Adam"
+    row = gpu_row("step", 2**16)
+    row["times"] |= {ours: {"median_s": 0.0049}, theirs: {"median_s": 0.0245}}
+    row["ratios"] |= {ours: 2.0, theirs: 10.0}
+    text = readme.part(Found({"gpu_check_h100.json": results(row)}, {}))
+    assert (
+        "| forward and backward | 8,192 | 5,376 (27B) | 65,536 | 2.45 ms | 2x dense eager |" in text
+    )
+    assert (
+        f"| training step with Adam | 8,192 | 5,376 (27B) | 65,536 | 4.9 ms | 5x {theirs} |" in text
+    )
+
+
 def test_every_missed_target_is_told_whether_its_row_is_shown_or_not() -> None:
     text = readme.part(found_results())
     assert "3 of 6 targets are met ([every row](docs/benchmarks.md)). Missed:" in text

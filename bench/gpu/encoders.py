@@ -189,7 +189,7 @@ def _screened(ctx: Context, shape: Shape) -> dict[str, Any]:
     )
     audited = {"audited": audit.entries, "missed": audit.missed, "extra": audit.extra}
     row = _on_matmul("screened", shape, times, nnz, error, recall=audit.recall, **audited)
-    row["line"] = f"{told}; {audit}; {row['line']}"
+    row["line"] = f"{row['line']}; {audit}; {told}"
     return row
 
 
@@ -260,7 +260,7 @@ def _topk_screened(ctx: Context, shape: Shape) -> dict[str, Any]:
     )
     audited = {"audited": audit.entries, "missed": audit.missed, "extra": audit.extra}
     row = _on_matmul("topk", shape, times, k * shape.n, error, recall=audit.recall, **audited)
-    row["line"] = f"{told}; {audit}; {row['line']}"
+    row["line"] = f"{row['line']}; {audit}; {told}"
     return row
 
 
