@@ -4,17 +4,22 @@ Codes remember which weights they were made of: the tensor, where its memory is,
 that autograd counts up with every write. An encoder takes them when all of that still holds; else
 all latents are quantised again first, in place, without waiting for the device. `gsf.optim.Adam`
 knows which rows it moved and has those quantised right behind its update, on the same stream; codes
-that were not current before it stay so. Source: docs/design.md, Screening.
+that were not current before it stay so. A step of any other optimizer makes them old, because fused
+ones of torch leave the version as it was. Source: docs/design.md, Screening.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import ops
@@ -66,6 +71,10 @@ class Screen:
         made = self._codes is not None and self._of(W_enc)
         return made and self._version == W_enc._version
 
+    def forget(self) -> None:
+        """Have all latents quantised again before the codes are used."""
+        self._version = -1
+
     def follow(self, W_enc: Tensor, touched_at: Tensor, step: int, tail: int) -> None:
         """Quantise the latents again that a step of Adam has moved.
 
@@ -90,6 +99,7 @@ class Screen:
     def _pack(self, W_enc: Tensor) -> None:
         center = None if self._center is None else self._center.to(W_enc.device)
         self._codes = None  # before there are others
+        _listen()
         packed = pack(W_enc, center=center, check=self._check, precision="screened")
         self._codes, self._weights, self._place = packed.codes, weakref.ref(W_enc), place(W_enc)
         self._note(W_enc, packed.checksums)
@@ -108,8 +118,12 @@ def repack(codes: Tensor, W_enc: Tensor, *moved: Any) -> None:
 
 
 def place(W_enc: Tensor) -> tuple[Any, ...]:
-    """What a write does not change, and other memory under the same tensor does."""
-    return W_enc.data_ptr(), W_enc.dtype, W_enc.shape, W_enc.stride()
+    """What a write does not change, and other memory under the same tensor does.
+
+    A storage that was freed keeps its identity: another one may have got its address.
+    """
+    storage = StorageWeakRef(W_enc.untyped_storage())  # type: ignore[no-untyped-call]
+    return storage, W_enc.data_ptr(), W_enc.dtype, W_enc.shape, W_enc.stride()
 
 
 def served(W_enc: Tensor) -> bool:
@@ -119,9 +133,38 @@ def served(W_enc: Tensor) -> bool:
     return packable(W_enc, "screened") and not torch.cuda.is_current_stream_capturing()
 
 
-def current_screen(W_enc: Tensor) -> Screen | None:
-    """The codes of a parameter, if it has some that are current."""
+def current_screen(W_enc: Tensor, moved: Iterable[Tensor]) -> Screen | None:
+    """The codes of a parameter, if it has some that are current.
+
+    None too where it shares memory with another of those that are about to be `moved`: which of its
+    rows do is more than its own step tells then.
+    """
+    screen = _screen(W_enc)
+    if screen is None or not screen.current(W_enc):
+        return None
+    memory = W_enc.untyped_storage().data_ptr()
+    shared = any(p is not W_enc and p.untyped_storage().data_ptr() == memory for p in moved)
+    return None if shared else screen
+
+
+def _screen(W_enc: Tensor) -> Screen | None:
     with _lock:
         found = _screens.get(W_enc)
     screen: Screen | None = None if found is None else found()
-    return screen if screen is not None and screen.current(W_enc) else None
+    return screen
+
+
+@functools.cache
+def _listen() -> None:
+    register_optimizer_step_post_hook(_forget)
+
+
+def _forget(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """What an optimizer has moved is quantised again, but by one that sees to it itself."""
+    if torch.compiler.is_compiling() or getattr(optimizer, "quantises", False):
+        return
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            screen = _screen(p)
+            if screen is not None:
+                screen.forget()

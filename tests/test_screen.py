@@ -144,12 +144,13 @@ def test_parameters_in_groups_are_followed_too(quantised: list[Any]) -> None:
     "change",
     [
         lambda m: train(m, torch.optim.Adam(m.parameters(), lr=1e-2), 1),
+        lambda m: train(m, torch.optim.Adam(m.parameters(), lr=1e-2, fused=True), 1),
         lambda m: m.W_enc[:, 3].mul_(5),
         lambda m: m.W_enc.t()[7].zero_(),
         lambda m: m.load_state_dict(copy.deepcopy(sae()).state_dict()),
         lambda m: m.reset_parameters(torch.Generator().manual_seed(5)),
     ],
-    ids=["another optimizer", "in place", "a view", "load_state_dict", "reset_parameters"],
+    ids=["optimizer", "torch's fused", "in place", "a view", "load_state_dict", "reset_parameters"],
 )
 def test_after_other_changes_all_latents_are_quantised(quantised: list[Any], change: Any) -> None:
     module = sae().screen()
@@ -176,6 +177,26 @@ def test_a_step_from_codes_that_were_not_current_quantises_all(quantised: list[A
     assert quantised == ["pack", "all"]
 
 
+@pytest.mark.parametrize("grads", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_weights_that_are_tied_are_quantised_all(
+    quantised: list[Any], fused: bool, grads: bool
+) -> None:
+    """The decoder's momentum moves rows that the encoder's own step says nothing about."""
+    module = sae().screen()
+    module.W_dec = torch.nn.Parameter(module.W_enc.t())
+    optimizer = gsf.optim.Adam(module, 1e-1, betas=(0.9, 0.99), rows="live", fused=fused)
+    optimizer.param_groups[0]["betas"] = (0.0, 0.99)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(module, batch(step)).backward()
+        if not grads:
+            module.W_enc.grad = None
+        optimizer.step()
+        assert_screened(module, batch(9, 20))
+    assert quantised == ["pack", "all", "all", "all"]
+
+
 @torch.no_grad()
 def take_as_old_a_parameter(module: gsf.SAE) -> None:
     """Over the same memory, with a version of its own that has come to the same number."""
@@ -185,16 +206,24 @@ def take_as_old_a_parameter(module: gsf.SAE) -> None:
     module.W_enc = twin
 
 
+@torch.no_grad()
+def reuse_the_address(module: gsf.SAE) -> None:
+    """Another storage, where that of the codes was, as allocators give out what was freed."""
+    memory = module.W_enc.detach().t().numpy()
+    module.W_enc.data = torch.from_numpy(memory).t()
+
+
 @pytest.mark.parametrize(
     "change",
     [
         take_as_old_a_parameter,
+        reuse_the_address,
         lambda m: setattr(m, "W_enc", torch.nn.Parameter(m.W_enc.detach().clone())),
         lambda m: setattr(m.W_enc, "data", m.W_enc.data.clone()),
         lambda m: m.to(torch.bfloat16),
         lambda m: m.screen(center=torch.ones(D)),
     ],
-    ids=["alias", "parameter", "data", "dtype", "screen"],
+    ids=["alias", "address", "parameter", "data", "dtype", "screen"],
 )
 def test_another_tensor_is_packed_anew(quantised: list[Any], change: Any) -> None:
     module = sae().screen()

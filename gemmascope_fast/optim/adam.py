@@ -57,6 +57,8 @@ class Adam(torch.optim.Optimizer):
     Source: Kingma and Ba 2015, arXiv 1412.6980; its use here, arXiv 2408.05147, section 3.2.
     """
 
+    quantises = True  # the rows it moves, of a module that keeps codes (screening.py)
+
     def __init__(
         self,
         params: nn.Module | Iterable[Any],
@@ -134,7 +136,8 @@ class Adam(torch.optim.Optimizer):
                     f"{OP}: gradients must be dense, got layout {p.grad.layout}: use "
                     'grad_format="dense", or torch.optim.SparseAdam'
                 )
-        screens = [(p, group, current_screen(p)) for p, group in held]
+        parameters = [p for p, _ in held]
+        screens = [(p, group, current_screen(p, parameters)) for p, group in held]
         extra: dict[Tensor, Tensor] = {}
         if self._deferred is not None and self._deferred.pending is not None:
             extra = self._fused_step({p: group for p, group in held})
