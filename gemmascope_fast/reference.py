@@ -408,8 +408,9 @@ def encode_moment(v: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
     decide; `round_stochastically` takes the lower 16, so that one word serves an element.
     """
     bits = v.view(torch.int32).long() & 0x7FFFFFFF  # a NaN may be negative
-    padding = -v.shape[1] % MOMENT_BLOCK
-    blocks = torch.nn.functional.pad(bits, (0, padding)).reshape(v.shape[0], -1, MOMENT_BLOCK)
+    count = -(-v.shape[1] // MOMENT_BLOCK)
+    padding = count * MOMENT_BLOCK - v.shape[1]
+    blocks = torch.nn.functional.pad(bits, (0, padding)).reshape(v.shape[0], count, MOMENT_BLOCK)
     exponents = (blocks.amax(2) + (1 << 20) >> 23).clamp(max=255)
     base = exponents.repeat_interleave(MOMENT_BLOCK, 1)[:, : v.shape[1]] - 31 << 23
     codes = (bits - base + (random >> 12) >> 20).clamp(0, 255)

@@ -80,6 +80,14 @@ def test_rows_without_gradient_are_not_touched(backend):
     assert_same(state[1][kept], torch.tensor([0, 0, 0, 5.0, 0])[:, None].expand(5, 20).clone())
 
 
+@pytest.mark.parametrize("moments", ["fp32", "8bit"])
+def test_a_step_in_which_no_row_has_a_gradient_changes_nothing(backend, moments):
+    weight = torch.randn(6, 20).bfloat16()
+    before, state = weight.clone(), adam_state(weight, moments)
+    backend.op("adam_step_")(weight, state, torch.zeros(6, 20), RATES, [1, 0, 1, 1, 0])
+    assert_all_same([weight, *state], [before, *adam_state(weight, moments)])
+
+
 @pytest.mark.parametrize("gap", [1, 2, 50])
 def test_moments_decay_by_the_steps_since_the_touch(backend, gap):
     weight = torch.zeros(1, 3)

@@ -22,7 +22,7 @@ pytest.importorskip("gemmascope_fast._C", reason="the native library is not buil
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SLABS = 0
-WAYS = (32, 64, 256, SLABS)
+WAYS = (64, 128, 256, SLABS)
 """Threads of a block that takes a row, or rows in slabs."""
 SPECIAL = [0.0, -0.0, 1.0, -3.3, 1e-45, 1e-39, 3e38, math.inf, -math.inf, math.nan, -math.nan]
 

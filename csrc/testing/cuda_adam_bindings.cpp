@@ -79,7 +79,7 @@ py::tuple encoded(const Array<float>& v, const Array<uint32_t>& random) {
   return py::make_tuple(codes, exponent);
 }
 
-// threads: 32 to 256 of a block that takes a row, or 0: rows in slabs. As adam_step.cu, in its shortest form.
+// threads: 64 to 256 of a block that takes a row, or 0: rows in slabs. As adam_step.cu, in its shortest form.
 void adam_step(const std::vector<py::object>& matrix, const py::array& gradient, int dtype,
                const std::vector<double>& rates, const std::vector<int64_t>& rule, int threads) {
   const AdamView a = adam_view_of(matrix, rates, rule);
@@ -91,7 +91,8 @@ void adam_step(const std::vector<py::object>& matrix, const py::array& gradient,
   const AdamGradient g = {gradient.data(), gradient.strides(0) / gradient.itemsize(), dtype};
   const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(a.rows, 5));  // so that they loop
   if (threads != 0) {
-    require(a.cols <= kAdamLargestRow && threads % 32 == 0 && threads <= 256, "32 to 256 threads");
+    require(a.cols <= kAdamLargestRow && threads % 32 == 0 && threads >= 64 && threads <= 256,
+            "64 to 256 threads");
     return cuda_on_cpu::launch<adam_step_kernel<256>>(
         blocks, threads, static_cast<size_t>(adam_row_bytes(a.cols)), a, g);
   }
