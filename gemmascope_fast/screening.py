@@ -13,21 +13,21 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import ops
 from .packing import PackedEncoder, checksums, pack, packable
 
 _lock = threading.Lock()
-_screens: Any = WeakTensorKeyDictionary()
-"""The codes of each W_enc that has some, for its optimizer to find; behind `_lock`."""
+_screens: weakref.WeakSet[Screen] = weakref.WeakSet()
+"""All that have codes, for optimizers to find; behind `_lock`."""
 
 
 class Screen:
@@ -36,13 +36,16 @@ class Screen:
     Args:
         center: `[d_in]` a typical x, or None.
         check: keep a checksum per latent and compare it in every call.
+
+    Attributes:
+        weights: returns the `W_enc` that has codes, while it lives.
     """
 
     def __init__(self, center: Tensor | None = None, check: bool = False) -> None:
         self._center, self._check = center, check
         self._codes: Tensor | None = None
         self._checksums: Tensor | None = None
-        self._weights: Any = lambda: None
+        self.weights: Callable[[], Tensor | None] = lambda: None
         self._place: tuple[Any, ...] = ()
         self._version = -1
         self._written: Any = None
@@ -94,17 +97,17 @@ class Screen:
         self._note(W_enc, kept)
 
     def _of(self, W_enc: Tensor) -> bool:
-        return self._weights() is W_enc and self._place == place(W_enc)
+        return self.weights() is W_enc and self._place == place(W_enc)
 
     def _pack(self, W_enc: Tensor) -> None:
         center = None if self._center is None else self._center.to(W_enc.device)
         self._codes = None  # before there are others
         _listen()
         packed = pack(W_enc, center=center, check=self._check, precision="screened")
-        self._codes, self._weights, self._place = packed.codes, weakref.ref(W_enc), place(W_enc)
+        self._codes, self.weights, self._place = packed.codes, weakref.ref(W_enc), place(W_enc)
         self._note(W_enc, packed.checksums)
         with _lock:
-            _screens[W_enc] = weakref.ref(self)
+            _screens.add(self)
 
     def _note(self, W_enc: Tensor, sums: Tensor | None) -> None:
         self._version, self._checksums = W_enc._version, sums
@@ -133,38 +136,46 @@ def served(W_enc: Tensor) -> bool:
     return packable(W_enc, "screened") and not torch.cuda.is_current_stream_capturing()
 
 
-def current_screen(W_enc: Tensor, moved: Iterable[Tensor]) -> Screen | None:
-    """The codes of a parameter, if it has some that are current.
+def current_screens(moved: Sequence[Tensor]) -> list[tuple[int, Screen]]:
+    """Those that are current of the parameters that are about to be moved, with their places there.
 
-    None too where it shares memory with another of those that are about to be `moved`: which of its
-    rows do is more than its own step tells then.
+    Not where one shares memory with another: its own step does not tell then which rows do.
     """
-    screen = _screen(W_enc)
-    if screen is None or not screen.current(W_enc):
-        return None
-    memory = W_enc.untyped_storage().data_ptr()
-    shared = any(p is not W_enc and p.untyped_storage().data_ptr() == memory for p in moved)
-    return None if shared else screen
+    found = []
+    for screen, W_enc in _living():
+        at = next((i for i, p in enumerate(moved) if p is W_enc), None)
+        if at is not None and screen.current(W_enc) and _memory(moved)[_storage(W_enc)] == 1:
+            found.append((at, screen))
+    return found
 
 
-def _screen(W_enc: Tensor) -> Screen | None:
+def _living() -> list[tuple[Screen, Tensor]]:
     with _lock:
-        found = _screens.get(W_enc)
-    screen: Screen | None = None if found is None else found()
-    return screen
+        screens = list(_screens)
+    found = [(screen, screen.weights()) for screen in screens]
+    return [(screen, W_enc) for screen, W_enc in found if W_enc is not None]
+
+
+def _memory(parameters: Iterable[Tensor]) -> Counter[int]:
+    return Counter(_storage(p) for p in parameters if p.layout is torch.strided)
+
+
+def _storage(t: Tensor) -> int:
+    return int(t.untyped_storage()._cdata)
 
 
 @functools.cache
 def _listen() -> None:
-    register_optimizer_step_post_hook(_forget)
+    hook = torch.compiler.disable(_forget)  # type: ignore[no-untyped-call]  # imports a lot: here
+    register_optimizer_step_post_hook(hook)
 
 
 def _forget(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """What an optimizer has moved is quantised again, but by one that sees to it itself."""
-    if torch.compiler.is_compiling() or getattr(optimizer, "quantises", False):
+    if getattr(optimizer, "quantises", False):
         return
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            screen = _screen(p)
-            if screen is not None:
-                screen.forget()
+    living = _living()
+    moved = _memory(p for group in optimizer.param_groups for p in group["params"] if living)
+    for screen, W_enc in living:
+        if _storage(W_enc) in moved:
+            screen.forget()

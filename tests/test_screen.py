@@ -197,6 +197,42 @@ def test_weights_that_are_tied_are_quantised_all(
     assert quantised == ["pack", "all", "all", "all"]
 
 
+@pytest.mark.parametrize("optimizer", [gsf.optim.Adam, torch.optim.Adam])
+def test_modules_that_share_an_encoder_have_codes_each(
+    quantised: list[Any], optimizer: Any
+) -> None:
+    module, other = sae().screen(), sae(gsf.TopK(5)).screen()
+    other.W_enc = module.W_enc
+    options = {"fused": True} if optimizer is torch.optim.Adam else {}
+    stepped = optimizer(module.parameters(), 1e-2, **options)
+    for m in (module, other):
+        m.encode(batch(0))
+    train(module, stepped, 2)
+    for m in (module, other):
+        assert_screened(m, batch(9, 20))
+    assert quantised[:2] == ["pack", "pack"]
+    assert ("all" in quantised) == (optimizer is torch.optim.Adam)
+
+
+def test_a_compiled_step_of_an_optimizer_makes_codes_old(quantised: list[Any]) -> None:
+    module = sae().screen()
+    optimizer = torch.optim.Adam(module.parameters(), 1e-2, fused=True)
+    module.encode(batch(0))
+    loss_of(module, batch(0)).backward()
+    torch.compile(optimizer.step, backend="eager")()
+    assert_screened(module, batch(9, 20))
+    assert quantised == ["pack", "all"]
+
+
+def test_an_optimizer_of_a_view_moves_the_encoder(quantised: list[Any]) -> None:
+    module = sae().screen()
+    module.W_dec = torch.nn.Parameter(module.W_enc.t())
+    module.encode(batch(0))
+    train(module, torch.optim.SGD([module.W_dec], 0.1, fused=True), 1)
+    assert_screened(module, batch(9, 20))
+    assert quantised == ["pack", "all"]
+
+
 @torch.no_grad()
 def take_as_old_a_parameter(module: gsf.SAE) -> None:
     """Over the same memory, with a version of its own that has come to the same number."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..arguments import check_number
 from ..modules import SAE
-from ..screening import current_screen
+from ..screening import current_screens
 from .deferred import Deferred
 from .rows import ROUNDING, as_rows, new_state, op_state, rates, requantise, rule, update
 
@@ -136,8 +136,7 @@ class Adam(torch.optim.Optimizer):
                     f"{OP}: gradients must be dense, got layout {p.grad.layout}: use "
                     'grad_format="dense", or torch.optim.SparseAdam'
                 )
-        parameters = [p for p, _ in held]
-        screens = [(p, group, current_screen(p, parameters)) for p, group in held]
+        screens = current_screens([p for p, _ in held])
         extra: dict[Tensor, Tensor] = {}
         if self._deferred is not None and self._deferred.pending is not None:
             extra = self._fused_step({p: group for p, group in held})
@@ -147,9 +146,9 @@ class Adam(torch.optim.Optimizer):
                 if p in extra and p.grad is not None:
                     gradient = gradient + p.grad
                 update(p, gradient, self._state(p, group), group)
-        for p, group, screen in screens:
-            if screen is not None:
-                requantise(p, screen, self.state[p], group)
+        for at, screen in screens:
+            p, group = held[at]
+            requantise(p, screen, self.state[p], group)
         return result
 
     def _fused_step(self, groups: dict[Tensor, dict[str, Any]]) -> dict[Tensor, Tensor]:
