@@ -36,6 +36,7 @@ def open_artefact(artefact: str | None, model: str | None) -> tuple[gsf.SAE, Any
 def small_dictionary(model: Any, tokenizer: Any) -> str:
     """Train a dictionary of MiniLM's hidden states in half a minute, unless it is there already."""
     if not (FOLDER / "params.safetensors").exists():
+        print(f"training a small dictionary, once, into {FOLDER}/: half a minute", flush=True)
         x = extract(model, tokenizer, MINILM_LAYER, standard_text(), max_tokens=8000).x
         gsf.train(
             x,
