@@ -60,14 +60,18 @@ def test_what_is_missing_is_told_with_its_remedy(
     assert message in capsys.readouterr().err
 
 
-def test_a_peer_that_is_not_installed_is_told_before_anything_runs(
+def test_peers_that_are_not_installed_are_all_told_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(running, "PEERS", {"saelens": "no_such_module", "sparsify": "sparsify"})
+    monkeypatch.setattr(running, "PEERS", {"saelens": "no_such_module", "sparsify": "nor_this"})
     monkeypatch.setattr(running, "PEERS_PYTHON", tmp_path / "python")
     monkeypatch.setattr(running, "follow", lambda *_: pytest.fail("a suite was started"))
-    assert cli.main(["bench", "decode", "--against", "saelens"]) == 2
-    assert "needs the module no_such_module" in capsys.readouterr().err
+    assert cli.main(["bench", "decode", "--against", "saelens,sparsify,compile"]) == 2
+    told = capsys.readouterr().err
+    assert "saelens and sparsify cannot take part, because no_such_module and nor_this" in told
+    assert "make .venv-peers/.installed" in told
+    assert cli.main(["bench", "saelens"]) == 2
+    assert "bench: saelens cannot take part, because no_such_module can" in capsys.readouterr().err
 
 
 def test_nothing_that_matches_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:

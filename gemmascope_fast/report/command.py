@@ -3,7 +3,8 @@
 bench --quick                       a table of this machine in about two minutes
 bench [encode decode backward step] [--shapes named] [-k topk]
 bench --sweep --report out/         curves over d_sae and L0, and a page with plots
-bench --against compile,saelens     other contenders beside dense PyTorch
+bench --against compile,saelens     other contenders beside dense PyTorch; saelens and sparsify from
+                                    here or .venv-peers (make .venv-peers/.installed)
 bench --results [FILE ...]          measure nothing, show these results; default: the committed
 bench --compare A.json B.json       what became slower beyond the noise; exit status 1 if any
 bench --update-readme               committed results into README.md and docs/benchmarks.md
@@ -39,8 +40,11 @@ def parser() -> argparse.ArgumentParser:
     sizes.add_argument("--sweep", action="store_true", help="curves over d_sae and L0, 5 minutes")
     sizes.add_argument("--shapes", choices=("toy", "small", "named"), help="default: small")
     made.add_argument("-k", dest="matching", default="", help="only cases that match, as in pytest")
-    asked = ", ".join(["compile", *running.PEERS])
-    made.add_argument("--against", default="", metavar="A,B", help=f"contenders of {asked}")
+    told = (
+        f"contenders of compile (torch.compile'd dense PyTorch), {', '.join(running.PEERS)} "
+        "(their own training steps)"
+    )
+    made.add_argument("--against", default="", metavar="A,B", help=told)
     made.add_argument("--rounds", type=int, default=5, help="fewest rounds of a case (default: 5)")
     made.add_argument("--out", type=Path, help="result file; default bench/results/run_<time>.json")
     told = "write FOLDER/report.html (default: bench-report)"

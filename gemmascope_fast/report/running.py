@@ -76,12 +76,8 @@ def missing() -> str:
     return ""
 
 
-def interpreter(peer: str) -> str:
-    """A Python that has this peer: ours, or that of `make bench-peers`.
-
-    Raises:
-        ModuleNotFoundError: neither has it.
-    """
+def interpreter(peer: str) -> str | None:
+    """A Python that has this peer: ours, or that of `.venv-peers`; None where neither has it."""
     module = PEERS[peer]
     if importlib.util.find_spec(module) is not None:
         return sys.executable
@@ -93,10 +89,24 @@ def interpreter(peer: str) -> str:
         ]
         if subprocess.run(asked, capture_output=True).returncode == 0:
             return str(PEERS_PYTHON)
-    raise ModuleNotFoundError(
-        f"bench: --against {peer} needs the module {module}, which is neither installed here nor "
-        "in .venv-peers: `make bench-peers` sets that environment up"
-    )
+    return None
+
+
+def interpreters(peers: Sequence[str]) -> dict[str, str]:
+    """A Python for each of these peers.
+
+    Raises:
+        ModuleNotFoundError: some are not installed; the message names all of them.
+    """
+    found = {peer: interpreter(peer) for peer in peers}
+    if lacking := [peer for peer, python in found.items() if python is None]:
+        modules = " and ".join(PEERS[peer] for peer in lacking)
+        raise ModuleNotFoundError(
+            f"bench: {' and '.join(lacking)} cannot take part, because {modules} can be imported "
+            "neither here nor in .venv-peers, an environment that `make .venv-peers/.installed` "
+            "sets up in a checkout"
+        )
+    return {peer: python for peer, python in found.items() if python is not None}
 
 
 def run(plan: Plan, say: Callable[[str, int, str], None]) -> tuple[Results, list[str]]:
@@ -111,7 +121,7 @@ def run(plan: Plan, say: Callable[[str, int, str], None]) -> tuple[Results, list
         ModuleNotFoundError: a peer is not installed.
     """
     asked = [peer for peer in PEERS if peer in plan.suites or peer in plan.against]
-    pythons = {peer: interpreter(peer) for peer in asked}
+    pythons = interpreters(asked)
     merged: Results = {}
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
