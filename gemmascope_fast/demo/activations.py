@@ -221,7 +221,7 @@ def load_model(model: str | None) -> tuple[nn.Module, Any]:
         import transformers
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "demo: transformers is not installed; run `pip install gemmascope-fast[demo]`"
+            "demo: transformers is not installed; run `pip install transformers`"
         ) from error
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     name, local = (str(packaged_model()), True) if model is None else (model, False)

@@ -48,7 +48,7 @@ def locate(name: str) -> Path:
         from huggingface_hub import snapshot_download
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "demo: huggingface_hub is not installed; run `pip install gemmascope-fast[hub]`"
+            "demo: huggingface_hub is not installed; run `pip install huggingface_hub`"
         ) from error
     wanted = [f"{folder}/config.json", f"{folder}/params.safetensors"]
     try:

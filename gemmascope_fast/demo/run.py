@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     made = argparse.ArgumentParser(prog="gemmascope_fast demo", description=__doc__)
     made.add_argument("--quick", action="store_true", help="a smaller run that ends in a minute")
-    made.add_argument("--out", type=Path, default=Path("demo"), help="output folder")
+    made.add_argument("--out", type=Path, default=Path("demo"), help="output folder; default demo")
     made.add_argument("--model", help="a model of the Hugging Face Hub; default: packaged MiniLM")
     made.add_argument("--layer", type=int, help="block whose output is read, counted from 0")
     made.add_argument("--sae", help="evaluate this SAE (folder or Hub path) instead of training")
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from rich.console import Console
     except ModuleNotFoundError:
-        print("demo: rich is not installed; run `pip install 'gemmascope-fast[demo]'`")
+        print("demo: rich is not installed; run `pip install rich`", file=sys.stderr)
         return 2
     console = Console()
     try:

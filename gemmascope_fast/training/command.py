@@ -33,25 +33,25 @@ def parser() -> argparse.ArgumentParser:
     add("source", type=Path, help="folder of shards, .safetensors with x (and target), or a text")
     add("--out", type=Path, required=True, help="folder for checkpoints and the result")
     add("--d-sae", type=int, required=True, help="number of latents")
-    add("--steps", type=int, required=True)
-    add("--activation", choices=ACTIVATIONS, default="jumprelu")
+    add("--steps", type=int, required=True, help="optimizer steps")
+    add("--activation", choices=ACTIVATIONS, default="jumprelu", help="default jumprelu")
     add("--target-l0", type=float, help="active latents per token (jumprelu)")
     add("--k", type=float, help="active latents per token (topk, batchtopk)")
-    add("--batch-size", type=int, default=4096, help="tokens per step")
-    add("--preset", choices=PRESETS, default="gemma_scope_2")
+    add("--batch-size", type=int, default=4096, help="tokens per step; default 4096")
+    add("--preset", choices=PRESETS, default="gemma_scope_2", help="default gemma_scope_2")
     add("--lr", type=float, help="instead of the preset's learning rate")
     add("--beta1", type=float, help="instead of the preset's momentum, 0")
     add("--bandwidth", type=float, help="instead of the preset's straight-through window")
-    add("--rows", choices=ROWS, default="exact")
-    add("--moments", choices=MOMENTS, default="fp32")
+    add("--rows", choices=ROWS, default="exact", help="exact (default): as Adam; live: where momentum lasts")
+    add("--moments", choices=MOMENTS, default="fp32", help="second moments; default fp32")
     add("--fused", action=argparse.BooleanOptionalAction, default=True)
-    add("--init-l0", type=float, help="active latents per token at the start")
+    add("--init-l0", type=float, help="active latents at the start; default twice the target")
     add("--matryoshka", type=int, nargs="+", help="ascending prefix sizes, the last one d_sae")
-    add("--kind", choices=KINDS, default="sae")
+    add("--kind", choices=KINDS, default="sae", help="default sae")
     add("--affine", action="store_true", help="a transcoder's affine skip connection")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="default 0")
     add("--resume", action=argparse.BooleanOptionalAction, default=True)
-    add("--checkpoint-every", type=int, help="steps between checkpoints")
+    add("--checkpoint-every", type=int, help="default 1000, or a tenth of a shorter run")
     add("--dtype", choices=DTYPES, help="of the matrices; default float32")
     add("--autocast", choices=DTYPES, help="of the products; default that of the matrices")
     add("--precision", choices=PRECISIONS, default="exact", help="screened: int8 candidates (CUDA)")
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     live.add_argument("--model", help="folder, or name on the Hugging Face Hub")
     live.add_argument("--hook", help="where x is read, such as model.layers.17.output")
     live.add_argument("--target-hook", help="where a transcoder's target is read")
-    live.add_argument("--context", type=int, default=1024, help="tokens per sequence")
+    live.add_argument("--context", type=int, default=1024, help="tokens per sequence; default 1024")
     return made
 
 
@@ -164,7 +164,7 @@ def _live(
         import transformers
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "train: transformers is not installed; run `pip install 'gemmascope-fast[models]'`"
+            "train: transformers is not installed; run `pip install transformers`"
         ) from error
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     network = transformers.AutoModel.from_pretrained(model).to(device).eval()
