@@ -256,7 +256,8 @@ def module_of(p: Problem) -> gsf.SAE:
 def adam_step(sae: gsf.SAE, x: Tensor, max_nnz: int | None = None) -> Call:
     """The same with the update: `gsf.optim.Adam(fused=True)`, 8-bit second moments.
 
-    With `max_nnz` nothing waits for the device, so that Python is ahead of it. lr = 0 is all the work of a step, and leaves the weights to the other contenders as they are.
+    With `max_nnz` nothing waits for the device, so that Python is ahead of it. lr = 0 is all the
+    work of a step, and leaves the weights to the other contenders as they are.
     """
     optimizer = gsf.optim.Adam(sae, lr=0.0, moments="8bit", fused=True)
 
