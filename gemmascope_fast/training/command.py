@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     add("--lr", type=float, help="instead of the preset's learning rate")
     add("--beta1", type=float, help="instead of the preset's momentum, 0")
     add("--bandwidth", type=float, help="instead of the preset's straight-through window")
-    add("--rows", choices=ROWS, default="exact", help="exact (default): as Adam; live: where momentum lasts")
+    add("--rows", choices=ROWS, default="exact", help="live: rows with momentum left")
     add("--moments", choices=MOMENTS, default="fp32", help="second moments; default fp32")
     add("--fused", action=argparse.BooleanOptionalAction, default=True)
     add("--init-l0", type=float, help="active latents at the start; default twice the target")
