@@ -94,13 +94,16 @@ def busy() -> str:
 
 def print_results(console: Any, results: Results) -> None:
     """The table, what its columns mean, and whose machine this is."""
+    from rich.box import SIMPLE
     from rich.table import Table
 
     rows = sorted(cpu_rows(results), key=place)
-    titles = ("what", "Gemma 3", "n", "latents", "time", "faster", "memory", "of limit")
-    table = Table(header_style="bold", title=f"{machine_of(results)}, {commit_of(results)}")
-    for column, title in enumerate(titles):
-        table.add_column(title, justify="left" if column < 2 else "right", no_wrap=column < 2)
+    titles = ("what", "Gemma 3", "n", "latents", "time", "faster", "memory,\nMiB", "of\nlimit")
+    title = f"{machine_of(results)}, {commit_of(results)}"
+    table = Table(header_style="bold", title=title, box=SIMPLE, show_edge=False, padding=0)
+    table.add_column(titles[0], overflow="fold")  # in 80 columns only this one need wrap
+    for column, title in enumerate(titles[1:]):
+        table.add_column(title, justify="right" if column else "left", no_wrap=True)
     for before, row in zip([None, *rows], rows, strict=False):
         if before is not None and before["op"] != row["op"]:
             table.add_section()
@@ -133,6 +136,6 @@ def cells(row: Row) -> list[str]:
         f"{shape['d_sae']:,} ({shape['l0']:.0f})",
         milliseconds(ours["median_s"]),
         f"{theirs['median_s'] / ours['median_s']:.1f}x" if theirs else "",
-        " / ".join(mebibytes(t["peak_extra_bytes"]) for t in (ours, theirs) if t),
+        " / ".join(mebibytes(t["peak_extra_bytes"])[: -len(" MiB")] for t in (ours, theirs) if t),
         f"{100 * row['of_floor']:.0f} %" if row["of_floor"] else "",
     ]
