@@ -43,7 +43,8 @@ __device__ inline int hot_rows(const HotState* state) {
 // Whether the products have made the gradients of this latent; slots null: there are none. All loads go at once: the
 // pass asks for every latent.
 __device__ inline bool is_hot(const int32_t* slots, const HotState* state, int64_t latent) {
-  if (kCapability != 90 && kCapability != 0) return false;  // only 9.0 splits, and the tests on a CPU
+  if (kCapability != 90 && kCapability != 0)
+    return false;  // only 9.0 splits, and the tests on a CPU
   if (slots == nullptr) return false;
   const uint32_t slot = static_cast<uint32_t>(slots[latent]);
   const int rows = state->chosen, broken = state->broken;
