@@ -79,6 +79,34 @@ def test_nothing_that_matches_is_a_failure(capsys: pytest.CaptureFixture[str]) -
     assert "no case of decode matches -k 'nothing'" in capsys.readouterr().err
 
 
+def test_a_peer_alone_is_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """sparsify's rows come from another program; a file of results holds benchmarks."""
+
+    def follow(command: list[str], *_: Any) -> list[str]:
+        if "--json" in command:
+            Path(command[-1]).write_text("{}")
+        return []
+
+    monkeypatch.setattr(running, "follow", follow)
+    monkeypatch.setattr(running, "interpreters", lambda peers: dict.fromkeys(peers, "python"))
+    arguments = ["decode", "--against", "sparsify", "-k", "nothing"]
+    assert cli.main(["bench", *arguments, "--out", str(tmp_path / "a.json")]) == 1
+    assert "no case of decode matches -k 'nothing'" in capsys.readouterr().err
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_calls_of_other_libraries_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    rich = pytest.importorskip("rich.console", reason="needs rich: pip install rich")
+    row = {"stock": {"median_ms": 256.4}, "backend": {"median_ms": 106.0}}
+    told = read([RESULTS]).cpu["cpu_step.json"] | {
+        "integrations": {"sparsify": {"rows": {"step": row}}}
+    }
+    terminal.print_results(rich.Console(width=80), told)
+    assert "sparsify, step: 256 ms, on this backend 106 ms (2.4x)" in capsys.readouterr().out
+
+
 def test_every_set_of_sizes_of_the_command_has_cases() -> None:
     """By the suites' own lists; `quick` must stay small and at Gemma's widths."""
     import sys

@@ -109,6 +109,11 @@ def print_results(console: Any, results: Results) -> None:
             table.add_section()
         table.add_row(*cells(row))
     console.print(table)
+    for host, found in results.get("integrations", {}).items():
+        for feature, one in found["rows"].items():
+            stock, backend = (one[name]["median_ms"] for name in ("stock", "backend"))
+            told = f"  {host}, {feature}: {stock:,.0f} ms, on this backend {backend:,.0f} ms"
+            console.print(f"{told} ({stock / backend:.1f}x)", highlight=False)
     known = gemma.places(row["shape"]["d"] for row in rows)
     for title, text in LEGEND:
         console.print(f"  [bold]{title:9}[/]{text.format(places=known)}", highlight=False)
