@@ -104,9 +104,8 @@ def encode(module: SAE, x: Tensor, max_nnz: int | None = None) -> SparseActs:
 
 def weights_of(module: SAE, W_enc: Tensor) -> Tensor | PackedEncoder:
     """`W_enc` with the codes that the module keeps of it, if it does (`screen`)."""
-    screen: Screen | None = getattr(
-        module, "screened", None
-    )  # queries and wrapped modules have none
+    # Stand-ins that queries and wrapped modules make have no such attribute.
+    screen: Screen | None = getattr(module, "screened", None)
     if screen is None or W_enc is not module.W_enc:
         return W_enc
     return screen.encoder(W_enc)

@@ -172,6 +172,8 @@ def test_the_step_of_a_gpu_is_shown_as_it_is_timed_with_and_without_its_update()
     assert (
         "| forward and backward | 8,192 | 5,376 (27B) | 65,536 | 2.45 ms | 2x dense eager |" in text
     )
+    (plain,) = [line for line in text.splitlines() if line.startswith("| forward and backward")]
+    assert plain.endswith("|  |"), "the targets of a step are of the one with its update"
     assert (
         f"| training step with Adam | 8,192 | 5,376 (27B) | 65,536 | 4.9 ms | 5x {theirs} |" in text
     )

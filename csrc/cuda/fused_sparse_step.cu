@@ -3,7 +3,8 @@
 //   d_W_dec[j], d_W_enc[:, j], d_b_enc, d_threshold, d_b_dec as sae_backward;  adam_step_ on row j
 //
 // A launch per group of latents. Rows that do not fit in the registers of a block go through float32 gradients and
-// adam_step_. Both give the bits of the two ops apart. Dense products take over where sae_backward's do. Never waits.
+// adam_step_. Both give the bits of the two ops apart, except where sae_backward is split
+// (hot_backward.h). Dense products take over where sae_backward's do. Never waits.
 // Bound by reading nnz rows of S and of x and, per element of a touched row, 16 bytes in float32, 6 with bfloat16
 // weights and 8-bit moments.
 #include <torch/csrc/stable/library.h>
