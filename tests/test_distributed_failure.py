@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,24 @@ def test_the_thread_of_a_run_has_ended_when_the_run_has(monkeypatch: pytest.Monk
     with failure.guarded("train"):
         assert calling.wait(60)
     assert "gemmascope_fast" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.parametrize("error", [None, ValueError, RankError])
+def test_a_run_ends_after_its_process_group_has_let_go(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception] | None
+) -> None:
+    """gloo's threads need the interpreter for that: where it is ending, they abort the process."""
+    slept: list[float] = []
+    monkeypatch.setattr(failure, "_get_default_store", dist.HashStore)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    raised = None if error is None else error("train", []) if error is RankError else error()
+    with pytest.raises(error) if error else nullcontext():
+        with failure.guarded("train", alike=(RankError,)):
+            monkeypatch.setattr(time, "sleep", slept.append)
+            if raised:
+                raise raised
+    assert slept and slept[-1] == failure.SETTLE > 0
 
 
 def test_a_rank_that_dies_in_a_save_leaves_the_last_checkpoint(tmp_path: Path) -> None:

@@ -26,6 +26,14 @@ BEAT = 1.0
 PATIENCE = 4.0
 """Beats after which a rank that gave none is lost."""
 
+SETTLE = 0.1
+"""Seconds, at the end of a run, for gloo's threads to let go of what they sent.
+
+Letting go of a tensor takes the interpreter's lock, which aborts the process where the interpreter
+is ending ("terminate called without an active exception"); nothing tells that they have done so,
+and `destroy_process_group` does not wait for them.
+"""
+
 Verdict = dict[str, Any]
 """`text`, and the `ranks` to blame."""
 
@@ -68,6 +76,7 @@ def guarded(op: str, alike: tuple[type[BaseException], ...] = ()) -> Iterator[No
         raise RankError(f"{op}: {verdict['text']}", verdict["ranks"]) from error
     finally:
         watch.stop(patience)
+        time.sleep(SETTLE)
 
 
 def limit(groups: list[Group | None], device: torch.device) -> None:
