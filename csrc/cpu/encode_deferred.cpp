@@ -6,14 +6,31 @@
 
 namespace gemmascope_fast {
 
+EncodeTiles::Block EncodeTiles::block_at(const Task& task, int64_t place) const {
+  const int64_t begin = std::min(place, task.latent_end);
+  return {begin, std::min(kScreenBlock, task.latent_end - begin)};
+}
+
+// Leaders want an order that is none of the values'. Dictionaries come sorted, and with a first group that fires more than the
+// others: blocks follow each other at a golden section of all of them, from the middle, each once.
+EncodeTiles::Block EncodeTiles::visited(const Task& task, int64_t place) const {
+  if (place >= task.latent_end) return {task.latent_end, 0};
+  const int64_t blocks = (d_sae_ + kScreenBlock - 1) / kScreenBlock;
+  const int64_t begin = (blocks / 2 + place / kScreenBlock * stride_) % blocks * kScreenBlock;
+  return {begin, std::min(kScreenBlock, d_sae_ - begin)};
+}
+
 void EncodeTiles::propose(const Task& task, int64_t slot, const EncodeLimits& limits,
-                          const Estimate& estimate, std::vector<Proposal>& proposals) {
+                          Leaders& leaders, Proposals& proposals) {
   Scratch& scratch = scratch_[static_cast<size_t>(slot)];
   // The errors of d codes on either side add up like independent ones, to margin / sqrt(2 d) or so: six times that.
   const float luck = std::min(1.0f, 4.25f / std::sqrt(static_cast<float>(tokens_->d())));
   for (int64_t j = task.latent_begin; j < task.latent_end; j += kScreenBlock) {
-    const int64_t count = std::min(kScreenBlock, task.latent_end - j);
-    find_candidates(task, j, count, scratch, limits, true);
+    const Block own = visited(task, j);
+    find_candidates(task, own, visited(task, j + kScreenBlock), scratch, limits, true);
+    leaders.show(task.row_begin, own.count);
+    const LatentStats* stats = scratch.block.stats;
+    if (!refines()) proposals.stats.insert(proposals.stats.end(), stats, stats + kScreenBlock);
     ++scratch.screened_blocks;
     scratch.candidate_count += static_cast<int64_t>(scratch.candidates.size());
     const std::vector<Candidate>& found = scratch.candidates;
@@ -30,24 +47,26 @@ void EncodeTiles::propose(const Task& task, int64_t slot, const EncodeLimits& li
         const int32_t l = found[i].latent;
         const float margin = a * latents.alpha[l] + b * latents.beta[l];
         values[size++] = (found[i].product - margin - latents.base[l]) * unit[l];
-        proposals.push_back({static_cast<uint16_t>(same),
-                             static_cast<uint16_t>(j + l - task.latent_begin), found[i].product});
+        proposals.entries.push_back({static_cast<uint16_t>(same),
+                                     static_cast<uint16_t>(j + l - task.latent_begin),
+                                     found[i].product});
       }
-      estimate(row, values, size);
+      leaders.add(row, values, size);
     }
   }
 }
 
 void EncodeTiles::decide(const Task& task, int64_t slot, const EncodeLimits& limits,
-                         const std::vector<Proposal>& proposals, const Visit& visit) {
+                         const Proposals& proposals, const Visit& visit) {
   Scratch& scratch = scratch_[static_cast<size_t>(slot)];
-  const Proposal* next = proposals.data();
-  const Proposal* end = next + proposals.size();
+  const Proposal* next = proposals.entries.data();
+  const Proposal* end = next + proposals.entries.size();
   for (int64_t j = task.latent_begin; j < task.latent_end; j += kScreenBlock) {
-    const int64_t count = std::min(kScreenBlock, task.latent_end - j);
+    const auto [begin, count] = visited(task, j);
     const int64_t first = j - task.latent_begin;
-    scratch.block = latent_block(j, count, scratch);
-    scratch.bounds = screen_latents(limits, scratch.block, j, count, tokens_->d());
+    scratch.block = refines() ? latent_block(begin, count, scratch)
+                              : LatentBlock{nullptr, proposals.stats.data() + first, nullptr};
+    scratch.bounds = screen_latents(limits, scratch.block, begin, count, tokens_->d());
     scratch.candidates.clear();
     for (; next < end && next->latent < first + count; ++next) {
       const int64_t row = task.row_begin + next->row, l = next->latent - first;
@@ -56,8 +75,8 @@ void EncodeTiles::decide(const Task& task, int64_t slot, const EncodeLimits& lim
         scratch.candidates.push_back({next->row, static_cast<int32_t>(l), next->product});
       }
     }
-    refine(task, scratch, limits);
-    sort_candidates(j, count, scratch);
+    if (refines()) refine(task, scratch, limits);
+    sort_candidates(begin, count, scratch);
     rescore(task, scratch, limits, visit);
   }
 }

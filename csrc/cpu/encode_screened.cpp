@@ -35,7 +35,7 @@ LatentBlock EncodeTiles::latent_block(int64_t begin, int64_t count, Scratch& scr
 
 // What the products of this block read on the way, a piece for every kScreenUnit elements of every tile: the rows of W_enc
 // that the pending candidates want, and the next block's codes, or the weights they will be made of.
-void EncodeTiles::read_ahead(const Task& task, int64_t begin, Scratch& scratch) const {
+void EncodeTiles::read_ahead(const Task& task, Block next, Scratch& scratch) const {
   std::vector<const char*>& pieces = scratch.pieces;
   pieces.clear();
   const auto add = [&](Stretch stretch) {
@@ -46,11 +46,10 @@ void EncodeTiles::read_ahead(const Task& task, int64_t begin, Scratch& scratch) 
     if (packed_ && c.latent != last) add(w_rows_.stretch(scratch.pending.begin + c.latent, 1));
     last = c.latent;
   }
-  const int64_t next = std::min(begin + kScreenBlock, task.latent_end);
-  const int64_t count = std::min(kScreenBlock, task.latent_end - next);
-  if (!packed_) add(w_rows_.stretch(next, count));
-  if (packed_ && count > 0) {
-    const auto* codes = reinterpret_cast<const char*>(packed_->block(next / kScreenBlock).codes);
+  if (!packed_) add(w_rows_.stretch(next.begin, next.count));
+  if (packed_ && next.count > 0) {
+    const LatentBlock block = packed_->block(next.begin / kScreenBlock);
+    const auto* codes = reinterpret_cast<const char*>(block.codes);
     add({codes, kScreenBlock * tokens_->d()});
   }
   const int64_t panels = (task.rows() + kScreenRows - 1) / kScreenRows;
@@ -88,11 +87,12 @@ void EncodeTiles::multiply(int64_t row, int64_t rows, const EncodeLimits& limits
 }
 
 // False when there are too many: then the list is incomplete.
-bool EncodeTiles::find_candidates(const Task& task, int64_t begin, int64_t count, Scratch& scratch,
+bool EncodeTiles::find_candidates(const Task& task, Block own, Block next, Scratch& scratch,
                                   const EncodeLimits& limits, bool all) {
-  scratch.block = latent_block(begin, count, scratch);
-  scratch.bounds = screen_latents(limits, scratch.block, begin, count, tokens_->d());
-  read_ahead(task, begin, scratch);
+  const int64_t count = own.count;
+  scratch.block = latent_block(own.begin, count, scratch);
+  scratch.bounds = screen_latents(limits, scratch.block, own.begin, count, tokens_->d());
+  read_ahead(task, next, scratch);
   const char* const* ahead = scratch.ahead.data();
   const uint64_t real = (uint64_t{1} << count) - 1;
   const size_t most = static_cast<size_t>(task.rows() * count / (all ? 1 : kDenseShare));
@@ -211,7 +211,8 @@ void EncodeTiles::run_screened(const Task& task, Scratch& scratch, const EncodeL
   for (int64_t j = task.latent_begin; j < task.latent_end;) {
     const int64_t count = std::min(kScreenBlock, task.latent_end - j);
     int64_t end = j + count;
-    const bool screened = find_candidates(task, j, count, scratch, limits, false);
+    const bool screened =
+        find_candidates(task, {j, count}, block_at(task, j + kScreenBlock), scratch, limits, false);
     rescore(task, scratch, limits, visit);
     if (screened) {
       skip = 1;

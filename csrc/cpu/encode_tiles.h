@@ -15,6 +15,7 @@
 #include <optional>
 #include <vector>
 
+#include "cpu/leaders.h"
 #include "cpu/packed_encoder.h"
 #include "cpu/padded_rows.h"
 #include "cpu/screen.h"
@@ -41,11 +42,14 @@ class EncodeTiles {
     uint16_t row, latent;
     float product;
   };
-  // Called with what a row's entries in one block are at least, but for luck: see `propose`.
-  using Estimate = std::function<void(int64_t row, const float* values, int64_t count)>;
+  struct Proposals {
+    std::vector<Proposal> entries;
+    std::vector<LatentStats> stats;  // of the task's latents, where their codes are gone
+  };
 
   // Neither side of a task exceeds this, so that 16 bits hold a position inside it.
   static constexpr int64_t kMaxSide = 65536;
+  static constexpr int64_t kLongDots = 2048;
 
   // packed: codes of w, or none. The report of the calling thread's encode is written when this goes out of scope.
   EncodeTiles(const char* op, const Matrix& x, const Matrix& w,
@@ -66,13 +70,18 @@ class EncodeTiles {
 
   // The same in two passes, for limits by row that rise while the first one runs: what the int8 products propose, then
   // canonical dots of the proposals that the final limits leave. Between them the caller holds 8 bytes a proposal.
-  bool proposes() const { return why_direct_ == nullptr && packed_.has_value(); }
-  void propose(const Task& task, int64_t slot, const EncodeLimits& limits, const Estimate& estimate,
-               std::vector<Proposal>& proposals);
+  // Both visit the blocks of a task's latents in an order of their own (`visited`).
+  bool proposes() const { return why_direct_ == nullptr; }
+  // leaders: is shown what every proposed entry is at least, but for luck.
+  void propose(const Task& task, int64_t slot, const EncodeLimits& limits, Leaders& leaders,
+               Proposals& proposals);
   void decide(const Task& task, int64_t slot, const EncodeLimits& limits,
-              const std::vector<Proposal>& proposals, const Visit& visit);
+              const Proposals& proposals, const Visit& visit);
 
  private:
+  struct Block {
+    int64_t begin, count;
+  };
   struct Candidate {
     int32_t row, latent;  // relative to the task and to the block
     float product;
@@ -106,11 +115,16 @@ class EncodeTiles {
   void run_screened(const Task& task, Scratch& scratch, const EncodeLimits& limits,
                     const Visit& visit);
   LatentBlock latent_block(int64_t begin, int64_t count, Scratch& scratch);
-  void read_ahead(const Task& task, int64_t begin, Scratch& scratch) const;
+  // The block at a place of a task's latents; none behind the last one.
+  Block block_at(const Task& task, int64_t place) const;
+  Block visited(const Task& task, int64_t place) const;
+  // Whether `decide` has codes, and a second stage: kept, or worth their making where dots are long.
+  bool refines() const { return packed_.has_value() || tokens_->d() > kLongDots; }
+  void read_ahead(const Task& task, Block next, Scratch& scratch) const;
   void multiply(int64_t row, int64_t rows, const EncodeLimits& limits, const char* const* ahead,
                 Scratch& scratch, uint64_t* masks) const;
   // all: also where they are too many to be worth their rescoring.
-  bool find_candidates(const Task& task, int64_t begin, int64_t count, Scratch& scratch,
+  bool find_candidates(const Task& task, Block own, Block next, Scratch& scratch,
                        const EncodeLimits& limits, bool all);
   void refine(const Task& task, Scratch& scratch, const EncodeLimits& limits);
   static void sort_candidates(int64_t begin, int64_t count, Scratch& scratch);
@@ -122,6 +136,7 @@ class EncodeTiles {
   PaddedRows x_rows_, w_rows_;
   int64_t n_, d_sae_, row_block_ = 0, row_blocks_ = 0, block_ = 0, range_ = 0, ranges_ = 0;
   int64_t slots_ = 1;
+  int64_t stride_ = 1;  // of `visited`, in blocks
   FloatBuffer x_buffer_;
   const float* x_ = nullptr;
   int64_t x_stride_ = 0;

@@ -5,11 +5,12 @@
 //   x [n, d_in], W_enc [d_in, d_sae], b_enc [d_sae]
 //
 // Source: Scaling and evaluating sparse autoencoders, arXiv 2406.04093, section 2.
-// Algorithm: the k-th best value seen so far bounds a row from below, even when stale; only what
-// exceeds it becomes a candidate. Threads gather a few per row before they merge them into the row's
-// k best, under a lock. A last pass orders each row and fills up with zeros at the smallest latents.
-// A packed encoder is screened in two passes: the int8 products alone estimate each row's k-th best value, and dots are
-// computed only of what can exceed the final estimate. k entries that reach it prove it; else the pass above follows.
+// Algorithm: entries are screened in two passes: the int8 products alone estimate each row's k-th best value, by a rank in the
+// part that was seen (leaders.h), and dots are computed only of what can exceed the final estimate. k entries that reach it
+// prove it. Without screening, for a k that is no small part of the latents, or where the estimate fails, one pass follows the
+// k-th best value seen so far, which bounds a row from below, even when stale: what exceeds it is a candidate; threads gather
+// a few per row before they merge them into the row's k best, under a lock.
+// A last pass orders each row and fills up with zeros at the smallest latents.
 // Bound: the dot products (fma ports); at n = 1 the read of W_enc.
 #include <torch/csrc/stable/library.h>
 
@@ -167,7 +168,7 @@ void collect(const EncodeTiles& tiles, const float* bias, int64_t k, BestEntries
   });
 }
 
-using Proposals = std::vector<std::vector<EncodeTiles::Proposal>>;
+using Proposals = std::vector<EncodeTiles::Proposals>;  // of every task
 
 // What the int8 products propose against each row's estimate, which rises meanwhile. Empty when that is too much to hold.
 Proposals propose(EncodeTiles& tiles, const float* bias, Leaders& leaders) {
@@ -176,14 +177,11 @@ Proposals propose(EncodeTiles& tiles, const float* bias, Leaders& leaders) {
   std::atomic<int64_t> held{0};
   const EncodeLimits limits = {bias, nullptr,
                                [&](int64_t row) { return below(leaders.bound(row)); }};
-  const auto estimate = [&](int64_t row, const float* values, int64_t count) {
-    leaders.add(row, values, count);
-  };
   parallel_tasks(tiles.tasks(), tiles.slots(), [&](int64_t t, int64_t slot) {
     if (held > most) return;
     auto& own = proposals[static_cast<size_t>(t)];
-    tiles.propose(tiles.task(t), slot, limits, estimate, own);
-    held += static_cast<int64_t>(own.size());
+    tiles.propose(tiles.task(t), slot, limits, leaders, own);
+    held += static_cast<int64_t>(own.entries.size());
   });
   leaders.finish();
   if (held > most) proposals.clear();
@@ -193,7 +191,7 @@ Proposals propose(EncodeTiles& tiles, const float* bias, Leaders& leaders) {
 // Only what can exceed the final estimates becomes a dot. False where that does not settle it: too much was proposed, or a
 // row's estimate was too high, so that less than k entries reach it.
 bool collect_proposed(EncodeTiles& tiles, const float* bias, int64_t k, BestEntries& best) {
-  Leaders leaders(tiles.rows(), k);
+  Leaders leaders(tiles.rows(), tiles.row_block(), k, tiles.latents());
   const Proposals proposals = propose(tiles, bias, leaders);
   if (proposals.empty()) return false;
   best.start([&](int64_t row) { return leaders.bound(row); });

@@ -3,6 +3,7 @@
 // (dtype 2). Sizes are checked here, so that a wrong test fails instead of writing past an array.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <chrono>
@@ -10,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/leaders.h"
 #include "cpu/simd/dot.h"
 #include "cpu/simd/row.h"
 #include "cpu/simd/screen.h"
@@ -208,6 +210,15 @@ double screen_rate(Target target, int64_t threads) {
   return best;
 }
 
+// The rank after 1, 2 ... total values.
+std::vector<size_t> sample_ranks(int64_t k, int64_t total) {
+  require(k > 0 && total > 0, "k and total must be positive");
+  const SampleRanks ranks(k, total);
+  std::vector<size_t> out;
+  for (int64_t shown = 1; shown <= total; ++shown) out.push_back(ranks.rank(shown));
+  return out;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_testing, m) {
@@ -226,6 +237,7 @@ PYBIND11_MODULE(_testing, m) {
   m.def("dot_widen", &dot_widen, py::arg("target"), py::arg("source"), py::arg("dtype"));
   m.def("dot_transpose", &dot_transpose, py::arg("target"), py::arg("source"), py::arg("dtype"));
 
+  m.def("sample_ranks", &sample_ranks, py::arg("k"), py::arg("total"));
   m.def("screen_rate", &screen_rate, py::arg("target"), py::arg("threads"));
 
   m.def("row_widen", &row_widen, py::arg("target"), py::arg("source"), py::arg("dtype"));
