@@ -30,7 +30,7 @@ void EncodeTiles::propose(const Task& task, int64_t slot, const EncodeLimits& li
     find_candidates(task, own, visited(task, j + kScreenBlock), scratch, limits, true);
     leaders.show(task.row_begin, own.count);
     const LatentStats* stats = scratch.block.stats;
-    if (!refines()) proposals.stats.insert(proposals.stats.end(), stats, stats + kScreenBlock);
+    if (!packed_) proposals.stats.insert(proposals.stats.end(), stats, stats + kScreenBlock);
     ++scratch.screened_blocks;
     scratch.candidate_count += static_cast<int64_t>(scratch.candidates.size());
     const std::vector<Candidate>& found = scratch.candidates;
@@ -64,8 +64,9 @@ void EncodeTiles::decide(const Task& task, int64_t slot, const EncodeLimits& lim
   for (int64_t j = task.latent_begin; j < task.latent_end; j += kScreenBlock) {
     const auto [begin, count] = visited(task, j);
     const int64_t first = j - task.latent_begin;
-    scratch.block = refines() ? latent_block(begin, count, scratch)
-                              : LatentBlock{nullptr, proposals.stats.data() + first, nullptr};
+    // Codes that were made on the spot are gone: dots of more candidates cost less than making them again.
+    scratch.block = packed_ ? latent_block(begin, count, scratch)
+                            : LatentBlock{nullptr, proposals.stats.data() + first, nullptr};
     scratch.bounds = screen_latents(limits, scratch.block, begin, count, tokens_->d());
     scratch.candidates.clear();
     for (; next < end && next->latent < first + count; ++next) {
@@ -75,7 +76,7 @@ void EncodeTiles::decide(const Task& task, int64_t slot, const EncodeLimits& lim
         scratch.candidates.push_back({next->row, static_cast<int32_t>(l), next->product});
       }
     }
-    if (refines()) refine(task, scratch, limits);
+    if (packed_) refine(task, scratch, limits);
     sort_candidates(begin, count, scratch);
     rescore(task, scratch, limits, visit);
   }

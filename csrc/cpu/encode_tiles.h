@@ -44,12 +44,11 @@ class EncodeTiles {
   };
   struct Proposals {
     std::vector<Proposal> entries;
-    std::vector<LatentStats> stats;  // of the task's latents, where their codes are gone
+    std::vector<LatentStats> stats;  // of the task's latents, where they are not packed
   };
 
   // Neither side of a task exceeds this, so that 16 bits hold a position inside it.
   static constexpr int64_t kMaxSide = 65536;
-  static constexpr int64_t kLongDots = 2048;
 
   // packed: codes of w, or none. The report of the calling thread's encode is written when this goes out of scope.
   EncodeTiles(const char* op, const Matrix& x, const Matrix& w,
@@ -118,8 +117,6 @@ class EncodeTiles {
   // The block at a place of a task's latents; none behind the last one.
   Block block_at(const Task& task, int64_t place) const;
   Block visited(const Task& task, int64_t place) const;
-  // Whether `decide` has codes, and a second stage: kept, or worth their making where dots are long.
-  bool refines() const { return packed_.has_value() || tokens_->d() > kLongDots; }
   void read_ahead(const Task& task, Block next, Scratch& scratch) const;
   void multiply(int64_t row, int64_t rows, const EncodeLimits& limits, const char* const* ahead,
                 Scratch& scratch, uint64_t* masks) const;
