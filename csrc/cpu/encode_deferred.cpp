@@ -1,31 +1,44 @@
 // Screening in two passes: proposals by int8 products against rising limits, canonical dots against the final ones.
 #include <algorithm>
 #include <cmath>
+#include <numeric>
+#include <random>
 
 #include "cpu/encode_tiles.h"
 
 namespace gemmascope_fast {
+namespace {
+
+constexpr int64_t kFirstShare = 32;  // of the latents, that part comes last
+
+}  // namespace
 
 EncodeTiles::Block EncodeTiles::block_at(const Task& task, int64_t place) const {
   const int64_t begin = std::min(place, task.latent_end);
   return {begin, std::min(kScreenBlock, task.latent_end - begin)};
 }
 
-// Leaders want an order that is none of the values'. Dictionaries come sorted, and with a first group that fires more than the
-// others: blocks follow each other at a golden section of all of them, from the middle, each once.
+void EncodeTiles::shuffle() {
+  const int64_t blocks = (d_sae_ + kScreenBlock - 1) / kScreenBlock;
+  order_.resize(static_cast<size_t>(blocks));
+  std::iota(order_.begin(), order_.end(), 0);
+  std::rotate(order_.begin(), order_.begin() + blocks / kFirstShare, order_.end());
+  std::shuffle(order_.begin(), order_.end() - blocks / kFirstShare, std::minstd_rand(1));
+}
+
 EncodeTiles::Block EncodeTiles::visited(const Task& task, int64_t place) const {
   if (place >= task.latent_end) return {task.latent_end, 0};
-  const int64_t blocks = (d_sae_ + kScreenBlock - 1) / kScreenBlock;
-  const int64_t begin = (blocks / 2 + place / kScreenBlock * stride_) % blocks * kScreenBlock;
+  const int64_t begin = order_[static_cast<size_t>(place / kScreenBlock)] * kScreenBlock;
   return {begin, std::min(kScreenBlock, d_sae_ - begin)};
 }
 
 void EncodeTiles::propose(const Task& task, int64_t slot, const EncodeLimits& limits,
-                          Leaders& leaders, Proposals& proposals) {
+                          Leaders& leaders, Budget& budget, Proposals& proposals) {
   Scratch& scratch = scratch_[static_cast<size_t>(slot)];
   // The errors of d codes on either side add up like independent ones, to margin / sqrt(2 d) or so: six times that.
   const float luck = std::min(1.0f, 4.25f / std::sqrt(static_cast<float>(tokens_->d())));
   for (int64_t j = task.latent_begin; j < task.latent_end; j += kScreenBlock) {
+    if (budget.left < 0) return;
     const Block own = visited(task, j);
     find_candidates(task, own, visited(task, j + kScreenBlock), scratch, limits, true);
     leaders.show(task.row_begin, own.count);
@@ -34,6 +47,7 @@ void EncodeTiles::propose(const Task& task, int64_t slot, const EncodeLimits& li
     ++scratch.screened_blocks;
     scratch.candidate_count += static_cast<int64_t>(scratch.candidates.size());
     const std::vector<Candidate>& found = scratch.candidates;
+    budget.left -= static_cast<int64_t>(found.size());
     const ScreenLatents& latents = scratch.bounds;
     float unit[kScreenBlock];
     for (int64_t l = 0; l < kScreenBlock; ++l) unit[l] = 1 / latents.slope[l];
@@ -46,7 +60,9 @@ void EncodeTiles::propose(const Task& task, int64_t slot, const EncodeLimits& li
       for (const int32_t same = found[i].row; i < found.size() && found[i].row == same; ++i) {
         const int32_t l = found[i].latent;
         const float margin = a * latents.alpha[l] + b * latents.beta[l];
-        values[size++] = (found[i].product - margin - latents.base[l]) * unit[l];
+        const float value = (found[i].product - margin - latents.base[l]) * unit[l];
+        // Base and slope are rounded down, by 2^-21: what a row of zeros, which has no margin, would show is too much.
+        values[size++] = value - 0x1p-19f * (std::abs(value) + std::abs(latents.base[l] * unit[l]));
         proposals.entries.push_back({static_cast<uint16_t>(same),
                                      static_cast<uint16_t>(j + l - task.latent_begin),
                                      found[i].product});

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
-#include <numeric>
 
 #include "cpu/encode_report.h"
 #include "cpu/parallel.h"
@@ -126,9 +125,6 @@ void EncodeTiles::partition() {
   const int64_t ranges = divide_up(wanted, std::max<int64_t>(row_blocks_, 1));
   range_ = std::min(round_up(divide_up(d_sae_, ranges), block_), kMaxSide / block_ * block_);
   ranges_ = range_ == 0 ? 0 : divide_up(d_sae_, range_);
-  const int64_t blocks = divide_up(d_sae_, kScreenBlock);
-  stride_ = std::max<int64_t>(1, blocks * 618 / 1000);
-  while (std::gcd(stride_, blocks) != 1) ++stride_;
   slots_ = parallel_slots(tasks());
   scratch_.resize(static_cast<size_t>(slots_));
   for (Scratch& scratch : scratch_) {

@@ -11,6 +11,7 @@
 // faster than float32 and either the latents' codes exist (a packed encoder) or enough rows share the work of making them.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -47,6 +48,11 @@ class EncodeTiles {
     std::vector<LatentStats> stats;  // of the task's latents, where they are not packed
   };
 
+  // Proposals of all tasks that may be held, less those that are.
+  struct Budget {
+    std::atomic<int64_t> left;
+  };
+
   // Neither side of a task exceeds this, so that 16 bits hold a position inside it.
   static constexpr int64_t kMaxSide = 65536;
 
@@ -69,11 +75,14 @@ class EncodeTiles {
 
   // The same in two passes, for limits by row that rise while the first one runs: what the int8 products propose, then
   // canonical dots of the proposals that the final limits leave. Between them the caller holds 8 bytes a proposal.
-  // Both visit the blocks of a task's latents in an order of their own (`visited`).
+  // A task is then blocks of all latents, in the order of `shuffle`; the latents of a row do not ascend.
   bool proposes() const { return why_direct_ == nullptr; }
-  // leaders: is shown what every proposed entry is at least, but for luck.
+  // Before the first `propose`: leaders want an order that is none of the values'. It is random, but dictionaries come sorted,
+  // and with a first group that fires more than the others: that comes last, and never looks like the whole.
+  void shuffle();
+  // leaders: is shown what every proposed entry is at least, but for luck. Stops where the budget is spent.
   void propose(const Task& task, int64_t slot, const EncodeLimits& limits, Leaders& leaders,
-               Proposals& proposals);
+               Budget& budget, Proposals& proposals);
   void decide(const Task& task, int64_t slot, const EncodeLimits& limits,
               const Proposals& proposals, const Visit& visit);
 
@@ -133,7 +142,6 @@ class EncodeTiles {
   PaddedRows x_rows_, w_rows_;
   int64_t n_, d_sae_, row_block_ = 0, row_blocks_ = 0, block_ = 0, range_ = 0, ranges_ = 0;
   int64_t slots_ = 1;
-  int64_t stride_ = 1;  // of `visited`, in blocks
   FloatBuffer x_buffer_;
   const float* x_ = nullptr;
   int64_t x_stride_ = 0;
@@ -142,6 +150,7 @@ class EncodeTiles {
   std::vector<float> center_;
   std::unique_ptr<ScreenedTokens> tokens_;
   std::vector<Scratch> scratch_;
+  std::vector<int64_t> order_;
 };
 
 }  // namespace gemmascope_fast

@@ -172,19 +172,16 @@ using Proposals = std::vector<EncodeTiles::Proposals>;  // of every task
 
 // What the int8 products propose against each row's estimate, which rises meanwhile. Empty when that is too much to hold.
 Proposals propose(EncodeTiles& tiles, const float* bias, Leaders& leaders) {
-  const int64_t most = std::max(kHeld, tiles.rows() * tiles.latents() / 8);
   Proposals proposals(static_cast<size_t>(tiles.tasks()));
-  std::atomic<int64_t> held{0};
+  EncodeTiles::Budget budget = {std::max(kHeld, tiles.rows() * tiles.latents() / 8)};
   const EncodeLimits limits = {bias, nullptr,
                                [&](int64_t row) { return below(leaders.bound(row)); }};
+  tiles.shuffle();
   parallel_tasks(tiles.tasks(), tiles.slots(), [&](int64_t t, int64_t slot) {
-    if (held > most) return;
-    auto& own = proposals[static_cast<size_t>(t)];
-    tiles.propose(tiles.task(t), slot, limits, leaders, own);
-    held += static_cast<int64_t>(own.entries.size());
+    tiles.propose(tiles.task(t), slot, limits, leaders, budget, proposals[static_cast<size_t>(t)]);
   });
   leaders.finish();
-  if (held > most) proposals.clear();
+  if (budget.left < 0) proposals.clear();
   return proposals;
 }
 
