@@ -8,6 +8,8 @@
 // the block is computed directly, and so are the next 1, 2, 4 ... blocks, up to 16, until one screens well again.
 // Bound: the int8 products; then the rows of x and W_enc read by rescoring, from L3 and memory.
 #include <algorithm>
+#include <numeric>
+#include <random>
 
 #include "cpu/encode_tiles.h"
 
@@ -19,8 +21,28 @@ constexpr int64_t kRefined = 16;    // candidates of 16 latents that pay for lay
 constexpr int64_t kRowsAtOnce = 256;  // of x, whose products of a chunk wait in L2 for the next one
 constexpr int64_t kPanels = kRowsAtOnce / kScreenRows;
 constexpr int64_t kMostSkipped = 16;  // blocks computed directly before screening is tried again
+constexpr int64_t kLastShare =
+    32;  // of the latents, the first ones, that part comes last in a random order
+
+int64_t blocks_of(int64_t latents) { return (latents + kScreenBlock - 1) / kScreenBlock; }
 
 }  // namespace
+
+void EncodeTiles::shuffle() {
+  const int64_t blocks = blocks_of(d_sae_), last = blocks / kLastShare;
+  order_.resize(static_cast<size_t>(blocks));
+  std::iota(order_.begin(), order_.end(), 0);
+  std::rotate(order_.begin(), order_.begin() + last, order_.end());
+  std::shuffle(order_.begin(), order_.end() - last, std::minstd_rand(1));
+  visited_ = std::vector<std::atomic<int64_t>>(static_cast<size_t>(row_blocks_));
+}
+
+EncodeTiles::Block EncodeTiles::block_at(const Task& task, int64_t place) const {
+  if (place >= task.latent_end) return {task.latent_end, 0};
+  if (order_.empty()) return {place, std::min(kScreenBlock, task.latent_end - place)};
+  const int64_t begin = order_[static_cast<size_t>(place / kScreenBlock)] * kScreenBlock;
+  return {begin, std::min(kScreenBlock, d_sae_ - begin)};
+}
 
 LatentBlock EncodeTiles::latent_block(int64_t begin, int64_t count, Scratch& scratch) {
   if (packed_) return packed_->block(begin / kScreenBlock);
@@ -88,14 +110,14 @@ void EncodeTiles::multiply(int64_t row, int64_t rows, const EncodeLimits& limits
 
 // False when there are too many: then the list is incomplete.
 bool EncodeTiles::find_candidates(const Task& task, Block own, Block next, Scratch& scratch,
-                                  const EncodeLimits& limits, bool all) {
+                                  const EncodeLimits& limits) {
   const int64_t count = own.count;
   scratch.block = latent_block(own.begin, count, scratch);
   scratch.bounds = screen_latents(limits, scratch.block, own.begin, count, tokens_->d());
   read_ahead(task, next, scratch);
   const char* const* ahead = scratch.ahead.data();
   const uint64_t real = (uint64_t{1} << count) - 1;
-  const size_t most = static_cast<size_t>(task.rows() * count / (all ? 1 : kDenseShare));
+  const size_t most = static_cast<size_t>(task.rows() * count / kDenseShare);
   std::vector<Candidate>& found = scratch.candidates;
   found.clear();
   for (int64_t row = task.row_begin; row < task.row_end; row += kRowsAtOnce) {
@@ -205,27 +227,40 @@ void EncodeTiles::rescore(const Task& task, Scratch& scratch, const EncodeLimits
   found.clear();
 }
 
+// Blocks [place, end) of a task, all their dots.
+void EncodeTiles::run_unscreened(const Task& task, int64_t place, int64_t end, Scratch& scratch,
+                                 const EncodeLimits& limits, const Visit& visit) {
+  if (order_.empty()) return run_direct(task, place, end, scratch, limits, visit);
+  for (; place < end; place += kScreenBlock) {
+    const auto [begin, count] = block_at(task, place);
+    run_direct(task, begin, begin + count, scratch, limits, visit);
+  }
+}
+
 void EncodeTiles::run_screened(const Task& task, Scratch& scratch, const EncodeLimits& limits,
                                const Visit& visit) {
   int64_t skip = 1;
-  for (int64_t j = task.latent_begin; j < task.latent_end;) {
-    const int64_t count = std::min(kScreenBlock, task.latent_end - j);
-    int64_t end = j + count;
-    const bool screened =
-        find_candidates(task, {j, count}, block_at(task, j + kScreenBlock), scratch, limits, false);
+  for (int64_t place = task.latent_begin; place < task.latent_end;) {
+    const Block own = block_at(task, place);
+    int64_t end = place + kScreenBlock;
+    const bool screened = find_candidates(task, own, block_at(task, end), scratch, limits);
     rescore(task, scratch, limits, visit);
     if (screened) {
       skip = 1;
       ++scratch.screened_blocks;
       scratch.candidate_count += static_cast<int64_t>(scratch.candidates.size());
       refine(task, scratch, limits);
-      sort_candidates(j, count, scratch);
+      sort_candidates(own.begin, own.count, scratch);
     } else {
-      end = std::min(j + skip * kScreenBlock, task.latent_end);
+      end = std::min(place + skip * kScreenBlock, task.latent_end);
       skip = std::min(2 * skip, kMostSkipped);
-      run_direct(task, j, end, scratch, limits, visit);
     }
-    j = end;
+    if (!order_.empty()) {
+      const int64_t shown = std::min(end, task.latent_end) - place;
+      visited_[static_cast<size_t>(task.row_begin / row_block_)] += shown;
+    }
+    if (!screened) run_unscreened(task, place, end, scratch, limits, visit);
+    place = end;
   }
   rescore(task, scratch, limits, visit);
 }

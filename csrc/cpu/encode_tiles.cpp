@@ -123,7 +123,7 @@ void EncodeTiles::partition() {
   if (why_direct_ == nullptr) block_ = kScreenBlock;
   const int64_t wanted = torch::stable::get_num_threads() * kTasksPerSlot;
   const int64_t ranges = divide_up(wanted, std::max<int64_t>(row_blocks_, 1));
-  range_ = std::min(round_up(divide_up(d_sae_, ranges), block_), kMaxSide / block_ * block_);
+  range_ = round_up(divide_up(d_sae_, ranges), block_);
   ranges_ = range_ == 0 ? 0 : divide_up(d_sae_, range_);
   slots_ = parallel_slots(tasks());
   scratch_.resize(static_cast<size_t>(slots_));

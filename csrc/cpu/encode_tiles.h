@@ -16,7 +16,6 @@
 #include <optional>
 #include <vector>
 
-#include "cpu/leaders.h"
 #include "cpu/packed_encoder.h"
 #include "cpu/padded_rows.h"
 #include "cpu/screen.h"
@@ -38,24 +37,6 @@ class EncodeTiles {
   using Visit = std::function<void(int64_t row, int64_t latent, int64_t count,
                                    const int32_t* position, const float* pre)>;
 
-  // An entry that the int8 product could not rule out, relative to its task.
-  struct Proposal {
-    uint16_t row, latent;
-    float product;
-  };
-  struct Proposals {
-    std::vector<Proposal> entries;
-    std::vector<LatentStats> stats;  // of the task's latents, where they are not packed
-  };
-
-  // Proposals of all tasks that may be held, less those that are.
-  struct Budget {
-    std::atomic<int64_t> left;
-  };
-
-  // Neither side of a task exceeds this, so that 16 bits hold a position inside it.
-  static constexpr int64_t kMaxSide = 65536;
-
   // packed: codes of w, or none. The report of the calling thread's encode is written when this goes out of scope.
   EncodeTiles(const char* op, const Matrix& x, const Matrix& w,
               const std::optional<PackedEncoder>& packed);
@@ -73,18 +54,15 @@ class EncodeTiles {
   Task task(int64_t index) const;
   void run(const Task& task, int64_t slot, const EncodeLimits& limits, const Visit& visit);
 
-  // The same in two passes, for limits by row that rise while the first one runs: what the int8 products propose, then
-  // canonical dots of the proposals that the final limits leave. Between them the caller holds 8 bytes a proposal.
-  // A task is then blocks of all latents, in the order of `shuffle`; the latents of a row do not ascend.
-  bool proposes() const { return why_direct_ == nullptr; }
-  // Before the first `propose`: leaders want an order that is none of the values'. It is random, but dictionaries come sorted,
-  // and with a first group that fires more than the others: that comes last, and never looks like the whole.
+  bool screened() const { return why_direct_ == nullptr; }
+  // From now on `run` visits blocks of latents in a random order, and a task is a part of that. Limits that are learnt on the
+  // way want an order that is none of the values'. Dictionaries come sorted, and with a first group that fires more than the
+  // others: that comes last, and never passes for the whole. The latents of a row do not ascend then.
   void shuffle();
-  // leaders: is shown what every proposed entry is at least, but for luck. Stops where the budget is spent.
-  void propose(const Task& task, int64_t slot, const EncodeLimits& limits, Leaders& leaders,
-               Budget& budget, Proposals& proposals);
-  void decide(const Task& task, int64_t slot, const EncodeLimits& limits,
-              const Proposals& proposals, const Visit& visit);
+  // Of the row's latents, those that `run` has visited or is about to, since the order was shuffled.
+  int64_t visited(int64_t row) const {
+    return visited_[static_cast<size_t>(row / row_block_)].load(std::memory_order_relaxed);
+  }
 
  private:
   struct Block {
@@ -120,18 +98,18 @@ class EncodeTiles {
   void convert_x();
   void run_direct(const Task& task, int64_t begin, int64_t end, Scratch& scratch,
                   const EncodeLimits& limits, const Visit& visit);
+  void run_unscreened(const Task& task, int64_t place, int64_t end, Scratch& scratch,
+                      const EncodeLimits& limits, const Visit& visit);
   void run_screened(const Task& task, Scratch& scratch, const EncodeLimits& limits,
                     const Visit& visit);
   LatentBlock latent_block(int64_t begin, int64_t count, Scratch& scratch);
-  // The block at a place of a task's latents; none behind the last one.
+  // The block at a place of a task; none behind the last one.
   Block block_at(const Task& task, int64_t place) const;
-  Block visited(const Task& task, int64_t place) const;
   void read_ahead(const Task& task, Block next, Scratch& scratch) const;
   void multiply(int64_t row, int64_t rows, const EncodeLimits& limits, const char* const* ahead,
                 Scratch& scratch, uint64_t* masks) const;
-  // all: also where they are too many to be worth their rescoring.
   bool find_candidates(const Task& task, Block own, Block next, Scratch& scratch,
-                       const EncodeLimits& limits, bool all);
+                       const EncodeLimits& limits);
   void refine(const Task& task, Scratch& scratch, const EncodeLimits& limits);
   static void sort_candidates(int64_t begin, int64_t count, Scratch& scratch);
   void pair_rows(const Task& task, Scratch& scratch);
@@ -150,7 +128,8 @@ class EncodeTiles {
   std::vector<float> center_;
   std::unique_ptr<ScreenedTokens> tokens_;
   std::vector<Scratch> scratch_;
-  std::vector<int64_t> order_;
+  std::vector<int64_t> order_;  // of blocks; empty: ascending
+  std::vector<std::atomic<int64_t>> visited_;
 };
 
 }  // namespace gemmascope_fast

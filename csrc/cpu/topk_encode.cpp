@@ -5,11 +5,10 @@
 //   x [n, d_in], W_enc [d_in, d_sae], b_enc [d_sae]
 //
 // Source: Scaling and evaluating sparse autoencoders, arXiv 2406.04093, section 2.
-// Algorithm: entries are screened in two passes: the int8 products alone estimate each row's k-th best value, by a rank in the
-// part that was seen (leaders.h), and dots are computed only of what can exceed the final estimate. k entries that reach it
-// prove it. Without screening, for a k that is no small part of the latents, or where the estimate fails, one pass follows the
-// k-th best value seen so far, which bounds a row from below, even when stale: what exceeds it is a candidate; threads gather
-// a few per row before they merge them into the row's k best, under a lock.
+// Algorithm: only what exceeds the row's bound becomes a candidate. Threads gather a few per row before they merge them into the
+// row's k best, under a lock. The k-th best seen so far is a bound, even when stale; where entries are screened a better one
+// is the r-th best, r the most of the k best that the part seen so far may hold, but for luck (sample_ranks.h). k entries that
+// reach it in the end prove it, else the k-th best serves in a second pass.
 // A last pass orders each row and fills up with zeros at the smallest latents.
 // Bound: the dot products (fma ports); at n = 1 the read of W_enc.
 #include <torch/csrc/stable/library.h>
@@ -17,42 +16,47 @@
 #include <array>
 #include <atomic>
 #include <cmath>
+#include <cstring>
+#include <functional>
 #include <limits>
 #include <mutex>
 #include <tuple>
 
 #include "cpu/encode_output.h"
 #include "cpu/encode_tiles.h"
-#include "cpu/leaders.h"
 #include "cpu/parallel.h"
+#include "cpu/sample_ranks.h"
 
 namespace gemmascope_fast {
 namespace {
 
 constexpr char kOp[] = "topk_encode";
-constexpr int64_t kHeld = int64_t{4} << 20;  // proposals, 8 bytes each, that are always affordable
-constexpr int64_t kFew =
-    16;  // latents per selected one, from which a first pass rules enough of them out
+constexpr int64_t kFew = 16;  // latents per selected one, from which a part of them tells enough
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-struct Candidate {
-  float value;  // > 0 or NaN
-  int32_t latent;
-};
+// An entry, its value > 0 or NaN, as a number: the larger the better. For positive floats the order of the bits is that of the
+// values, and NaN comes out largest; of equal values the smaller latent is better.
+using Candidate = uint64_t;
 
-bool better(const Candidate& a, const Candidate& b) {
-  const bool a_nan = std::isnan(a.value), b_nan = std::isnan(b.value);
-  if (a_nan != b_nan) return a_nan;
-  if (!a_nan && a.value != b.value) return a.value > b.value;
-  return a.latent < b.latent;
+Candidate candidate(float value, int32_t latent) {
+  value = std::isnan(value) ? kNaN : value;  // whose bits it had depends on the instructions
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return uint64_t{bits} << 32 | ~static_cast<uint32_t>(latent);
 }
 
-// The largest float below a bound, where that is positive.
-float below(float bound) { return bound > 0 ? std::nextafter(bound, 0.0f) : 0.0f; }
+float value_of(Candidate c) {
+  const uint32_t bits = static_cast<uint32_t>(c >> 32);
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
 
-// The k best entries of every row so far, whoever found them. The order is total, so the outcome does not depend on the
-// schedule; the k-th value bounds the row from below.
+int32_t latent_of(Candidate c) { return static_cast<int32_t>(~static_cast<uint32_t>(c)); }
+
+// The k best entries of every row so far, whoever found them, and a bound that rises with them. The order is total, so the
+// outcome does not depend on the schedule.
 class BestEntries {
  public:
   BestEntries(int64_t n, int64_t k)
@@ -60,44 +64,68 @@ class BestEntries {
         best_(static_cast<size_t>(n * k)),
         size_(static_cast<size_t>(n)),
         bounds_(static_cast<size_t>(n)) {
-    start([](int64_t) { return 0.0f; });
+    start();
   }
 
-  // Forgets all entries; what comes is known to be at least bound(row).
-  template <typename Bound>
-  void start(const Bound& bound) {
-    for (size_t row = 0; row < size_.size(); ++row) {
-      size_[row] = 0;
-      bounds_[row].store(bound(static_cast<int64_t>(row)), std::memory_order_relaxed);
-    }
+  void start() {
+    std::fill(size_.begin(), size_.end(), int64_t{0});
+    for (std::atomic<float>& bound : bounds_) bound.store(0.0f, std::memory_order_relaxed);
   }
 
-  // What does not exceed this can no longer be selected. An entry equal to the k-th may have a smaller latent.
+  // What does not exceed this need not be shown. An entry equal to the bound may have a smaller latent.
   float limit(int64_t row) const {
-    return below(bounds_[static_cast<size_t>(row)].load(std::memory_order_relaxed));
+    const float bound = bounds_[static_cast<size_t>(row)].load(std::memory_order_relaxed);
+    return bound > 0 ? std::nextafter(bound, 0.0f) : 0.0f;
   }
 
-  void merge(int64_t row, const Candidate* found, int64_t count, std::vector<Candidate>& work) {
+  // The rank-th best entry so far becomes the bound: with rank = k the best of the row are not below it; with fewer they are
+  // not if it is `proved` in the end.
+  // Returns how many entries the row has now.
+  int64_t merge(int64_t row, const Candidate* found, int64_t count, int64_t rank,
+                std::vector<Candidate>& work) {
     std::lock_guard<std::mutex> lock(locks_[static_cast<size_t>(row) % kLocks]);
     int64_t& size = size_[static_cast<size_t>(row)];
     Candidate* best = best_.data() + row * k_;
     work.assign(best, best + size);
     work.insert(work.end(), found, found + count);
-    if (static_cast<int64_t>(work.size()) >= k_) {
-      std::nth_element(work.begin(), work.begin() + k_ - 1, work.end(), better);
-      work.resize(static_cast<size_t>(k_));
-      const float value = work.back().value;
-      const float bound = std::isnan(value) ? kInf : value;  // nothing but NaN beats k NaN
-      bounds_[static_cast<size_t>(row)].store(bound, std::memory_order_relaxed);
+    size = std::min(static_cast<int64_t>(work.size()), k_);
+    auto from = work.begin();
+    if (rank <= size) {
+      std::nth_element(from, from + rank - 1, work.end(), std::greater<>());
+      from += rank;
+      raise(row, value_of(work[static_cast<size_t>(rank - 1)]));
     }
-    std::copy(work.begin(), work.end(), best);
-    size = static_cast<int64_t>(work.size());
+    if (rank<k_&& static_cast<int64_t>(work.size())> k_) {
+      std::nth_element(from, work.begin() + k_ - 1, work.end(), std::greater<>());
+    }
+    std::copy(work.begin(), work.begin() + size, best);
+    return size;
+  }
+
+  // Whether all rows have k entries that reach their bounds, or need none: nothing that was not shown can be better.
+  bool proved() const {
+    for (size_t row = 0; row < size_.size(); ++row) {
+      const float bound = bounds_[row].load(std::memory_order_relaxed);
+      const auto r = static_cast<int64_t>(row);
+      const auto reaches = [&](Candidate c) { return !(value_of(c) < bound); };
+      if (bound > 0 && (size_[row] < k_ || !std::all_of(begin(r), end(r), reaches))) return false;
+    }
+    return true;
   }
 
   const Candidate* begin(int64_t row) const { return best_.data() + row * k_; }
   const Candidate* end(int64_t row) const { return begin(row) + size_[static_cast<size_t>(row)]; }
 
  private:
+  // Never falls: what was not shown before was below it.
+  void raise(int64_t row, float value) {
+    std::atomic<float>& bound = bounds_[static_cast<size_t>(row)];
+    value = std::isnan(value) ? kInf : value;  // nothing but NaN beats NaN
+    if (value > bound.load(std::memory_order_relaxed)) {
+      bound.store(value, std::memory_order_relaxed);
+    }
+  }
+
   static constexpr size_t kLocks = 64;  // rows that share one rarely meet: two threads, few merges
   int64_t k_;
   std::vector<Candidate> best_;
@@ -109,14 +137,19 @@ class BestEntries {
 // One thread's candidates, merged a few at a time.
 class Collector {
  public:
-  Collector(const EncodeTiles& tiles, int64_t k, BestEntries& best)
-      : best_(&best),
+  // ranks: as in `collect`.
+  Collector(const EncodeTiles& tiles, int64_t k, const SampleRanks* ranks, BestEntries& best)
+      : tiles_(&tiles),
+        ranks_(ranks),
+        best_(&best),
+        k_(k),
         capacity_(std::max<int64_t>(32, k / 2)),
         buffer_(static_cast<size_t>(std::min(tiles.row_block(), tiles.rows()) * capacity_)) {}
 
   void start(const EncodeTiles::Task& task) {
     task_ = task;
     size_.assign(static_cast<size_t>(task.rows()), 0);
+    held_.assign(size_.size(), 0);
   }
 
   void visit(int64_t row, int64_t latent, int64_t count, const int32_t* position,
@@ -125,9 +158,11 @@ class Collector {
     Candidate* own = buffer_.data() + r * capacity_;
     int64_t& size = size_[static_cast<size_t>(r)];
     for (int64_t i = 0; i < count; ++i) {
-      own[size++] = {pre[i], static_cast<int32_t>(latent) + position[i]};
+      own[size++] = candidate(pre[i], static_cast<int32_t>(latent) + position[i]);
       if (size == capacity_) flush(r);
     }
+    // A few raise a young bound by much.
+    if (ranks_ != nullptr && size >= kFewest + held_[static_cast<size_t>(r)] / 8) flush(r);
   }
 
   void finish() {
@@ -137,94 +172,63 @@ class Collector {
  private:
   void flush(int64_t r) {
     int64_t& size = size_[static_cast<size_t>(r)];
-    if (size > 0) best_->merge(task_.row_begin + r, buffer_.data() + r * capacity_, size, work_);
+    if (size == 0) return;
+    const int64_t row = task_.row_begin + r;
+    const int64_t rank = ranks_ == nullptr ? k_ : ranks_->rank(tiles_->visited(row));
+    held_[static_cast<size_t>(r)] =
+        best_->merge(row, buffer_.data() + r * capacity_, size, rank, work_);
     size = 0;
   }
 
+  static constexpr int64_t kFewest = 2;
+  const EncodeTiles* tiles_;
+  const SampleRanks* ranks_;
   BestEntries* best_;
-  int64_t capacity_;
+  int64_t k_, capacity_;
   EncodeTiles::Task task_{};
   std::vector<Candidate> buffer_, work_;
-  std::vector<int64_t> size_;
+  std::vector<int64_t> size_, held_;
 };
 
-using Run =
-    std::function<void(int64_t task, int64_t slot, const EncodeLimits&, const EncodeTiles::Visit&)>;
-
-// Merges what `run` visits, task by task.
-void collect(const EncodeTiles& tiles, const float* bias, int64_t k, BestEntries& best,
-             const Run& run) {
+// ranks: of a part of the latents, or null: then bounds are no estimates.
+void collect(EncodeTiles& tiles, const float* bias, int64_t k, BestEntries& best,
+             const SampleRanks* ranks) {
   std::vector<std::unique_ptr<Collector>> collectors(static_cast<size_t>(tiles.slots()));
   const EncodeLimits limits = {bias, nullptr, [&](int64_t row) { return best.limit(row); }};
   parallel_tasks(tiles.tasks(), tiles.slots(), [&](int64_t t, int64_t slot) {
     auto& collector = collectors[static_cast<size_t>(slot)];
-    if (!collector) collector = std::make_unique<Collector>(tiles, k, best);
+    if (!collector) collector = std::make_unique<Collector>(tiles, k, ranks, best);
     collector->start(tiles.task(t));
-    run(t, slot, limits,
-        [&](int64_t row, int64_t latent, int64_t count, const int32_t* position, const float* pre) {
-          collector->visit(row, latent, count, position, pre);
-        });
+    tiles.run(tiles.task(t), slot, limits,
+              [&](int64_t row, int64_t latent, int64_t count, const int32_t* position,
+                  const float* pre) { collector->visit(row, latent, count, position, pre); });
     collector->finish();
   });
 }
 
-using Proposals = std::vector<EncodeTiles::Proposals>;  // of every task
-
-// What the int8 products propose against each row's estimate, which rises meanwhile. Empty when that is too much to hold.
-Proposals propose(EncodeTiles& tiles, const float* bias, Leaders& leaders) {
-  Proposals proposals(static_cast<size_t>(tiles.tasks()));
-  EncodeTiles::Budget budget = {std::max(kHeld, tiles.rows() * tiles.latents() / 8)};
-  const EncodeLimits limits = {bias, nullptr,
-                               [&](int64_t row) { return below(leaders.bound(row)); }};
-  tiles.shuffle();
-  parallel_tasks(tiles.tasks(), tiles.slots(), [&](int64_t t, int64_t slot) {
-    tiles.propose(tiles.task(t), slot, limits, leaders, budget, proposals[static_cast<size_t>(t)]);
-  });
-  leaders.finish();
-  if (budget.left < 0) proposals.clear();
-  return proposals;
-}
-
-// Only what can exceed the final estimates becomes a dot. False where that does not settle it: too much was proposed, or a
-// row's estimate was too high, so that less than k entries reach it.
-bool collect_proposed(EncodeTiles& tiles, const float* bias, int64_t k, BestEntries& best) {
-  Leaders leaders(tiles.rows(), tiles.row_block(), k, tiles.latents());
-  const Proposals proposals = propose(tiles, bias, leaders);
-  if (proposals.empty()) return false;
-  best.start([&](int64_t row) { return leaders.bound(row); });
-  collect(tiles, bias, k, best,
-          [&](int64_t t, int64_t slot, const EncodeLimits& limits, const auto& visit) {
-            tiles.decide(tiles.task(t), slot, limits, proposals[static_cast<size_t>(t)], visit);
-          });
-  for (int64_t row = 0; row < tiles.rows(); ++row) {
-    if (leaders.bound(row) > 0 && best.end(row) - best.begin(row) < k) return false;
-  }
-  return true;
-}
-
 void select(EncodeTiles& tiles, const float* bias, int64_t k, BestEntries& best) {
-  const bool few = k <= tiles.latents() / kFew;
-  if (few && tiles.proposes() && collect_proposed(tiles, bias, k, best)) return;
-  best.start([](int64_t) { return 0.0f; });
-  collect(tiles, bias, k, best,
-          [&](int64_t t, int64_t slot, const EncodeLimits& limits, const auto& visit) {
-            tiles.run(tiles.task(t), slot, limits, visit);
-          });
+  if (tiles.screened() && k <= tiles.latents() / kFew) {
+    tiles.shuffle();
+    const SampleRanks ranks(k, tiles.latents());
+    collect(tiles, bias, k, best, &ranks);
+    if (best.proved()) return;
+    best.start();
+  }
+  collect(tiles, bias, k, best, nullptr);
 }
 
 // Ascending latents; zeros at the smallest free latents where there are fewer than k.
 void write_row(std::vector<Candidate>& row, int64_t k, int32_t* indices, float* values,
                float* gate) {
   std::sort(row.begin(), row.end(),
-            [](const Candidate& a, const Candidate& b) { return a.latent < b.latent; });
+            [](Candidate a, Candidate b) { return latent_of(a) < latent_of(b); });
   int64_t zeros = k - static_cast<int64_t>(row.size()), latent = 0;
   size_t next = 0;
   for (int64_t e = 0; e < k; ++e, ++latent) {
-    const bool positive = next < row.size() && (zeros == 0 || row[next].latent == latent);
-    if (positive) latent = row[next].latent;
+    const bool positive = next < row.size() && (zeros == 0 || latent_of(row[next]) == latent);
+    if (positive) latent = latent_of(row[next]);
     indices[e] = static_cast<int32_t>(latent);
-    const float value = positive ? row[next].value : 0.0f;
-    values[e] = std::isnan(value) ? kNaN : value;  // whose bits it had depends on the instructions
+    values[e] = positive ? value_of(row[next]) : 0.0f;
     gate[e] = positive ? 1.0f : 0.0f;
     positive ? ++next : static_cast<size_t>(--zeros);
   }

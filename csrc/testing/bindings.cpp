@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/leaders.h"
+#include "cpu/sample_ranks.h"
 #include "cpu/simd/dot.h"
 #include "cpu/simd/row.h"
 #include "cpu/simd/screen.h"
@@ -211,10 +211,10 @@ double screen_rate(Target target, int64_t threads) {
 }
 
 // The rank after 1, 2 ... total values.
-std::vector<size_t> sample_ranks(int64_t k, int64_t total) {
+std::vector<int64_t> sample_ranks(int64_t k, int64_t total) {
   require(k > 0 && total > 0, "k and total must be positive");
   const SampleRanks ranks(k, total);
-  std::vector<size_t> out;
+  std::vector<int64_t> out;
   for (int64_t shown = 1; shown <= total; ++shown) out.push_back(ranks.rank(shown));
   return out;
 }

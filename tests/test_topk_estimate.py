@@ -1,4 +1,4 @@
-"""Screened TopK: int8 products estimate each row's limit, canonical dots settle it.
+"""Screened TopK: the latents seen so far estimate each row's limit, which is proved in the end.
 
 `gsf.explain()` counts a block once where the estimates held and twice where they did not.
 """
@@ -14,7 +14,6 @@ import torch
 from conftest import native_absent
 from hypothesis import given, settings
 from screening import ENCODERS, Data, assert_bits, compare, draw
-from torch import Tensor
 
 import gemmascope_fast as gsf
 
@@ -48,20 +47,18 @@ def passes(packed: bool, monkeypatch: pytest.MonkeyPatch) -> Callable[..., float
     return run
 
 
-def test_the_estimates_hold_and_spare_dots(passes: Callable[..., float]) -> None:
+def test_the_estimates_hold(passes: Callable[..., float]) -> None:
     assert passes(draw(60, 384, 4800)) == 1
-    proposed, rescored = gsf.explain().candidates, gsf.explain().rescored
-    assert 60 * 6 <= rescored < proposed / 2
 
 
-def test_few_are_proposed_beside_the_largest(passes: Callable[..., float]) -> None:
-    """By the sixteenth best of the part that was seen it would be more than 400 a row."""
+def test_few_are_candidates_beside_the_largest(passes: Callable[..., float]) -> None:
+    """By the sixteenth best of the part that was seen it would be 277 a row, not 189."""
     x, W, b, t = draw(16, 512, 48_000)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each thread's first block meets no limit
     assert passes((x, W, 0 * b, t), k=16) == 1
     torch.set_num_threads(threads)
-    assert gsf.explain().candidates < 16 * 330
+    assert gsf.explain().candidates < 16 * 230
 
 
 @pytest.mark.parametrize("order", ["falling", "rising", "a group"])
@@ -125,34 +122,8 @@ def binomial_tail(r: int, k: int, part: float) -> float:
     return float(logs.exp().sum())
 
 
-def hadamard(size: int) -> Tensor:
-    H = torch.ones(1, 1)
-    while H.shape[0] < size:
-        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
-    return H
-
-
-def overestimated(d: int = 256) -> Data:
-    """Ten latents whose products are all too large, by as much as the bound allows."""
-    H = hadamard(d)
-    g = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (d,), generator=g).float() * 2 - 1
-    y = signs * 10.55  # codes 11: each adds 0.45 in the direction of the latents below
-    y[0] = signs[0] * 127
-    W = 1e-3 * torch.randn(480, d, generator=g)
-    rows = (127 * signs * (1 - 1e-3 * torch.arange(10.0))[:, None]) @ H / d
-    W[::48] = rows
-    x = (y @ H / d).expand(9, d).contiguous()
-    return x, W.t(), torch.zeros(480), torch.zeros(480)
-
-
-@pytest.mark.parametrize("packed", [True], indirect=True)  # else their mean is taken out
-def test_estimates_that_are_too_high_are_noticed(passes: Callable[..., float]) -> None:
-    assert passes(overestimated()) == 2
-
-
 def test_a_second_pass_begins_anew(passes: Callable[..., float]) -> None:
-    """A block that is visited early has the winners of all rows: what the first pass took is void."""
+    """A block that comes early has the winners of all rows: what the first pass took is void."""
     x, W, b, t = draw(60, 384, 32_768)
     for at in range(0, 32_768, BLOCK):
         hot = W.t().clone()
@@ -162,11 +133,9 @@ def test_a_second_pass_begins_anew(passes: Callable[..., float]) -> None:
     raise AssertionError("no order of the blocks misleads the estimate")
 
 
-def test_more_than_can_be_held(passes: Callable[..., float]) -> None:
-    """Ties everywhere: every entry is proposed."""
+def test_ties_everywhere(passes: Callable[..., float]) -> None:
     x, W = torch.ones(256, 64), torch.ones(32_768, 64)
-    data = x, W.t(), torch.zeros(32_768), torch.zeros(32_768)
-    assert 1 < passes(data) <= 2
+    assert passes((x, W.t(), torch.zeros(32_768), torch.zeros(32_768))) == 1
 
 
 def test_less_than_k_positive_entries(passes: Callable[..., float]) -> None:
