@@ -25,7 +25,7 @@ from .sparsify_pre_acts import PreActs
 STORED = "_gemmascope_fast_entries"
 """Attribute of a tensor of latents: `(its version, its entries)`, which decoding uses again."""
 
-BLOCK = 2048
+BLOCK = 512
 """Latents projected at a time: two blocks of rows stay in the cache."""
 
 
