@@ -39,6 +39,23 @@ def test_empty(screen: Callable[[str], None], n: int, d: int, f: int) -> None:
     compare(screen, draw(n, d, f))
 
 
+@pytest.mark.parametrize("name", ENCODERS)
+def test_positions_in_a_thread_part_take_16_bits(screen: Callable[[str], None], name: str) -> None:
+    """One thread would cut 600,000 latents into eight parts, of 75,000."""
+    active = [5, 70_000, 140_001, 299_999, 300_000, 599_999]
+    b = torch.zeros(600_000)
+    b[active] = 1 + torch.arange(6.0)
+    data = torch.ones(1, 1), torch.zeros(1, 600_000), b, torch.full((600_000,), 0.5)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for mode in ("never", "always"):
+            screen(mode)
+            assert call(name, data)[1].tolist() == active
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_several_row_blocks_and_ranges(screen: Callable[[str], None]) -> None:
     compare(screen, draw(1100, 64, 4000, rank=2.5))
 

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import hypothesis.strategies as st
 import numpy as np
@@ -47,6 +48,16 @@ def passes(packed: bool, monkeypatch: pytest.MonkeyPatch) -> Callable[..., float
     return run
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_estimates_hold(passes: Callable[..., float]) -> None:
     assert passes(draw(60, 384, 4800)) == 1
 
@@ -54,11 +65,18 @@ def test_the_estimates_hold(passes: Callable[..., float]) -> None:
 def test_few_are_candidates_beside_the_largest(passes: Callable[..., float]) -> None:
     """By the sixteenth best of the part that was seen it would be 277 a row, not 189."""
     x, W, b, t = draw(16, 512, 48_000)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # each thread's first block meets no limit
-    assert passes((x, W, 0 * b, t), k=16) == 1
-    torch.set_num_threads(threads)
+    with threads(1):  # each thread's first block meets no limit
+        assert passes((x, W, 0 * b, t), k=16) == 1
     assert gsf.explain().candidates < 16 * 230
+
+
+@pytest.mark.parametrize(("n", "size", "k"), [(40, 9600, 32), (40, 24_000, 256)])
+def test_threads_that_wait_for_each_other_cost_no_second_pass(
+    passes: Callable[..., float], n: int, size: int, k: int
+) -> None:
+    x, W, b, t = draw(n, 64, size)
+    with threads(8):
+        assert [passes((x, W, b, t), k=k) for _ in range(15)] == [1] * 15
 
 
 @pytest.mark.parametrize("order", ["falling", "rising", "a group"])

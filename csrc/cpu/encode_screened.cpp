@@ -227,6 +227,13 @@ void EncodeTiles::rescore(const Task& task, Scratch& scratch, const EncodeLimits
   found.clear();
 }
 
+void EncodeTiles::count_visited(const Task& task, int64_t place, int64_t end) {
+  if (order_.empty()) return;
+  int64_t count = 0;
+  for (; place < end; place += kScreenBlock) count += block_at(task, place).count;
+  visited_[static_cast<size_t>(task.row_begin / row_block_)] += count;
+}
+
 // Blocks [place, end) of a task, all their dots.
 void EncodeTiles::run_unscreened(const Task& task, int64_t place, int64_t end, Scratch& scratch,
                                  const EncodeLimits& limits, const Visit& visit) {
@@ -255,10 +262,7 @@ void EncodeTiles::run_screened(const Task& task, Scratch& scratch, const EncodeL
       end = std::min(place + skip * kScreenBlock, task.latent_end);
       skip = std::min(2 * skip, kMostSkipped);
     }
-    if (!order_.empty()) {
-      const int64_t shown = std::min(end, task.latent_end) - place;
-      visited_[static_cast<size_t>(task.row_begin / row_block_)] += shown;
-    }
+    count_visited(task, place, end);
     if (!screened) run_unscreened(task, place, end, scratch, limits, visit);
     place = end;
   }

@@ -24,7 +24,7 @@ constexpr int64_t kTasksPerSlot = 8;
 
 // Rows from which making the latents' codes pays: about 1.4 cycles a weight, against n / 16 of the float32 product.
 constexpr int64_t kScreenedRows = 32;
-// Latents below which the two passes' set-up costs more than the product.
+// Latents below which screening's set-up costs more than the product.
 constexpr int64_t kScreenedLatents = 4 * kScreenBlock;
 constexpr int64_t kScreenedWidth = 128;
 // int32 holds q . p + 128 sum p up to here.
@@ -123,7 +123,7 @@ void EncodeTiles::partition() {
   if (why_direct_ == nullptr) block_ = kScreenBlock;
   const int64_t wanted = torch::stable::get_num_threads() * kTasksPerSlot;
   const int64_t ranges = divide_up(wanted, std::max<int64_t>(row_blocks_, 1));
-  range_ = round_up(divide_up(d_sae_, ranges), block_);
+  range_ = std::min(round_up(divide_up(d_sae_, ranges), block_), kMaxSide / block_ * block_);
   ranges_ = range_ == 0 ? 0 : divide_up(d_sae_, range_);
   slots_ = parallel_slots(tasks());
   scratch_.resize(static_cast<size_t>(slots_));

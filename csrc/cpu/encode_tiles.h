@@ -33,9 +33,12 @@ class EncodeTiles {
     int64_t latents() const { return latent_end - latent_begin; }
   };
   // Called with entries of one row whose pre = dot + bias is above the limit or NaN: latents latent + position[i], i < count.
-  // Within a task the latents of a row ascend.
+  // Within a task the latents of a row ascend, unless they are shuffled.
   using Visit = std::function<void(int64_t row, int64_t latent, int64_t count,
                                    const int32_t* position, const float* pre)>;
+
+  // Neither side of a task exceeds this, so that 16 bits hold a position inside it.
+  static constexpr int64_t kMaxSide = 65536;
 
   // packed: codes of w, or none. The report of the calling thread's encode is written when this goes out of scope.
   EncodeTiles(const char* op, const Matrix& x, const Matrix& w,
@@ -105,6 +108,8 @@ class EncodeTiles {
   LatentBlock latent_block(int64_t begin, int64_t count, Scratch& scratch);
   // The block at a place of a task; none behind the last one.
   Block block_at(const Task& task, int64_t place) const;
+  // The latents of places [place, end) are about to be visited.
+  void count_visited(const Task& task, int64_t place, int64_t end);
   void read_ahead(const Task& task, Block next, Scratch& scratch) const;
   void multiply(int64_t row, int64_t rows, const EncodeLimits& limits, const char* const* ahead,
                 Scratch& scratch, uint64_t* masks) const;

@@ -26,11 +26,12 @@ namespace {
 constexpr char kOp[] = "jumprelu_encode";
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// Row and latent relative to their task. An invalid entry has the value NaN.
+// Row and latent relative to their task (EncodeTiles::kMaxSide). An invalid entry has the value NaN.
 struct Record {
   uint16_t row, latent;
   float value;
 };
+static_assert(EncodeTiles::kMaxSide <= 65536);
 static_assert(sizeof(Record) == 8, "half the result's size at most");
 
 // Append-only, in pieces, because doubling one array would hold three times the records.

@@ -59,15 +59,16 @@ int32_t latent_of(Candidate c) { return static_cast<int32_t>(~static_cast<uint32
 // outcome does not depend on the schedule.
 class BestEntries {
  public:
-  BestEntries(int64_t n, int64_t k)
-      : k_(k),
-        best_(static_cast<size_t>(n * k)),
-        size_(static_cast<size_t>(n)),
-        bounds_(static_cast<size_t>(n)) {
-    start();
-  }
+  BestEntries(const EncodeTiles& tiles, int64_t k)
+      : tiles_(&tiles),
+        k_(k),
+        best_(static_cast<size_t>(tiles.rows() * k)),
+        size_(static_cast<size_t>(tiles.rows())),
+        bounds_(size_.size()) {}
 
-  void start() {
+  // Without entries. ranks: of a part of the latents, or null: then bounds are no estimates.
+  void start(const SampleRanks* ranks) {
+    ranks_ = ranks;
     std::fill(size_.begin(), size_.end(), int64_t{0});
     for (std::atomic<float>& bound : bounds_) bound.store(0.0f, std::memory_order_relaxed);
   }
@@ -78,24 +79,25 @@ class BestEntries {
     return bound > 0 ? std::nextafter(bound, 0.0f) : 0.0f;
   }
 
-  // The rank-th best entry so far becomes the bound: with rank = k the best of the row are not below it; with fewer they are
-  // not if it is `proved` in the end.
-  // Returns how many entries the row has now.
-  int64_t merge(int64_t row, const Candidate* found, int64_t count, int64_t rank,
-                std::vector<Candidate>& work) {
+  // The rank-th best entry so far becomes the bound: with rank = k the best of the row are not below it; with a smaller one
+  // they are not if it is `proved` in the end. Returns how many entries the row has now.
+  int64_t merge(int64_t row, const Candidate* found, int64_t count, std::vector<Candidate>& work) {
     std::lock_guard<std::mutex> lock(locks_[static_cast<size_t>(row) % kLocks]);
+    // Under the lock: what others have merged they had counted as visited.
+    const int64_t rank = ranks_ == nullptr ? k_ : ranks_->rank(tiles_->visited(row));
     int64_t& size = size_[static_cast<size_t>(row)];
     Candidate* best = best_.data() + row * k_;
     work.assign(best, best + size);
     work.insert(work.end(), found, found + count);
-    size = std::min(static_cast<int64_t>(work.size()), k_);
+    const bool more = static_cast<int64_t>(work.size()) > k_;
+    size = more ? k_ : static_cast<int64_t>(work.size());
     auto from = work.begin();
     if (rank <= size) {
       std::nth_element(from, from + rank - 1, work.end(), std::greater<>());
       from += rank;
       raise(row, value_of(work[static_cast<size_t>(rank - 1)]));
     }
-    if (rank<k_&& static_cast<int64_t>(work.size())> k_) {
+    if (more && rank != k_) {
       std::nth_element(from, work.begin() + k_ - 1, work.end(), std::greater<>());
     }
     std::copy(work.begin(), work.begin() + size, best);
@@ -127,6 +129,8 @@ class BestEntries {
   }
 
   static constexpr size_t kLocks = 64;  // rows that share one rarely meet: two threads, few merges
+  const EncodeTiles* tiles_;
+  const SampleRanks* ranks_ = nullptr;
   int64_t k_;
   std::vector<Candidate> best_;
   std::vector<int64_t> size_;
@@ -137,12 +141,10 @@ class BestEntries {
 // One thread's candidates, merged a few at a time.
 class Collector {
  public:
-  // ranks: as in `collect`.
-  Collector(const EncodeTiles& tiles, int64_t k, const SampleRanks* ranks, BestEntries& best)
-      : tiles_(&tiles),
-        ranks_(ranks),
-        best_(&best),
-        k_(k),
+  // early: also the first few, which raise a young bound by much.
+  Collector(const EncodeTiles& tiles, int64_t k, bool early, BestEntries& best)
+      : best_(&best),
+        early_(early),
         capacity_(std::max<int64_t>(32, k / 2)),
         buffer_(static_cast<size_t>(std::min(tiles.row_block(), tiles.rows()) * capacity_)) {}
 
@@ -161,8 +163,7 @@ class Collector {
       own[size++] = candidate(pre[i], static_cast<int32_t>(latent) + position[i]);
       if (size == capacity_) flush(r);
     }
-    // A few raise a young bound by much.
-    if (ranks_ != nullptr && size >= kFewest + held_[static_cast<size_t>(r)] / 8) flush(r);
+    if (early_ && size >= kFewest + held_[static_cast<size_t>(r)] / 8) flush(r);
   }
 
   void finish() {
@@ -173,31 +174,28 @@ class Collector {
   void flush(int64_t r) {
     int64_t& size = size_[static_cast<size_t>(r)];
     if (size == 0) return;
-    const int64_t row = task_.row_begin + r;
-    const int64_t rank = ranks_ == nullptr ? k_ : ranks_->rank(tiles_->visited(row));
     held_[static_cast<size_t>(r)] =
-        best_->merge(row, buffer_.data() + r * capacity_, size, rank, work_);
+        best_->merge(task_.row_begin + r, buffer_.data() + r * capacity_, size, work_);
     size = 0;
   }
 
   static constexpr int64_t kFewest = 2;
-  const EncodeTiles* tiles_;
-  const SampleRanks* ranks_;
   BestEntries* best_;
-  int64_t k_, capacity_;
+  bool early_;
+  int64_t capacity_;
   EncodeTiles::Task task_{};
   std::vector<Candidate> buffer_, work_;
   std::vector<int64_t> size_, held_;
 };
 
-// ranks: of a part of the latents, or null: then bounds are no estimates.
 void collect(EncodeTiles& tiles, const float* bias, int64_t k, BestEntries& best,
              const SampleRanks* ranks) {
   std::vector<std::unique_ptr<Collector>> collectors(static_cast<size_t>(tiles.slots()));
   const EncodeLimits limits = {bias, nullptr, [&](int64_t row) { return best.limit(row); }};
+  best.start(ranks);
   parallel_tasks(tiles.tasks(), tiles.slots(), [&](int64_t t, int64_t slot) {
     auto& collector = collectors[static_cast<size_t>(slot)];
-    if (!collector) collector = std::make_unique<Collector>(tiles, k, ranks, best);
+    if (!collector) collector = std::make_unique<Collector>(tiles, k, ranks != nullptr, best);
     collector->start(tiles.task(t));
     tiles.run(tiles.task(t), slot, limits,
               [&](int64_t row, int64_t latent, int64_t count, const int32_t* position,
@@ -212,7 +210,6 @@ void select(EncodeTiles& tiles, const float* bias, int64_t k, BestEntries& best)
     const SampleRanks ranks(k, tiles.latents());
     collect(tiles, bias, k, best, &ranks);
     if (best.proved()) return;
-    best.start();
   }
   collect(tiles, bias, k, best, nullptr);
 }
@@ -260,7 +257,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_encode_cpu(
   if (n * k > 0) {
     const FloatVector bias(b_enc);
     EncodeTiles tiles(kOp, matrix_of(x), features(W_enc), packed_encoder(kOp, packed, W_enc));
-    BestEntries best(n, k);
+    BestEntries best(tiles, k);
     select(tiles, bias.data(), k, best);
     write_entries(best, n, k, out);
   }
