@@ -42,6 +42,8 @@ RUNS: dict[str, dict[str, Any]] = {
         "matryoshka": [2048, 8192, 16384],
     },
 }
+MOST = dict.fromkeys(RUNS, 1.15)
+MOST["topk, many dead"] = 1.25  # how many latents are dead at once is not known before
 CHECKPOINTED = {"d_in": 1152, "d_sae": 16384, "batch_size": 1024, "target_l0": 50, "steps": 2}
 
 
@@ -66,7 +68,7 @@ def test_the_estimate_bounds_what_a_process_takes(name: str) -> None:
     for _ in range(3):  # a busy kernel unmaps late: the lowest of up to three counts
         share, found = ratio(RUNS[name])
         ratios.append(share)
-        if 1 <= share <= 1.15:
+        if 1 <= share <= MOST[name]:
             return
     pytest.fail(f"estimated over measured bytes: {ratios}; {found}")
 
