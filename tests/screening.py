@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +31,16 @@ def call(name: str, data: Data, bandwidth: float = 0.3, packed: Tensor | None = 
 
 def assert_bits(ours: Any, expected: Any, what: str) -> None:
     assert_all_same(list(ours), list(expected), [f"{what}, output {i}" for i in range(len(ours))])
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def entries_of(acts: gsf.SparseActs) -> list[Tensor]:

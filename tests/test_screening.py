@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import native_absent
 from hypothesis import given, settings
-from screening import ENCODERS, Data, assert_bits, at_the_ulp, call, compare, draw
+from screening import ENCODERS, Data, assert_bits, at_the_ulp, call, compare, draw, threads
 from torch import Tensor
 
 import gemmascope_fast as gsf
@@ -46,14 +46,10 @@ def test_positions_in_a_thread_part_take_16_bits(screen: Callable[[str], None], 
     b = torch.zeros(600_000)
     b[active] = 1 + torch.arange(6.0)
     data = torch.ones(1, 1), torch.zeros(1, 600_000), b, torch.full((600_000,), 0.5)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for mode in ("never", "always"):
-            screen(mode)
+    for mode in ("never", "always"):
+        screen(mode)
+        with threads(1):
             assert call(name, data)[1].tolist() == active
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_several_row_blocks_and_ranges(screen: Callable[[str], None]) -> None:
@@ -345,9 +341,9 @@ print(digest.hexdigest(), screening.gsf.explain().path)
 def test_targets_and_threads_agree(run_python: Callable[..., str]) -> None:
     found = {}
     for target in filter(available, ("generic", "avx2", "avx512")):
-        for threads in (1, 2, 3) if target != "generic" else (2,):
+        for count in (1, 2, 3) if target != "generic" else (2,):
             env = {"GEMMASCOPE_FAST_CPU": target, "GEMMASCOPE_FAST_SCREEN": "always"}
-            found[target, threads] = run_python(SCRIPT.format(threads=threads), **env)
+            found[target, count] = run_python(SCRIPT.format(threads=count), **env)
     direct = run_python(SCRIPT.format(threads=2), GEMMASCOPE_FAST_SCREEN="never")
     expected = direct.replace("direct", "screened")
     assert direct != expected and set(found.values()) == {expected}, found

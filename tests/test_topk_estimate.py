@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import hypothesis.strategies as st
 import numpy as np
@@ -14,7 +13,7 @@ import pytest
 import torch
 from conftest import native_absent
 from hypothesis import given, settings
-from screening import ENCODERS, Data, assert_bits, compare, draw
+from screening import ENCODERS, Data, assert_bits, compare, draw, threads
 
 import gemmascope_fast as gsf
 
@@ -46,16 +45,6 @@ def passes(packed: bool, monkeypatch: pytest.MonkeyPatch) -> Callable[..., float
         return (said.screened_blocks + said.direct_blocks) / -(-W.shape[1] // BLOCK)
 
     return run
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_the_estimates_hold(passes: Callable[..., float]) -> None:

@@ -47,10 +47,8 @@ class EncodeTiles {
 
   int64_t rows() const { return n_; }
   int64_t latents() const { return d_sae_; }
-  int64_t row_blocks() const { return row_blocks_; }
   int64_t row_block() const { return row_block_; }
   int64_t ranges() const { return ranges_; }
-  int64_t range() const { return range_; }
   int64_t tasks() const { return row_blocks_ * ranges_; }
   // Thread slots to run the tasks with.
   int64_t slots() const { return slots_; }
