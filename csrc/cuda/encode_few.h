@@ -16,5 +16,9 @@ bool encode_few_serves(const EncodeTiles& p, Dtype dtype, Limit limit);
 // One pass, first or second, on the current device.
 cudaError_t encode_few(const EncodeTiles& p, Dtype dtype, Limit limit, cudaStream_t stream);
 
+// All keys of the product instead (topk_few_kernel.cuh).
+struct FewKeys;
+cudaError_t few_keys(const EncodeTiles& p, Dtype dtype, const FewKeys& out, cudaStream_t stream);
+
 }  // namespace on_cuda
 }  // namespace gemmascope_fast

@@ -153,13 +153,12 @@ __device__ __forceinline__ bool few_is_complete(const EncodeTiles& p, int64_t co
   return complete;
 }
 
-// A block per 64 latents of [first, last); n <= 16. p.limit is not read.
-template <typename T, Limit kLimit>
-__global__ void __launch_bounds__(kFewThreads, kFewBlocks) encode_few_kernel(EncodeTiles p) {
-  GSF_DYNAMIC_SHARED(unsigned char, shared);
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * kFewStrips;
-  if (p.rest != nullptr && few_is_complete(p, column)) return;
-  const int64_t latent0 = p.first + column * kFewWidth;
+// The sums x W^T of latents latent0 .. + 63: those of warp w's strip, w < 2. `shared`: kFewShared bytes, whose last
+// 2 kFewLatents floats stay as they are; meanwhile() is called while the first stages are on their way.
+template <typename T, class Meanwhile>
+__device__ __forceinline__ void few_sums(const EncodeTiles& p, int64_t latent0,
+                                         unsigned char* shared, const Meanwhile& meanwhile,
+                                         float (&sums)[kFewWidth / 8][4]) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const SharedAddress stages = shared_address(shared);
   FewCopies<T> copies(p, latent0);
@@ -168,8 +167,7 @@ __global__ void __launch_bounds__(kFewThreads, kFewBlocks) encode_few_kernel(Enc
     copies.next(stages + stage * kFewStageBytes);
     copy_async_commit();
   }
-  float* bias = reinterpret_cast<float*>(shared + kFewStages * kFewStageBytes);
-  few_limits<kLimit>(p, latent0, bias, bias + kFewLatents);
+  meanwhile();
   const int own = few_offset(lane / 4, warp % kFewDepth * 4 + lane % 4);
   const int first_latent = warp / kFewDepth * kFewWidth;
   const int64_t steps = (p.d * static_cast<int64_t>(sizeof(T)) + kFewRowBytes - 1) / kFewRowBytes;
@@ -185,8 +183,21 @@ __global__ void __launch_bounds__(kFewThreads, kFewBlocks) encode_few_kernel(Enc
   }
   copy_async_wait<0>();
   __syncthreads();
-  float sums[kFewWidth / 8][4];
   add_parts(acc, reinterpret_cast<float4*>(shared), sums);
+}
+
+// A block per 64 latents of [first, last); n <= 16. p.limit is not read.
+template <typename T, Limit kLimit>
+__global__ void __launch_bounds__(kFewThreads, kFewBlocks) encode_few_kernel(EncodeTiles p) {
+  GSF_DYNAMIC_SHARED(unsigned char, shared);
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kFewStrips;
+  if (p.rest != nullptr && few_is_complete(p, column)) return;
+  const int64_t latent0 = p.first + column * kFewWidth;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float* bias = reinterpret_cast<float*>(shared + kFewStages * kFewStageBytes);
+  float sums[kFewWidth / 8][4];
+  few_sums<T>(
+      p, latent0, shared, [&] { few_limits<kLimit>(p, latent0, bias, bias + kFewLatents); }, sums);
   if (warp >= kFewStrips) return;
   bias += warp * kFewWidth;
   emit_strip<kFewWidth, kLimit>(p, sums, 0, latent0 + warp * kFewWidth, column + warp, lane, bias,

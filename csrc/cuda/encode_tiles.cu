@@ -89,10 +89,6 @@ bool prefers_portable() {
   return choice != nullptr && std::strcmp(choice, "portable") == 0;
 }
 
-bool uses_few(const EncodeTiles& p, Dtype dtype, Limit limit) {
-  return !prefers_portable() && encode_few_serves(p, dtype, limit);
-}
-
 bool uses_sm90(const EncodeTiles& p, Dtype dtype, Limit limit) {
   if (multiplies_codes(limit)) return true;
   return !is_small(p) && !prefers_portable() && encode_sm90_serves(p, dtype, limit);
@@ -226,6 +222,25 @@ EncodeInputs encode_inputs(const Tensor& x, const Tensor& W_enc, const Tensor& b
   return in;
 }
 
+bool uses_few(const EncodeTiles& p, Dtype dtype, Limit limit) {
+  return !prefers_portable() && encode_few_serves(p, dtype, limit);
+}
+
+EncodeTiles tiles_of(const EncodeInputs& in, int64_t first, int64_t last) {
+  EncodeTiles p = {};
+  p.x = in.x.data_ptr();
+  p.W = in.W.data_ptr();
+  p.n = in.n();
+  p.d = in.x.size(1);
+  p.d_sae = in.d_sae();
+  p.x_stride = in.x.stride(0);
+  p.W_stride = in.W.stride(0);
+  p.first = first;
+  p.last = last;
+  p.bias = data<float>(in.bias);
+  return p;
+}
+
 int encode_width(const EncodeTiles& p, Dtype dtype, Limit limit) {
   if (uses_few(p, dtype, limit)) return kFewWidth;
   if (uses_sm90(p, dtype, limit)) return 256;
@@ -297,17 +312,7 @@ EncodeHits encode_hits(const char* op, const EncodeInputs& in, const EncodeLimit
   EncodeHits hits;
   hits.inputs = in;
   hits.kind = limit.kind;
-  EncodeTiles& p = hits.tiles = {};
-  p.x = in.x.data_ptr();
-  p.W = in.W.data_ptr();
-  p.n = in.n();
-  p.d = in.x.size(1);
-  p.d_sae = in.d_sae();
-  p.x_stride = in.x.stride(0);
-  p.W_stride = in.W.stride(0);
-  p.first = limit.first;
-  p.last = limit.last;
-  p.bias = data<float>(in.bias);
+  const EncodeTiles& p = hits.tiles = tiles_of(in, limit.first, limit.last);
   hits.width = encode_width(p, in.dtype, limit.kind);
   set_limit(op, hits, in, limit, stream);
   allocate_outputs(hits, in, arena);

@@ -92,7 +92,11 @@ EncodeCsr encode_candidates(const char* op, const EncodeInputs& in, const Encode
 Tensor latent_limits(const char* op, const Tensor& bias, const Tensor& threshold, float window,
                      cudaStream_t stream);
 
-// The choice of a kernel: latents per strip, and the launch.
+// The operands of latents [first, last), without a limit or outputs.
+EncodeTiles tiles_of(const EncodeInputs& in, int64_t first, int64_t last);
+
+// The choice of a kernel: whether it is that of few tokens, latents per strip, and the launch.
+bool uses_few(const EncodeTiles& p, Dtype dtype, Limit limit);
 int encode_width(const EncodeTiles& p, Dtype dtype, Limit limit);
 void encode_tiles(const char* op, const EncodeTiles& p, Dtype dtype, Limit limit,
                   cudaStream_t stream);

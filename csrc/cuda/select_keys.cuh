@@ -110,9 +110,10 @@ __device__ inline Ranks rank(bool above, bool equal, uint32_t* words) {
 // Writes the keys above `cut` and the first `room` of those equal to it, in order; returns the smallest key that this
 // thread wrote, or kNaNKey. A position's target is never behind it and its source is read before anything of its step
 // is written, so the output may be the row's kept part itself. `words`: 2 kWarps words of shared memory.
-template <int kWarps, typename KeyAt>
-__device__ inline uint32_t compact(const Row& row, const KeyAt& key_at, uint32_t cut, uint32_t room,
-                                   int32_t* latents, float* values, uint32_t* words) {
+template <int kWarps, class Entries, typename KeyAt>
+__device__ inline uint32_t compact(const Entries& row, const KeyAt& key_at, uint32_t cut,
+                                   uint32_t room, int32_t* latents, float* values,
+                                   uint32_t* words) {
   uint32_t smallest = kNaNKey, above_seen = 0, equal_seen = 0, parity = 0;
   for (uint32_t start = 0; start < row.total; start += Team<kWarps>::kThreads) {
     const uint32_t at = start + Team<kWarps>::thread();

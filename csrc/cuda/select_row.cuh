@@ -23,6 +23,14 @@ struct SelectRows {
   float* bound;      // [n]
 };
 
+// kKeys: longest row whose keys stay in shared memory. kTeams rows at a time in one block.
+template <int kWarps, int kTeams, uint32_t kKeys>
+struct SelectShared {
+  uint32_t keys[kTeams][kKeys];
+  uint32_t bins[kTeams][kSelectBins];
+  uint32_t words[kTeams][3 * kWarps];
+};
+
 // The keys in [low, high] hold the k-th largest; `above` keys lie above high, `count` at or above low.
 struct KeyRange {
   uint32_t low, high, above, count;
@@ -51,6 +59,23 @@ __device__ inline KeyRange whole_range(KeyRange mine, uint32_t* words) {
     __syncthreads();
   }
   return mine;
+}
+
+// The range of a row's keys; they go to `keys` too, if that is not null. All threads of the team call it.
+template <int kWarps, class Entries>
+__device__ inline KeyRange read_keys(const Entries& row, uint32_t* keys, uint32_t* words) {
+  using Threads = Team<kWarps>;
+  KeyRange range = {~0u, 0, 0, 0};
+  for (uint32_t at = Threads::thread(); at < row.total; at += Threads::kThreads) {
+    const uint32_t key = row.key(at);
+    if (keys != nullptr) keys[at] = key;
+    if (key == 0) continue;
+    range.low = min(range.low, key);
+    range.high = max(range.high, key);
+    ++range.count;
+  }
+  Threads::sync();
+  return whole_range<kWarps>(range, words);
 }
 
 // The bin of the k-th largest key, from the histogram of the keys in `range`; every warp finds it by itself.
@@ -85,9 +110,9 @@ __device__ inline KeyRange narrowed(KeyRange range, uint32_t shift, const uint32
   return range;
 }
 
-template <int kWarps, typename KeyAt>
-__device__ inline KeyRange find_cut(const Row& row, const KeyAt& key_at, KeyRange range, uint32_t k,
-                                    uint32_t* bins) {
+template <int kWarps, class Entries, typename KeyAt>
+__device__ inline KeyRange find_cut(const Entries& row, const KeyAt& key_at, KeyRange range,
+                                    uint32_t k, uint32_t* bins) {
   using Threads = Team<kWarps>;
   while (range.low < range.high && range.count > k) {
     const int bits = 32 - __clz(static_cast<int>(range.high - range.low));
@@ -106,8 +131,8 @@ __device__ inline KeyRange find_cut(const Row& row, const KeyAt& key_at, KeyRang
 }
 
 // One row by one team; returns when nothing of the row, shared memory included, is in use any more.
-template <int kWarps, typename KeyAt>
-__device__ inline void select_row(const SelectRows& p, int64_t i, const Row& row,
+template <int kWarps, class Entries, typename KeyAt>
+__device__ inline void select_row(const SelectRows& p, int64_t i, const Entries& row,
                                   const KeyAt& key_at, KeyRange range, uint32_t* bins,
                                   uint32_t* words) {
   const uint32_t k = static_cast<uint32_t>(p.k);

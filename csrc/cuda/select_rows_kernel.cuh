@@ -10,6 +10,7 @@
 // 2.
 #pragma once
 
+#include "cuda/fill_row.cuh"
 #include "cuda/select_row.cuh"
 
 namespace gemmascope_fast {
@@ -22,17 +23,8 @@ constexpr int kWarpRows = 4;
 constexpr uint32_t kBlockKeys = 8192;
 constexpr int kBlockWarps = 8;
 
-// kKeys: longest row whose keys stay in shared memory. kTeams rows at a time in one block.
-template <int kWarps, int kTeams, uint32_t kKeys>
-struct SelectShared {
-  uint32_t keys[kTeams][kKeys];
-  uint32_t bins[kTeams][kSelectBins];
-  uint32_t words[kTeams][3 * kWarps];
-};
-
 template <int kWarps, int kTeams, uint32_t kKeys>
 __global__ void __launch_bounds__(32 * kWarps * kTeams) select_rows_kernel(SelectRows p) {
-  using Threads = Team<kWarps>;
   __shared__ SelectShared<kWarps, kTeams, kKeys> shared;
   if (dropped(p.found)) {
     if (blockIdx.x == 0 && threadIdx.x == 0) record_loss(p.found);
@@ -53,17 +45,7 @@ __global__ void __launch_bounds__(32 * kWarps * kTeams) select_rows_kernel(Selec
                      kept,
                      kept + found};
     const bool fits = row.total <= kKeys;
-    KeyRange range = {~0u, 0, 0, 0};
-    for (uint32_t at = Threads::thread(); at < row.total; at += Threads::kThreads) {
-      const uint32_t key = row.key(at);
-      if (fits) keys[at] = key;
-      if (key == 0) continue;
-      range.low = min(range.low, key);
-      range.high = max(range.high, key);
-      ++range.count;
-    }
-    Threads::sync();
-    range = whole_range<kWarps>(range, shared.words[team]);
+    const KeyRange range = read_keys<kWarps>(row, fits ? keys : nullptr, shared.words[team]);
     if (range.count == 0) continue;
     if (fits) {
       const auto key_at = [keys](uint32_t at) { return keys[at]; };
@@ -75,48 +57,14 @@ __global__ void __launch_bounds__(32 * kWarps * kTeams) select_rows_kernel(Selec
   }
 }
 
-// Rows of exactly k entries: with m best entries a row takes the k - m smallest other latents, at value 0. Entry e, at
-// latent l, has l - e other latents below it, so it lies at e + min(l - e, k - m). The positions left hold fillers, and
-// a filler lies at the position that is its own latent: all latents below it are in the row.
-struct FillRows {
-  const int32_t* latents;  // [n, k]
-  const float* values;     // [n, k]
-  const int32_t* counts;   // [n]
-  const int64_t*
-      lost;  // [blocks of `together` rows] below d_sae: the block lost candidates, its values are NaN
-  int64_t n, k, d_sae, together;
-  const int64_t* which;  // [n] where the rows go, or null: 0, 1, 2, ...
-  int64_t* offsets;      // [rows + 1]
-  int32_t* out_latents;  // [rows, k]
-  float* out_values;     // [rows, k]
-  float* gate;           // [rows, k]
-};
-
 constexpr int kFillThreads = 256;
 
 __global__ void __launch_bounds__(kFillThreads) fill_rows_kernel(FillRows p) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * (kFillThreads / 32);
-  const uint32_t lane = threadIdx.x % 32;
   if (blockIdx.x == 0 && threadIdx.x == 0) p.offsets[0] = 0;
   for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kFillThreads + threadIdx.x) / 32; i < p.n;
        i += step) {
-    const bool lost = p.lost[i / p.together] < p.d_sae;
-    const int64_t m = p.counts[i];
-    const int64_t to = p.which == nullptr ? i : p.which[i], row = to * p.k, kept = i * p.k;
-    if (lane == 0) p.offsets[to + 1] = row + p.k;
-    for (int64_t e = lane; e < p.k && m < p.k; e += 32) {
-      p.out_latents[row + e] = static_cast<int32_t>(e);
-      p.out_values[row + e] = lost ? value_of(kNaNKey) : 0.0f;
-      p.gate[row + e] = lost ? 1.0f : 0.0f;
-    }
-    __syncwarp();
-    for (int64_t e = lane; e < m; e += 32) {
-      const int64_t latent = p.latents[kept + e];
-      const int64_t target = row + e + min(latent - e, p.k - m);
-      p.out_latents[target] = static_cast<int32_t>(latent);
-      p.out_values[target] = lost ? value_of(kNaNKey) : p.values[kept + e];
-      p.gate[target] = 1.0f;
-    }
+    fill_row<1>(p, i);
   }
 }
 

@@ -6,7 +6,8 @@
 // Source: Scaling and evaluating sparse autoencoders, arXiv 2406.04093, section 2.3.
 // Algorithm: the latents in growing prefixes (select_prefixes.h); a chunk emits what exceeds the row's k-th best so
 // far (encode_tiles.h), and an exact selection per row merges it (select_rows_kernel.cuh). With `packed` codes int8
-// products do so for the most that an entry can be, and exact sums decide among those that are left (topk_screened.h).
+// products do so for the most that an entry can be, and exact sums decide among those that are left (topk_screened.h). At
+// most 16 tokens have all keys of the product written, and selected from (topk_few.h).
 // The host waits once, where d_sae is more than twice the first prefix, to see whether a chunk overflowed; then those
 // rows go on from there in chunks that cannot. While a CUDA graph is captured it does not wait, and their values are
 // NaN.
@@ -22,6 +23,7 @@
 #include "cuda/by_feature.h"
 #include "cuda/encode_tiles.h"
 #include "cuda/runtime.h"
+#include "cuda/topk_few.h"
 #include "cuda/topk_scan.h"
 #include "cuda/topk_screened.h"
 
@@ -39,6 +41,7 @@ bool capturing(cudaStream_t stream) {
 // The k best of each row by the plain product, to the rows `which` of `out` (fill_rows).
 void encode_plain(const EncodeInputs& in, int64_t k, const int64_t* which, const TopkCsr& out,
                   cudaStream_t stream) {
+  if (topk_few_serves(in)) return topk_few(kOp, in, k, which, out, stream);
   const TopkRows best(in.bias, in.n(), in.d_sae(), k);
   const Candidates candidates = [&](int64_t begin, int64_t rows, Prefix chunk, int64_t capacity) {
     return encode_candidates(kOp, in.of_rows(begin, rows), tokens_of(best.bound, begin, rows),

@@ -15,6 +15,7 @@
 #include "cuda/encode_sm90_kernel.cuh"
 #include "cuda/encode_tile_kernel.cuh"
 #include "cuda/place_kernel.cuh"
+#include "cuda/topk_few_kernel.cuh"
 #include "testing/registry.h"
 
 namespace gemmascope_fast {
@@ -273,6 +274,34 @@ py::tuple encode_product(const Array<float>& x, const Array<float>& W, const Sel
   return encode(s, t, width, [&](const EncodeTiles& p) { run(p, s.kind); });
 }
 
+// keys [n, groups, 32] and highest [n, groups] of x W^T + bias.
+template <class T>
+py::tuple keys_of(const Array<float>& x, const Array<float>& W, const Array<float>& bias) {
+  const Rows<T> rows(x), latents(W);
+  EncodeTiles t = {};
+  t.x = rows.memory.data();
+  t.W = latents.memory.data();
+  t.n = x.shape(0);
+  t.d = rows.d;
+  t.d_sae = t.last = W.shape(0);
+  t.x_stride = rows.stride;
+  t.W_stride = latents.stride;
+  t.bias = bias.data();
+  const int64_t groups = (t.d_sae + kGroup - 1) / kGroup;
+  auto keys = new_array<uint32_t>(t.n * groups * kGroup),
+       highest = new_array<uint32_t>(t.n * groups);
+  const FewKeys out = {keys.mutable_data(), highest.mutable_data(), groups};
+  const unsigned blocks = static_cast<unsigned>((t.d_sae + kFewLatents - 1) / kFewLatents);
+  cuda_on_cpu::launch<few_keys_kernel<T>>(blocks, kFewThreads, kFewShared, t, out);
+  return py::make_tuple(keys.reshape({t.n, groups * kGroup}), highest.reshape({t.n, groups}));
+}
+
+py::tuple few_keys(const Array<float>& x, const Array<float>& W, const std::string& dtype,
+                   const Array<float>& bias) {
+  if (dtype == "float16") return keys_of<__half>(x, W, bias);
+  return keys_of<__nv_bfloat16>(x, W, bias);
+}
+
 template <class T>
 py::tuple encode_tiled(const Array<float>& x, const Array<float>& W, const Selection& s,
                        const std::string& tile) {
@@ -330,6 +359,7 @@ const BindLater later([](py::module_& m) {
   m.def("cuda_encode_sm90", &encode_sm90, py::arg("x"), py::arg("W"), py::arg("dtype"),
         py::arg("bias"), py::arg("values"), py::arg("per_token"), py::arg("window"),
         py::arg("range"), py::arg("arena"), py::arg("capacity"));
+  m.def("cuda_few_keys", &few_keys, py::arg("x"), py::arg("W"), py::arg("dtype"), py::arg("bias"));
   m.def("cuda_encode_sums", &encode_sums, py::arg("sums"), py::arg("width"), py::arg("bias"),
         py::arg("values"), py::arg("per_token"), py::arg("window"), py::arg("range"),
         py::arg("arena"), py::arg("capacity"));

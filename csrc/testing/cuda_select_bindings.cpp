@@ -11,6 +11,7 @@
 #include "cuda/select_batch_kernel.cuh"
 #include "cuda/select_prefixes.h"
 #include "cuda/select_rows_kernel.cuh"
+#include "cuda/topk_few_kernel.cuh"
 #include "testing/cuda_on_cpu.h"
 #include "testing/registry.h"
 
@@ -111,6 +112,42 @@ py::tuple fill_rows(const In<int32_t>& latents, const In<float>& values, const I
   return py::make_tuple(offsets, out_latents, out_values, gate);
 }
 
+// keys [n, groups, 32], highest [n, groups]; row i becomes row which[i] of `rows`.
+py::tuple topk_few(const In<uint32_t>& keys, const In<uint32_t>& highest, int64_t k, bool in_memory,
+                   const std::optional<In<int64_t>>& which, int64_t rows) {
+  const py::ssize_t n = highest.shape(0), groups = highest.shape(1), all = which ? rows : n;
+  require(keys.size() == n * groups * kGroup, "[n, groups, 32]");
+  std::vector<uint32_t> own(highest.data(), highest.data() + highest.size());
+  auto chosen = poisoned<int32_t>({n, groups}), latents = poisoned<int32_t>({n, k});
+  auto out_latents = poisoned<int32_t>({all * k});
+  auto values = poisoned<float>({n, k}), bound = poisoned<float>({n});
+  auto out_values = poisoned<float>({all * k}), gate = poisoned<float>({all * k});
+  auto offsets = poisoned<int64_t>({all + 1});
+  std::vector<int32_t> counts(static_cast<size_t>(n),
+                              static_cast<int32_t>(k));  // of an earlier call
+  TopkFew p = {};
+  p.of = {const_cast<uint32_t*>(keys.data()), own.data(), groups};
+  p.chosen = chosen.mutable_data();
+  p.best.n = p.fill.n = n;
+  p.best.k = p.fill.k = k;
+  p.fill.latents = p.best.latents = latents.mutable_data();
+  p.fill.values = p.best.values = values.mutable_data();
+  p.fill.counts = p.best.counts = counts.data();
+  p.best.bound = bound.mutable_data();
+  p.fill.which = which ? which->data() : nullptr;
+  p.fill.offsets = offsets.mutable_data();
+  p.fill.out_latents = out_latents.mutable_data();
+  p.fill.out_values = out_values.mutable_data();
+  p.fill.gate = gate.mutable_data();
+  const unsigned blocks = static_cast<unsigned>(n), threads = 32 * kTopkFewWarps;
+  if (in_memory) {
+    cuda_on_cpu::launch<topk_few_kernel<kTopkFewWarps, 4>>(blocks, threads, 0, p);
+  } else {
+    cuda_on_cpu::launch<topk_few_kernel<kTopkFewWarps, kTopkFewKeys>>(blocks, threads, 0, p);
+  }
+  return py::make_tuple(offsets, out_latents, out_values, gate);
+}
+
 // The candidates are those of rows first_row and on.
 py::tuple select_batch(const In<int64_t>& kept_offsets, const In<int32_t>& kept_latents,
                        const In<float>& kept_values, int64_t rank, const py::tuple& candidates,
@@ -192,6 +229,8 @@ const BindLater later([](py::module_& module) {
   m.def("fill_rows", &fill_rows, py::arg("latents"), py::arg("values"), py::arg("counts"),
         py::arg("lost"), py::arg("d_sae"), py::arg("together"), py::arg("which") = py::none(),
         py::arg("rows") = 0);
+  m.def("topk_few", &topk_few, py::arg("keys"), py::arg("highest"), py::arg("k"),
+        py::arg("in_memory"), py::arg("which") = py::none(), py::arg("rows") = 0);
   m.def("select_batch", &select_batch);
   m.def("write_batch", &write_batch);
   m.def("first_prefix", &first_prefix, py::arg("n"), py::arg("k"));
