@@ -18,8 +18,11 @@ if COMPILER is None or not CSRC.exists():
 
 RUNTIME = r"""
 #pragma once
+#include <cstring>
 #include <functional>
+#include <iterator>
 #include <map>
+#include <vector>
 #include "testing/cuda_types.h"
 
 enum cudaError_t {
@@ -45,6 +48,7 @@ struct cudaDeviceProp {
   int major, minor;
 };
 using cudaStream_t = void*;
+enum { cudaMemcpyDeviceToHost, cudaHostAllocPortable };
 constexpr int kOptin = 232448;
 
 inline cudaError_t last_error = cudaSuccess;
@@ -91,6 +95,37 @@ inline cudaError_t cudaFuncSetAttribute(const void* kernel, int attribute, int v
 inline cudaError_t cudaLaunchKernel(const void* kernel, dim3, dim3, void**, size_t bytes, void*) {
   const bool fits = bytes <= size_t(limits.count(kernel) ? limits[kernel] : 49152);
   return remember(fits ? cudaSuccess : cudaErrorInvalidValue);
+}
+
+// Copies to page-locked memory are done when the stream is waited for, others at once.
+inline std::map<const char*, size_t> locked;
+inline std::vector<std::function<void()>> queued;
+inline cudaError_t cudaHostAlloc(void** found, size_t bytes, unsigned) {
+  char* memory = new char[bytes];
+  locked[memory] = bytes;
+  *found = memory;
+  return answer();
+}
+inline cudaError_t cudaFreeHost(void* memory) {
+  locked.erase(static_cast<char*>(memory));
+  delete[] static_cast<char*>(memory);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, void*) {
+  const char* at = static_cast<char*>(to);
+  const auto part = locked.upper_bound(at);
+  const bool waits = part == locked.begin() || at >= std::prev(part)->first + std::prev(part)->second;
+  if (waits) {
+    memcpy(to, from, bytes);
+  } else {
+    queued.push_back([=] { memcpy(to, from, bytes); });
+  }
+  return remember(cudaSuccess);
+}
+inline cudaError_t cudaStreamSynchronize(void*) {
+  for (const auto& copy : queued) copy();
+  queued.clear();
+  return remember(cudaSuccess);
 }
 """
 
@@ -142,6 +177,22 @@ int main(int, char** argv) {
     major = 8;
     told([] { check_capability("decode", 1); });
     told([] { check_cuda("decode", "launch", cudaErrorNoKernelImageForDevice); });
+    return 0;
+  }
+  if (strcmp(argv[1], "readback") == 0) {
+    int64_t sizes[2] = {7, 8}, found[2] = {}, flags[600] = {}, all[600] = {};
+    flags[599] = 9;
+    Readback read("decode", nullptr);
+    read.read(&found[1], &sizes[1], 8);
+    read.read(all, flags, sizeof(all));  // more than a page
+    read.read(&found[0], &sizes[0], 8);
+    std::printf("%zu queued, %zu ", queued.size(), size_t(found[0] + found[1]));
+    read.wait();
+    std::printf("%d %d %d\n", int(found[0]), int(found[1]), int(all[599]));
+    sizes[0] = 5;
+    read.read(&found[0], &sizes[0], 8);
+    read.wait();
+    std::printf("%d, %zu pages\n", int(found[0]), locked.size());
     return 0;
   }
   told([] { check_cuda("first", "launch", launch(most() + 1)); });
@@ -270,6 +321,11 @@ def test_a_reported_error_is_not_reported_again(program: Path) -> None:
     # Else the next op in this thread would fail, whatever it does.
     text = "first: launch: cudaErrorInvalidValue: invalid argument\n"
     assert output(program, "errors") == text
+
+
+def test_several_numbers_cost_one_wait(program: Path) -> None:
+    # What is larger than a page is copied at once.
+    assert output(program, "readback") == "2 queued, 0 7 8 9\n5, 1 pages\n"
 
 
 def test_threads_that_launch_one_kernel_do_not_lower_each_others_limit(program: Path) -> None:

@@ -53,13 +53,10 @@ void check_arguments(const Tensor& x, const Tensor& W_enc, const Tensor& b_enc,
 int64_t complete(EncodeHits& hits, cudaStream_t stream) {
   const int64_t* offsets = static_cast<const int64_t*>(hits.offsets.data_ptr());
   int64_t reserved = 0, entries = 0;
-  const auto read = [&](int64_t* to, const void* from) {
-    check_cuda(kOp, "reading a size",
-               cudaMemcpyAsync(to, from, sizeof(*to), cudaMemcpyDeviceToHost, stream));
-  };
-  read(&reserved, hits.reserved.data_ptr());
-  read(&entries, offsets + hits.tiles.n);
-  check_cuda(kOp, "waiting for the encoder", cudaStreamSynchronize(stream));
+  Readback sizes(kOp, stream);
+  sizes.read(&reserved, hits.reserved.data_ptr(), sizeof(reserved));
+  sizes.read(&entries, offsets + hits.tiles.n, sizeof(entries));
+  sizes.wait();
   if (reserved > static_cast<int64_t>(hits.tiles.arena)) {
     encode_missing(kOp, hits, reserved, stream);
   }

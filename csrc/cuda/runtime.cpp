@@ -4,6 +4,7 @@
 
 #include <dlfcn.h>
 
+#include <cstring>
 #include <sstream>
 #include <string>
 
@@ -33,6 +34,27 @@ std::string described(int device) {
   cudaGetLastError();
   return text.str();
 }
+
+// Page-locked memory of a thread.
+class Landing {
+ public:
+  static constexpr size_t kBytes = 4096;
+
+  ~Landing() {
+    if (memory_ != nullptr) cudaFreeHost(memory_);
+  }
+  char* memory(const char* op) {
+    if (memory_ == nullptr) {
+      void* found = nullptr;
+      check_cuda(op, "page-locked memory", cudaHostAlloc(&found, kBytes, cudaHostAllocPortable));
+      memory_ = static_cast<char*>(found);
+    }
+    return memory_;
+  }
+
+ private:
+  char* memory_ = nullptr;
+};
 
 }  // namespace
 
@@ -71,6 +93,28 @@ void check_cuda(const char* op, const char* what, cudaError_t status) {
     }
   }
   fail(op, what, ": ", cudaGetErrorName(status), ": ", cudaGetErrorString(status));
+}
+
+void Readback::read(void* to, const void* from, size_t bytes) {
+  static thread_local Landing landing;
+  char* at = nullptr;
+  if (used_ + bytes <= Landing::kBytes) {
+    at = landing.memory(op_) + used_;
+    used_ += bytes;
+  }
+  check_cuda(
+      op_, "reading a size",
+      cudaMemcpyAsync(at != nullptr ? at : to, from, bytes, cudaMemcpyDeviceToHost, stream_));
+  parts_.push_back({to, at, bytes});
+}
+
+void Readback::wait() {
+  check_cuda(op_, "waiting for a size", cudaStreamSynchronize(stream_));
+  for (const Part& part : parts_) {
+    if (part.from != nullptr) memcpy(part.to, part.from, part.bytes);
+  }
+  parts_.clear();
+  used_ = 0;
 }
 
 void check_launch(const char* op) { check_cuda(op, "kernel launch", cudaGetLastError()); }

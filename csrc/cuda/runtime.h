@@ -4,6 +4,9 @@
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstddef>
+#include <vector>
+
 namespace gemmascope_fast {
 
 // The stream torch currently uses on the tensor's device. Throws when this torch has no CUDA, or the device is too old.
@@ -17,5 +20,29 @@ void check_cuda(const char* op, const char* what, cudaError_t status);
 
 // Call after each launch: reports an impossible configuration, not a fault inside the kernel.
 void check_launch(const char* op);
+
+// Numbers that the host waits for. They pass through page-locked memory of the calling thread, so that several cost one
+// wait: a copy to other memory waits by itself. One at a time per thread.
+class Readback {
+ public:
+  Readback(const char* op, cudaStream_t stream) : op_(op), stream_(stream) {}
+  Readback(const Readback&) = delete;
+  Readback& operator=(const Readback&) = delete;
+
+  // `to` is written by wait().
+  void read(void* to, const void* from, size_t bytes);
+  void wait();
+
+ private:
+  struct Part {
+    void* to;
+    const char* from;  // null: it went there at once
+    size_t bytes;
+  };
+  const char* op_;
+  cudaStream_t stream_;
+  std::vector<Part> parts_;
+  size_t used_ = 0;
+};
 
 }  // namespace gemmascope_fast

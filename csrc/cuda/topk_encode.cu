@@ -50,10 +50,9 @@ void encode_plain(const EncodeInputs& in, int64_t k, const int64_t* which, const
   scan_prefixes(kOp, best, candidates, stream);
   if (best.d_sae > 2 * best.width && !capturing(stream)) {
     std::vector<int64_t> lost(static_cast<size_t>(best.blocks()));
-    check_cuda(kOp, "reading the overflow flags",
-               cudaMemcpyAsync(lost.data(), best.lost.data_ptr(), lost.size() * sizeof(int64_t),
-                               cudaMemcpyDeviceToHost, stream));
-    check_cuda(kOp, "waiting for the encoder", cudaStreamSynchronize(stream));
+    Readback flags(kOp, stream);
+    flags.read(lost.data(), best.lost.data_ptr(), lost.size() * sizeof(int64_t));
+    flags.wait();
     scan_lost(kOp, best, lost, candidates, stream);
   }
   fill_rows(kOp, best, which, out, stream);
