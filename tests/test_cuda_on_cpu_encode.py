@@ -341,6 +341,15 @@ def test_few_tokens_with_invalid_numbers(seed):
         found.check(jumprelu_support(pre, theta, 1.0))
 
 
+@pytest.mark.parametrize("tile", ["", ":few"])
+@pytest.mark.parametrize("latent", [0, 149])
+def test_only_the_first_or_the_last_latent_is_invalid(tile, latent):
+    x, W, bias, theta, _ = encoder(13, 40, 150)
+    theta[latent] = NAN
+    found = run(testing.cuda_encode_tiles, x, W, "bfloat16" + tile, bias, theta, arena=13 * 150)
+    found.check(jumprelu_support(x @ W.t() + bias, theta, 0.0))
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 def test_few_tokens_again_where_records_are_missing(dtype):
     x, W, bias, theta, pre = encoder(16, 17, 520)

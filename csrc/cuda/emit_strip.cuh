@@ -194,7 +194,7 @@ __device__ __forceinline__ void settle_strip(const EncodeTiles& p,
       }
     }
     if (first < kColumns) {
-      atomicMin(p.invalid + token + 8 * half, static_cast<int32_t>(latent0 + first));
+      atomicMax(p.invalid + token + 8 * half, static_cast<int32_t>(p.d_sae - latent0 - first));
     }
   }
 }

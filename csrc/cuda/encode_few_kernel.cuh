@@ -12,8 +12,8 @@
 // Bound by the read of W, 2 d F bytes: d = 5376 and F = 65,536 are 705 MB, 0.147 ms at the 4.8 TB/s of an H200. Of x a
 // block reads n / 64 of that from the L2. 2 n operations per element of W, 16 per byte for 16 tokens, are a tenth of
 // what the tensor cores have time for. Three blocks keep 120 KiB on their way to a multiprocessor, 16 MB in all.
-// A call of jumprelu_encode launches six kernels: two fills, this one, scan_few_kernel, limit_offsets_kernel,
-// place_kernel.
+// A call of jumprelu_encode clears its counters and launches this, scan_few_kernel, limit_offsets_kernel (with max_nnz)
+// and place_kernel.
 #pragma once
 
 #include "cuda/emit_strip.cuh"

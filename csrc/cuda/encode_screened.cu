@@ -88,7 +88,7 @@ Sizes read_sizes(const Call& call, const EncodeHits& hits) {
     check_cuda(call.op, "reading a size",
                cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, call.stream));
   };
-  read(&sizes.reserved, hits.reserved.data_ptr(), 8);
+  read(&sizes.reserved, hits.reserved(), 8);
   read(&sizes.candidates, data<int64_t>(hits.offsets) + hits.tiles.n, 8);
   read(&sizes.header, call.packed.header(), sizeof(ScreenedHeader));
   check_cuda(call.op, "waiting for the candidates", cudaStreamSynchronize(call.stream));
@@ -284,7 +284,7 @@ std::optional<EncodeCsr> jumprelu_screened(const char* op, const Tensor& x, cons
     return std::nullopt;
   }
   if (sizes.reserved > arena) encode_missing(op, hits, sizes.reserved, stream);
-  const EncodeCsr candidates = place_hits(op, hits, sizes.candidates, stream);
+  const EncodeCsr candidates = place_hits(op, hits, sizes.candidates, true, stream);
   rescore(call, candidates, sizes.candidates);
   report(call, nullptr, sizes);
   return keep(call, candidates, max_nnz);

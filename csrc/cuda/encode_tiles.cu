@@ -115,6 +115,27 @@ PlaceHits csr_arguments(PlaceHits p, const EncodeCsr& csr) {
   return p;
 }
 
+// What starts at zero: the records reserved, and for JumpReLU the invalid latents.
+void start_state(const char* op, EncodeHits& hits, const EncodeInputs& in, cudaStream_t stream) {
+  const int64_t tokens = hits.kind == Limit::kPerLatent ? hits.tiles.n : 0;
+  hits.state = empty(in.bias, 2 + tokens, ScalarType::Int);
+  check_cuda(
+      op, "clearing counters",
+      cudaMemsetAsync(hits.state.data_ptr(), 0, static_cast<size_t>(2 + tokens) * 4, stream));
+  hits.tiles.needed = data<unsigned long long>(hits.state);
+}
+
+// Entries that nobody wrote yet; `needed` neither.
+EncodeCsr allocate_csr(const Tensor& offsets, int64_t capacity, bool gated) {
+  EncodeCsr out;
+  out.offsets = offsets;
+  out.indices = empty(offsets, capacity, ScalarType::Int);
+  out.values = empty(offsets, capacity, ScalarType::Float);
+  out.gate = empty(offsets, gated ? capacity : 0, ScalarType::Float);
+  out.needed = torch::stable::new_empty(offsets, {}, ScalarType::Long);
+  return out;
+}
+
 void set_limit(const char* op, EncodeHits& hits, const EncodeInputs& in, const EncodeLimit& limit,
                cudaStream_t stream) {
   EncodeTiles& p = hits.tiles;
@@ -135,11 +156,9 @@ void set_limit(const char* op, EncodeHits& hits, const EncodeInputs& in, const E
     hits.limit = latent_limits(op, in.bias, limit.values, limit.window, stream);
     p.limit = data<float>(hits.limit);
   }
-  hits.invalid = empty(in.bias, p.n, ScalarType::Int);
-  torch::stable::fill_(hits.invalid, static_cast<double>(p.d_sae));
   p.threshold = data<float>(limit.values);
   p.window = limit.window;
-  p.invalid = data<int32_t>(hits.invalid);
+  p.invalid = data<int32_t>(hits.state) + 2;
 }
 
 // Counts to exclusive sums, and the offsets of all tokens.
@@ -169,13 +188,11 @@ void allocate_outputs(EncodeHits& hits, const EncodeInputs& in, int64_t arena) {
   hits.runs = empty(in.bias, sizes.column_blocks * sizes.strips(), ScalarType::Long);
   hits.bases = empty(in.bias, sizes.groups() * sizes.tokens(), ScalarType::Int);
   hits.records = empty(in.bias, arena, ScalarType::Long);
-  hits.reserved = torch::stable::new_zeros(in.bias, {1}, ScalarType::Long);
   hits.offsets = empty(in.bias, p.n + 1, ScalarType::Long);
   p.counts = data<uint16_t>(hits.counts);
   p.runs = data<uint64_t>(hits.runs);
   p.records = data<uint64_t>(hits.records);
   p.arena = static_cast<uint64_t>(arena);
-  p.needed = data<unsigned long long>(hits.reserved);
 }
 
 }  // namespace
@@ -274,12 +291,7 @@ void sum_counts(const char* op, const Tensor& counts, cudaStream_t stream) {
 
 EncodeCsr new_csr(const char* op, const Tensor& offsets, int64_t capacity, bool gated,
                   cudaStream_t stream) {
-  EncodeCsr out;
-  out.offsets = offsets;
-  out.indices = empty(offsets, capacity, ScalarType::Int);
-  out.values = empty(offsets, capacity, ScalarType::Float);
-  out.gate = empty(offsets, gated ? capacity : 0, ScalarType::Float);
-  out.needed = torch::stable::new_empty(offsets, {}, ScalarType::Long);
+  const EncodeCsr out = allocate_csr(offsets, capacity, gated);
   const PlaceHits p = csr_arguments({}, out);
   limit_offsets_kernel<<<place_blocks(p.tiles.n + 1), kPlaceThreads, 0, stream>>>(p);
   check_launch(op);
@@ -314,6 +326,7 @@ EncodeHits encode_hits(const char* op, const EncodeInputs& in, const EncodeLimit
   hits.kind = limit.kind;
   const EncodeTiles& p = hits.tiles = tiles_of(in, limit.first, limit.last);
   hits.width = encode_width(p, in.dtype, limit.kind);
+  start_state(op, hits, in, stream);
   set_limit(op, hits, in, limit, stream);
   allocate_outputs(hits, in, arena);
   encode_tiles(op, p, in.dtype, limit.kind, stream);
@@ -330,11 +343,14 @@ void encode_missing(const char* op, EncodeHits& hits, int64_t reserved, cudaStre
   encode_tiles(op, p, hits.inputs.dtype, hits.kind, stream);
 }
 
-EncodeCsr place_hits(const char* op, EncodeHits& hits, int64_t capacity, cudaStream_t stream) {
+EncodeCsr place_hits(const char* op, EncodeHits& hits, int64_t capacity, bool exact,
+                     cudaStream_t stream) {
   const bool gated = hits.kind == Limit::kPerLatent;
-  const EncodeCsr out = new_csr(op, hits.offsets, capacity, gated, stream);
-  const PlaceHits p = csr_arguments(place_arguments(hits), out);
-  if (capacity == 0) return out;
+  if (capacity == 0) return new_csr(op, hits.offsets, capacity, gated, stream);
+  const EncodeCsr out = exact ? allocate_csr(hits.offsets, capacity, gated)
+                              : new_csr(op, hits.offsets, capacity, gated, stream);
+  PlaceHits p = csr_arguments(place_arguments(hits), out);
+  p.exact = exact;
   const int64_t runs = p.column_blocks * p.strips(), others = gated ? capacity : 0;
   place_kernel<<<place_blocks(std::max(runs * kRunLanes, others)), kPlaceThreads, 0, stream>>>(p);
   check_launch(op);
@@ -354,7 +370,7 @@ EncodeCsr encode_candidates(const char* op, const EncodeInputs& in, const Tensor
 EncodeCsr encode_candidates(const char* op, const EncodeInputs& in, const EncodeLimit& limit,
                             int64_t capacity, cudaStream_t stream) {
   EncodeHits hits = encode_hits(op, in, limit, capacity, stream);
-  return place_hits(op, hits, capacity, stream);
+  return place_hits(op, hits, capacity, false, stream);
 }
 
 }  // namespace on_cuda

@@ -70,14 +70,19 @@ struct EncodeTiles {
   uint64_t arena;     // records that fit
   unsigned long long*
       needed;  // records reserved by all strips, those that did not fit included; starts at 0
-  int32_t*
-      invalid;  // [n] smallest latent whose pre or threshold is NaN (kPerLatent); starts at d_sae
+  // kPerLatent: [n] d_sae less the smallest latent whose pre or threshold is NaN, 0 for none; starts at 0
+  int32_t* invalid;
 
   // Second pass: only strips with run + count > arena are computed, nothing is reserved or counted, and the records go
   // to rest[run - rest_begin ...], rest_begin = max(arena - kMaxRun, 0). Null in the first pass.
   uint64_t* rest;
   uint64_t rest_begin;
 };
+
+// The first invalid latent of a token, d_sae for none.
+__device__ __forceinline__ int64_t first_invalid(const EncodeTiles& p, int64_t token) {
+  return p.d_sae - p.invalid[token];
+}
 
 }  // namespace on_cuda
 }  // namespace gemmascope_fast

@@ -51,14 +51,16 @@ struct EncodeHits {
   Limit kind;
   int width;      // latents of a column block
   Tensor values;  // of the EncodeLimit
-  Tensor limit, scale, least, counts, bases, runs, records, rest, invalid;
-  Tensor reserved;  // [1] int64: records of all strips
-  Tensor offsets;   // [n + 1] int64: of the CSR with all entries
+  Tensor limit, scale, least, counts, bases, runs, records, rest;
+  Tensor state;    // int64: records of all strips; then tiles.invalid
+  Tensor offsets;  // [n + 1] int64: of the CSR with all entries
+
+  const void* reserved() const { return state.data_ptr(); }
 };
 EncodeHits encode_hits(const char* op, const EncodeInputs& in, const EncodeLimit& limit,
                        int64_t arena, cudaStream_t stream);
 
-// `reserved` is the value of hits.reserved, larger than the arena.
+// `reserved` is the value at hits.reserved(), larger than the arena.
 void encode_missing(const char* op, EncodeHits& hits, int64_t reserved, cudaStream_t stream);
 
 // Entries of fixed capacity; behind offsets[n] zeros, for kPerToken anything. More than fit: offsets are clamped to the
@@ -78,7 +80,9 @@ EncodeCsr new_csr(const char* op, const Tensor& offsets, int64_t capacity, bool 
                   cudaStream_t stream);
 void pad_csr(const char* op, const EncodeCsr& csr, cudaStream_t stream);
 
-EncodeCsr place_hits(const char* op, EncodeHits& hits, int64_t capacity, cudaStream_t stream);
+// exact: the capacity is the number of entries.
+EncodeCsr place_hits(const char* op, EncodeHits& hits, int64_t capacity, bool exact,
+                     cudaStream_t stream);
 
 // (i, j), first <= j < last, with pre[i, j] > bound[i] or NaN. Nothing waits: compare `needed` with the capacity.
 EncodeCsr encode_candidates(const char* op, const EncodeInputs& in, const Tensor& bound,

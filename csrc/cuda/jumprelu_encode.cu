@@ -54,7 +54,7 @@ int64_t complete(EncodeHits& hits, cudaStream_t stream) {
   const int64_t* offsets = static_cast<const int64_t*>(hits.offsets.data_ptr());
   int64_t reserved = 0, entries = 0;
   Readback sizes(kOp, stream);
-  sizes.read(&reserved, hits.reserved.data_ptr(), sizeof(reserved));
+  sizes.read(&reserved, hits.reserved(), sizeof(reserved));
   sizes.read(&entries, offsets + hits.tiles.n, sizeof(entries));
   sizes.wait();
   if (reserved > static_cast<int64_t>(hits.tiles.arena)) {
@@ -96,7 +96,7 @@ Result jumprelu_encode_cuda(const Tensor& x, const Tensor& W_enc, const Tensor& 
   const int64_t arena = std::min(max_nnz.value_or(first_arena(n, d_sae)), n * d_sae);
   EncodeHits hits = encode_hits(kOp, in, limit, arena, stream);
   const int64_t capacity = max_nnz ? *max_nnz : complete(hits, stream);
-  return with_view(place_hits(kOp, hits, capacity, stream), by_feature, d_sae);
+  return with_view(place_hits(kOp, hits, capacity, !max_nnz, stream), by_feature, d_sae);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CUDA, m) {

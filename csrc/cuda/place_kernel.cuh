@@ -29,6 +29,7 @@ struct PlaceHits {
       offsets;  // [n + 1]: totals of scan_groups_kernel, their sums, at last at most the capacity
   int64_t* needed;  // [1] entries of the result, whether they fit or not
   int64_t capacity;
+  bool exact;        // the capacity is the number of entries, which the host knows
   int32_t* indices;  // [capacity]
   float* values;     // [capacity]
   float* gate;       // [capacity]; null for kPerToken
@@ -85,7 +86,7 @@ __device__ __forceinline__ int64_t scan_token(const PlaceHits& p, int64_t token)
     if (group < groups) *base = sum + up_to - count;
     sum += __shfl_sync(0xffffffffu, up_to, 31);
   }
-  const bool invalid = p.tiles.invalid != nullptr && p.tiles.invalid[token] < p.tiles.d_sae;
+  const bool invalid = p.tiles.invalid != nullptr && p.tiles.invalid[token] > 0;
   return static_cast<int64_t>(sum) + invalid;
 }
 
@@ -151,7 +152,7 @@ __device__ __forceinline__ void place_record(const PlaceHits& p, uint64_t record
   const int64_t latent =
       p.tiles.first + column_block * p.width + static_cast<int64_t>(record >> 32 & 255);
   int64_t at = strip_position(p, column_block, token) + static_cast<int64_t>(record >> kRecordRank);
-  if (p.tiles.invalid != nullptr && latent > p.tiles.invalid[token]) ++at;
+  if (p.tiles.invalid != nullptr && latent > first_invalid(p.tiles, token)) ++at;
   const float pre = __uint_as_float(static_cast<uint32_t>(record));
   p.indices[at] = static_cast<int32_t>(latent);
   if (p.gate == nullptr) {
@@ -181,7 +182,7 @@ __device__ __forceinline__ void place_runs(const PlaceHits& p) {
 // One thread per token; almost no token has an invalid latent.
 __device__ __forceinline__ void insert_invalid(const PlaceHits& p) {
   for (int64_t token = grid_thread(); token < p.tiles.n; token += grid_threads()) {
-    const int64_t latent = p.tiles.invalid[token];
+    const int64_t latent = first_invalid(p.tiles, token);
     if (latent >= p.tiles.d_sae) continue;
     const int64_t column_block = (latent - p.tiles.first) / p.width;
     const uint64_t column = static_cast<uint64_t>((latent - p.tiles.first) % p.width);
@@ -216,10 +217,11 @@ __global__ void __launch_bounds__(kPlaceThreads) pad_kernel(PlaceHits p) {
 
 // No two write the same entry: their order does not matter.
 __global__ void __launch_bounds__(kPlaceThreads) place_kernel(PlaceHits p) {
-  const bool lost = *p.needed > p.capacity;
+  const bool lost = !p.exact && *p.needed > p.capacity;
   if (!lost) place_runs(p);
   if (!lost && p.tiles.invalid != nullptr) insert_invalid(p);
-  pad(p, lost);
+  if (!p.exact) pad(p, lost);
+  if (p.exact && grid_thread() == 0) *p.needed = p.capacity;
 }
 
 // Grid for `size` items, one thread each; the kernels loop over the rest.

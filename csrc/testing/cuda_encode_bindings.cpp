@@ -167,7 +167,7 @@ struct Hits {
     runs = unwritten<uint64_t>(p.column_blocks * p.strips());
     records = unwritten<uint64_t>(arena);
     offsets = unwritten<int64_t>(t.n + 1);
-    invalid.assign(static_cast<size_t>(t.n), static_cast<int32_t>(t.d_sae));
+    invalid.assign(static_cast<size_t>(t.n), 0);
     t.counts = reinterpret_cast<uint16_t*>(counts.data());
     t.runs = runs.data();
     t.records = records.data();
@@ -201,7 +201,7 @@ struct Hits {
   }
 
   // offsets, indices, values, gate, needed, reserved.
-  py::tuple place(int64_t capacity, bool gated) {
+  py::tuple place(int64_t capacity, bool exact, bool gated) {
     auto indices = new_array<int32_t>(capacity);
     auto values = new_array<float>(capacity), gate = new_array<float>(capacity);
     int64_t needed = -1;
@@ -210,7 +210,8 @@ struct Hits {
     p.indices = indices.mutable_data();
     p.values = values.mutable_data();
     p.gate = gated ? gate.mutable_data() : nullptr;
-    cuda_on_cpu::launch<limit_offsets_kernel>(1, kPlaceThreads, 0, p);
+    p.exact = exact && capacity > 0;
+    if (!p.exact) cuda_on_cpu::launch<limit_offsets_kernel>(1, kPlaceThreads, 0, p);
     cuda_on_cpu::launch<place_kernel>(2, kPlaceThreads, 0, p);
     py::array_t<int64_t> out(static_cast<py::ssize_t>(offsets.size()), offsets.data());
     return py::make_tuple(out, indices, values, gate, needed, reserved);
@@ -256,7 +257,8 @@ py::tuple encode(const Selection& s, EncodeTiles t, int width, const Tiles& tile
   if (own.n > 0 && own.last > own.first) tiles(own);
   hits.scan();
   if (s.capacity < 0) hits.complete(tiles);
-  return hits.place(s.capacity < 0 ? hits.offsets.back() : s.capacity, s.kind == Limit::kPerLatent);
+  const bool exact = s.capacity < 0;
+  return hits.place(exact ? hits.offsets.back() : s.capacity, exact, s.kind == Limit::kPerLatent);
 }
 
 template <class T>
