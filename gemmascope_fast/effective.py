@@ -94,12 +94,24 @@ def encode(module: SAE, x: Tensor, max_nnz: int | None = None) -> SparseActs:
         )
         return straight_through(semantics, acts, encoder, threshold, bandwidth)
     if isinstance(activation, BatchTopK):
-        acts = batchtopk_encode(*screened, activation.k, max_nnz=max_nnz)
+        acts = _batchtopk(module, screened, activation.k, max_nnz)
         if module.training:
             module.observe(smallest_active(acts.values.detach(), acts.gate))
     else:
         acts = topk_encode(*screened, activation.k)
     return pass_zeros(acts, encoder) if semantics.zero_gradient else acts
+
+
+def _batchtopk(
+    module: SAE, encoder: tuple[Any, Any, Any], k: float, max_nnz: int | None
+) -> SparseActs:
+    """With codes, the threshold of the batch before is the guess."""
+    screen: Screen | None = module.screened if isinstance(encoder[1], PackedEncoder) else None
+    guess = None if screen is None else screen.guess()
+    acts = batchtopk_encode(*encoder, k, guess=guess, max_nnz=max_nnz)
+    if screen is not None and acts.threshold is not None:
+        screen.learn(acts.threshold)
+    return acts
 
 
 def weights_of(module: SAE, W_enc: Tensor) -> Tensor | PackedEncoder:

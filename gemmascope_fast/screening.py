@@ -49,6 +49,7 @@ class Screen:
         self._place: tuple[Any, ...] = ()
         self._version = -1
         self._written: Any = None
+        self._threshold: tuple[Tensor, Any] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of the module makes codes of its own."""
@@ -68,6 +69,21 @@ class Screen:
         if self._written is not None:
             torch.cuda.current_stream(W_enc.device).wait_event(self._written)
         return PackedEncoder(W_enc, self._codes, self._checksums)
+
+    def guess(self) -> float | None:
+        """The threshold of the last batch that a BatchTopK encoded; waits for nothing later."""
+        if self._threshold is None:
+            return None
+        threshold, copied = self._threshold
+        if copied is not None:
+            copied.synchronize()
+        return float(threshold)
+
+    def learn(self, threshold: Tensor) -> None:
+        """Have this scalar copied to the host, to be the guess of the next batch."""
+        held = threshold.detach().to("cpu", non_blocking=True)
+        stream = torch.cuda.current_stream(threshold.device) if threshold.is_cuda else None
+        self._threshold = held, None if stream is None else stream.record_event()
 
     def current(self, W_enc: Tensor) -> bool:
         """Whether the codes are those of what `W_enc` holds, as far as its version tells."""

@@ -96,30 +96,6 @@ Sizes read_sizes(const Call& call, const EncodeHits& hits) {
   return sizes;
 }
 
-// The pre-activations of all candidates, in place of what the tiles left in `values`.
-void rescore(const Call& call, const EncodeCsr& candidates, int64_t count) {
-  if (count == 0) return;
-  Rescore p = {};
-  p.x = rows_of(call.x);
-  p.W = rows_of(features(call.W_enc));
-  p.bias = data<float>(call.bias);
-  p.offsets = data<int64_t>(candidates.offsets);
-  p.indices = data<int32_t>(candidates.indices);
-  p.values = data<float>(candidates.values);
-  p.count = count;
-  const bool wide = p.W.dtype == kFloat32;
-  const int shared = static_cast<int>(rescore_shared(p.x.cols, wide));
-  const void* kernel = wide ? reinterpret_cast<const void*>(&rescore_kernel<true>)
-                            : reinterpret_cast<const void*>(&rescore_kernel<false>);
-  check_cuda(call.op, "shared memory of the rescoring",
-             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-  const int64_t blocks = (count + kRescoreSpan - 1) / kRescoreSpan;
-  void* arguments[] = {&p};
-  check_cuda(call.op, "launch of the rescoring",
-             cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kRescoreThreads),
-                              arguments, static_cast<size_t>(shared), call.stream));
-}
-
 // The entries among the rescored candidates.
 EncodeCsr keep(const Call& call, const EncodeCsr& candidates, std::optional<int64_t> max_nnz) {
   const int64_t n = call.x.size(0);
@@ -195,6 +171,30 @@ ScreenedOperands screened_operands(const char* op, const Tensor& x, const Screen
   tokens.bound = data<float>(made.bound);
   quantise<false>(op, tokens, stream);
   return made;
+}
+
+void rescore(const char* op, const Tensor& x, const Tensor& W_enc, const Tensor& bias,
+             const EncodeCsr& candidates, int64_t count, cudaStream_t stream) {
+  if (count == 0) return;
+  Rescore p = {};
+  p.x = rows_of(x);
+  p.W = rows_of(features(W_enc));
+  p.bias = data<float>(bias);
+  p.offsets = data<int64_t>(candidates.offsets);
+  p.indices = data<int32_t>(candidates.indices);
+  p.values = data<float>(candidates.values);
+  p.count = count;
+  const bool wide = p.W.dtype == kFloat32;
+  const int shared = static_cast<int>(rescore_shared(p.x.cols, wide));
+  const void* kernel = wide ? reinterpret_cast<const void*>(&rescore_kernel<true>)
+                            : reinterpret_cast<const void*>(&rescore_kernel<false>);
+  check_cuda(op, "shared memory of the rescoring",
+             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  const int64_t blocks = (count + kRescoreSpan - 1) / kRescoreSpan;
+  void* arguments[] = {&p};
+  check_cuda(op, "launch of the rescoring",
+             cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kRescoreThreads),
+                              arguments, static_cast<size_t>(shared), stream));
 }
 
 void check_header(const char* op, const ScreenedEncoder& packed, const ScreenedHeader& header) {
@@ -285,7 +285,7 @@ std::optional<EncodeCsr> jumprelu_screened(const char* op, const Tensor& x, cons
   }
   if (sizes.reserved > arena) encode_missing(op, hits, sizes.reserved, stream);
   const EncodeCsr candidates = place_hits(op, hits, sizes.candidates, true, stream);
-  rescore(call, candidates, sizes.candidates);
+  rescore(op, x, W_enc, bias, candidates, sizes.candidates, stream);
   report(call, nullptr, sizes);
   return keep(call, candidates, max_nnz);
 }

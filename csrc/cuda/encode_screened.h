@@ -1,5 +1,5 @@
 // The screened encoders on CUDA: int8 codes propose entries, with a margin that lets all but 1 in 10^6 pass; the
-// weights decide. JumpReLU: encode_screened.cu. TopK: topk_screened.h.
+// weights decide. JumpReLU: encode_screened.cu. TopK: topk_screened.h. BatchTopK: batchtopk_screened.h.
 //
 // Packed bytes, made by pack_encoder.cu:
 //
@@ -77,6 +77,11 @@ ScreenedOperands screened_operands(const char* op, const Tensor& x, const Screen
 
 // Throws where the codes are those of another shape, or no codes.
 void check_header(const char* op, const ScreenedEncoder& packed, const ScreenedHeader& header);
+
+// The pre-activations of the first `count` candidates, in place of their values. W_enc's rows are wide
+// (why_not_screened), bias is contiguous.
+void rescore(const char* op, const Tensor& x, const Tensor& W_enc, const Tensor& bias,
+             const EncodeCsr& candidates, int64_t count, cudaStream_t stream);
 
 // For gsf.explain(); `why` is null where the call was screened.
 void report_screened(const char* op, const Tensor& x, const Tensor& W_enc, const char* why,

@@ -1,8 +1,7 @@
 // Host side of the screened TopK encoder.
 //
-//   x -> codes and margins of the tokens, limits of the latents   quantise_kernel, upper_limit_kernel
-//   codes -> what pre can be at most, the largest of each row     encode_sm90_kernel<int8_t>, topk_scan.h
-//   those -> pre-activations -> the k best                        topk_screened_kernel.cuh
+//   what pre can be at most, the largest of each row   upper_bounds.h, topk_scan.h
+//   those -> pre-activations -> the k best             topk_screened_kernel.cuh
 //
 // Bound by the int8 products, 2 n d_in d_sae operations, and 2 d_in bytes per pre-activation.
 #include <torch/csrc/stable/ops.h>
@@ -14,6 +13,7 @@
 #include "cuda/runtime.h"
 #include "cuda/topk_screened.h"
 #include "cuda/topk_screened_kernel.cuh"
+#include "cuda/upper_bounds.h"
 
 namespace gemmascope_fast {
 inline namespace on_cuda {
@@ -51,38 +51,23 @@ const char* why_not(const Tensor& x, const Tensor& W_enc, int64_t k, cudaStream_
 }
 
 struct Screen {
-  ScreenedOperands given;
-  EncodeLimit limit;
+  UpperBounds uppers;
   TopkRows kept;  // by what pre can be at most
   TopkRows best;  // by pre
   Tensor unsure;  // [n]
   Tensor sizes;   // [2]
 
   Screen(const Call& call, int64_t k, const Tensor& bytes)
-      : given(screened_operands(call.op, call.x, call.packed, bytes, call.stream)),
+      : uppers(call.op, call.x, call.bias, call.packed, bytes, call.stream),
         kept(call.bias, call.n, call.d_sae, screened_room(k, call.d_sae)),
         best(call.bias, call.n, call.d_sae, k),
         unsure(torch::stable::new_empty(call.bias, {call.n}, ScalarType::Long)),
-        sizes(torch::stable::new_empty(call.bias, {2}, ScalarType::Long)) {
-    limit.kind = Limit::kUpperBound;
-    limit.latent = torch::stable::new_empty(call.bias, {call.d_sae}, ScalarType::Float);
-    given.in.bias = torch::stable::new_empty(call.bias, {call.d_sae}, ScalarType::Float);
-    const int64_t blocks = (call.d_sae + kRescoreThreads - 1) / kRescoreThreads;
-    upper_limit_kernel<<<static_cast<unsigned>(blocks), kRescoreThreads, 0, call.stream>>>(
-        call.packed.latents(), data<float>(call.bias), call.d_sae, data<float>(given.in.bias),
-        data<float>(limit.latent));
-    check_launch(call.op);
-  }
+        sizes(torch::stable::new_empty(call.bias, {2}, ScalarType::Long)) {}
 
   Candidates candidates(const Call& call) const {
     return [this, &call](int64_t begin, int64_t rows, Prefix chunk, int64_t capacity) {
-      EncodeLimit part = limit;
-      part.values = tokens_of(given.bound, begin, rows);
-      part.scale = tokens_of(given.scale, begin, rows);
-      part.least = tokens_of(kept.bound, begin, rows);
-      part.first = chunk.first;
-      part.last = chunk.last;
-      return encode_candidates(call.op, given.in.of_rows(begin, rows), part, capacity, call.stream);
+      const Tensor least = tokens_of(kept.bound, begin, rows);
+      return uppers.candidates(call.op, begin, least, chunk, capacity, call.stream);
     };
   }
 };
@@ -92,7 +77,7 @@ DecideRows decide_arguments(const Call& call, const Screen& screen) {
   p.x = rows_of(call.x);
   p.W = rows_of(features(call.W_enc));
   p.bias = data<float>(call.bias);
-  p.scale = data<float>(screen.given.scale);
+  p.scale = data<float>(screen.uppers.given.scale);
   p.room = screen.kept.k;
   p.latents = data<int32_t>(screen.kept.latents);
   p.uppers = data<float>(screen.kept.values);

@@ -173,16 +173,6 @@ __global__ void __launch_bounds__(kRescoreThreads, kWide ? 2 : 3) decide_rows_ke
   }
 }
 
-// What kUpperBound compares with, of each latent: codes per unit, and the same times -(bias + c . w).
-__global__ void __launch_bounds__(kRescoreThreads)
-    upper_limit_kernel(const LatentCodes* latents, const float* bias, int64_t d_sae, float* units,
-                       float* limit) {
-  const int64_t j = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (j >= d_sae) return;
-  units[j] = latents[j].scale;
-  limit[j] = -(bias[j] + latents[j].dot) * latents[j].scale;
-}
-
 // Rows `which` of `words` words of 16 bytes each, `stride` words apart, one after another.
 __global__ void __launch_bounds__(kRescoreThreads)
     gather_rows_kernel(const uint4* rows, int64_t stride, const int64_t* which, int64_t count,

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cuda/topk_screened_kernel.cuh"
+#include "cuda/upper_limit_kernel.cuh"
 #include "testing/registry.h"
 #include "testing/screened_on_cpu.h"
 
@@ -18,8 +19,8 @@ py::tuple limits(const Array<float>& scale, const Array<float>& dot, const Array
   std::vector<LatentCodes> latents;
   for (int64_t j = 0; j < d_sae; ++j) latents.push_back({scale.at(j), dot.at(j)});
   auto units = new_array<float>({d_sae}), limit = new_array<float>({d_sae});
-  cuda_on_cpu::launch<upper_limit_kernel>(static_cast<unsigned>(d_sae / kRescoreThreads + 1),
-                                          kRescoreThreads, 0, latents.data(), bias.data(), d_sae,
+  cuda_on_cpu::launch<upper_limit_kernel>(static_cast<unsigned>(d_sae / kUpperLimitThreads + 1),
+                                          kUpperLimitThreads, 0, latents.data(), bias.data(), d_sae,
                                           units.mutable_data(), limit.mutable_data());
   return py::make_tuple(units, limit);
 }

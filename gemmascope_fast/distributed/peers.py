@@ -67,21 +67,29 @@ class Peers(Whole):
         least: list[int] = all_reduce(found, self._layout.tp_group, MIN).tolist()
         return least
 
-    def topk(self, op: Any, encoder: Encoder, k: int, by_feature: bool) -> tuple[Tensor, ...]:
+    def topk(
+        self, op: Any, encoder: Encoder, k: int, by_feature: bool, codes: Tensor | None
+    ) -> tuple[Tensor, ...]:
         """`selection.keep_topk` of the local op's candidates."""
         size = encoder[1].shape[1]
-        acts = _acts(op("topk_encode")(*encoder, min(k, size), False), encoder)
+        acts = _acts(op("topk_encode")(*encoder, min(k, size), False, codes), encoder)
         (kept,) = keep_topk([acts], k, min(k, max(self._layout.sizes())), self._layout)
         return _tuple(kept, by_feature)
 
     def batchtopk(
-        self, op: Any, encoder: Encoder, k: float, by_feature: bool
+        self,
+        op: Any,
+        encoder: Encoder,
+        k: float,
+        by_feature: bool,
+        codes: Tensor | None,
+        guess: float | None,
     ) -> tuple[Tensor, ...]:
         """`selection.keep_batchtopk` of the local op's candidates."""
         (n, _), size = encoder[0].shape, encoder[1].shape[1]
         count = batch_count(k, n, self._layout, self._device)
         share = batch_share(count, n, size)
-        found = op("batchtopk_encode")(*encoder, share, None, None, False)
+        found = op("batchtopk_encode")(*encoder, share, guess, None, False, codes)
         (kept,), _ = keep_batchtopk([_acts(found, encoder)], count, self._layout)
         return _tuple(kept, by_feature)
 

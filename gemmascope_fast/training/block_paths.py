@@ -99,9 +99,13 @@ def _encode(inputs: Inputs, x: Tensor, window: float, by_feature: bool = True) -
     args = (x, tensors["W_enc"], tensors["b_enc"])
     by_feature = by_feature and inputs.needs_any("W_dec", *ENCODER)
     if isinstance(activation, TopK):
-        found = inputs.whole.topk(inputs.op, args, activation.k, by_feature)
+        found = inputs.whole.topk(inputs.op, args, activation.k, by_feature, inputs.codes)
     elif isinstance(activation, BatchTopK):
-        found = inputs.whole.batchtopk(inputs.op, args, float(activation.k), by_feature)
+        guess = None if inputs.screen is None else inputs.screen.guess()
+        given = (float(activation.k), by_feature, inputs.codes, guess)
+        found = inputs.whole.batchtopk(inputs.op, args, *given)
+        if inputs.screen is not None:
+            inputs.screen.learn(found[5])
     else:
         how = (tensors["threshold"], window, None, by_feature, inputs.codes)
         found = inputs.op("jumprelu_encode")(*args, *how)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..modules import Activation, JumpReLU
+from ..screening import Screen
 from ..semantics import Semantics
 from .whole import WHOLE, Whole
 
@@ -28,6 +29,7 @@ class Inputs:
         whole: answers for the processes that share tokens or latents.
         tokens: number of tokens of all of them.
         codes: those of W_enc, of a module that keeps some.
+        screen: what keeps them.
         smallest: the smallest active value of each block of a BatchTopK, None where none is.
     """
 
@@ -39,6 +41,7 @@ class Inputs:
     whole: Whole = WHOLE
     tokens: int = 0
     codes: Tensor | None = None
+    screen: Screen | None = None
     smallest: list[Tensor | None] = field(default_factory=list)
     _wide: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
 

@@ -106,4 +106,5 @@ def inputs_of(
     detached = {name: t.detach() for name, t in tensors.items()}
     tokens = whole.n(tensors["x"].shape[0])
     codes = unpacked(weights_of(module, tensors["W_enc"]))[1]
-    return Inputs(detached, activation, needs, acc, module.semantics, whole, tokens, codes)
+    held = (codes, None if codes is None else module.screened)
+    return Inputs(detached, activation, needs, acc, module.semantics, whole, tokens, *held)

@@ -61,15 +61,23 @@ class Whole:
         """The smallest of each over those who share the tokens: the rows of their common blocks."""
         return numbers
 
-    def topk(self, op: Any, encoder: Encoder, k: int, by_feature: bool) -> tuple[Tensor, ...]:
+    def topk(
+        self, op: Any, encoder: Encoder, k: int, by_feature: bool, codes: Tensor | None
+    ) -> tuple[Tensor, ...]:
         """The entries here of `topk_encode`."""
-        return op("topk_encode")(*encoder, k, by_feature)  # type: ignore[no-any-return]
+        return op("topk_encode")(*encoder, k, by_feature, codes)  # type: ignore[no-any-return]
 
     def batchtopk(
-        self, op: Any, encoder: Encoder, k: float, by_feature: bool
+        self,
+        op: Any,
+        encoder: Encoder,
+        k: float,
+        by_feature: bool,
+        codes: Tensor | None,
+        guess: float | None,
     ) -> tuple[Tensor, ...]:
-        """The entries here of `batchtopk_encode`."""
-        return op("batchtopk_encode")(*encoder, k, None, None, by_feature)  # type: ignore[no-any-return]
+        """The entries here of `batchtopk_encode`, and its other outputs."""
+        return op("batchtopk_encode")(*encoder, k, guess, None, by_feature, codes)  # type: ignore[no-any-return]
 
     def ends(self, ends: tuple[int, ...]) -> tuple[int, ...]:
         """How many of the first `ends[g]` latents are here."""
