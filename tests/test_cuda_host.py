@@ -285,13 +285,13 @@ int main(int, char** argv) {
 """
 
 
-def build(folder: Path, program: str, *sources: str) -> Path:
+def build(folder: Path, program: str, *sources: str, options: tuple[str, ...] = ()) -> Path:
     (folder / "cuda_runtime_api.h").write_text(RUNTIME)
     (folder / "cuda.h").write_text("")
     (folder / "main.cpp").write_text(program)
     includes = [folder, CSRC, TORCH / "include", TORCH / "include/torch/csrc/api/include"]
     libraries = [TORCH / "lib" / f"lib{name}.so" for name in ("torch_cpu", "c10")]
-    command = [COMPILER, "-std=c++17", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    command = [COMPILER, *options, "-std=c++17", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     command += [f"-I{path}" for path in includes]
     command += [folder / "main.cpp", *(CSRC / source for source in sources), "-o", folder / "main"]
     command += [*libraries, "-ldl", f"-Wl,-rpath,{TORCH / 'lib'}"]

@@ -14,6 +14,7 @@ import torch
 from conftest import native_absent
 from oracle import assert_same
 from screening import ENCODERS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gemmascope_fast as gsf
 from gemmascope_fast import packing, screening
@@ -310,6 +311,64 @@ def test_other_activations_and_semantics(
         assert_same(p.detach(), q.detach())
 
 
+class Calls(TorchDispatchMode):
+    """Guesses of `batchtopk_encode`, and of each selecting encoder whether it had codes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.guesses: list[float | None] = []
+        self.had_codes: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        packed = {"topk_encode": 5, "batchtopk_encode": 7}.get(func.name().split("::")[1])
+        if packed is not None and args[1].shape[1] == F:  # AuxK encodes a part of the latents
+            self.had_codes.append(len(args) > packed and args[packed] is not None)
+            if packed == 7:
+                self.guesses.append(args[4])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("screened", [True, False])
+def test_the_threshold_of_a_batch_is_the_guess_of_the_next(
+    quantised: list[Any], screened: bool
+) -> None:
+    module = sae(gsf.BatchTopK(5))
+    module = module.screen() if screened else module
+    thresholds = []
+    with Calls() as calls:
+        for step in range(2):
+            thresholds.append(module.encode(batch(step, 20)).threshold)
+        module.loss(batch(2, 20))[0].backward()
+        module.encode(batch(3, 20))
+    assert calls.had_codes == [screened] * 4
+    first, second, third, fourth = calls.guesses
+    if not screened:
+        assert calls.guesses == [None] * 4
+        return
+    assert first is None and [second, third] == [float(t) for t in thresholds]
+    assert fourth == float(
+        gsf.batchtopk_encode(batch(2, 20), module.W_enc, module.b_enc, 5).threshold
+    )
+
+
+def test_a_copy_and_new_codes_have_no_guess(quantised: list[Any]) -> None:
+    module = sae(gsf.BatchTopK(5)).screen()
+    module.encode(batch(0))
+    assert module.screened is not None and module.screened.guess() is not None
+    assert copy.deepcopy(module).screened.guess() is None
+    assert module.screen().screened.guess() is None
+
+
+@pytest.mark.parametrize("activation", [gsf.TopK(5), gsf.BatchTopK(5)], ids=str)
+def test_loss_of_a_selection_uses_the_codes(quantised: list[Any], activation: Any) -> None:
+    losses = []
+    for module in (sae(activation).screen(), sae(activation)):
+        with Calls() as calls:
+            losses.append(module.loss(batch(0, 20))[0].detach())
+        assert set(calls.had_codes) == {module.screened is not None}
+    assert_same(*losses)
+
+
 def test_weights_that_are_rescaled_in_every_call_have_no_codes(quantised: list[Any]) -> None:
     module = sae(gsf.TopK(5), semantics="saelens_6").screen()
     assert module.semantics.rescale
@@ -386,6 +445,19 @@ def test_train_on_screened_codes(quantised: list[Any], fused: bool) -> None:
     assert len(moved) == 6 and max(moved) <= F
     assert screened.screened is None, "the result encodes exactly"
     for p, q in zip(screened.parameters(), run(fused=fused).parameters(), strict=True):
+        assert_same(p.detach(), q.detach())
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_train_a_selection_on_screened_codes(quantised: list[Any], activation: str) -> None:
+    chosen: dict[str, Any] = {"activation": activation, "k": 8, "target_l0": None}
+    with Calls() as calls:
+        screened = run(precision="screened", **chosen)
+    assert calls.had_codes[:6] == [True] * 6
+    assert not any(calls.had_codes[6:]), "the result encodes exactly"
+    if activation == "batchtopk":
+        assert calls.guesses[0] is None and None not in calls.guesses[1:]
+    for p, q in zip(screened.parameters(), run(**chosen).parameters(), strict=True):
         assert_same(p.detach(), q.detach())
 
 

@@ -109,10 +109,9 @@ Outcome select(const Call& call, Screen& screen, float least, BatchBest& best, i
   const BatchSeen chosen = decide(call, screen, kept.entries, best);
   entries = chosen.entries;
   if (least > 0 && chosen.threshold <= least) return Outcome::kWrongGuess;
-  // What was left out is not above this. NaN is above all, and a NaN that was left out could have been any.
-  const float most = std::max(kept.threshold, least);
-  const bool sure =
-      most == 0 || chosen.threshold > most || (std::isnan(chosen.threshold) && !std::isnan(most));
+  // What was left out is not above `most`; 0: not above `least`. Of bounds that are NaN those that come first were kept.
+  const float most = kept.threshold;
+  const bool sure = most == 0 || chosen.threshold > most || std::isnan(chosen.threshold);
   return sure ? Outcome::kSure : Outcome::kUndecided;
 }
 
