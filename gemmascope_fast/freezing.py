@@ -77,8 +77,8 @@ class Frozen(Freezable):
         """Let a module that trains encode by int8 codes of its weights, on CUDA.
 
         What `pack(precision="screened")` does for weights that stay: `encode` and `loss` may miss 1
-        entry in 10^6; what they store is exact, the straight-through window included. Codes follow
-        the weights: `gsf.optim.Adam` quantises the latents again that its step moved (fused or
+        entry in 10^6; what they store is exact, the straight-through window included. A BatchTopK
+        takes the threshold of the batch before as its guess, for speed. Codes follow the weights: `gsf.optim.Adam` quantises the latents again that its step moved (fused or
         not), and after a step of any other `torch.optim.Optimizer` or any other change that
         autograd's version counter sees, the next call quantises all of them. Edits through `.data`
         and replays of CUDA graphs are not seen: call `screen` again after them; `check=True` finds

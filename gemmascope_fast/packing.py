@@ -81,13 +81,14 @@ def pack(
     every call, and few tokens read one byte per weight. A processor without int8 dot products does
     not use the codes.
 
-    On CUDA nothing happens unless `precision="screened"`, which serves `jumprelu_encode` and
-    `topk_encode` on compute capability 9.0: int8 products choose candidates, and float32 sums of
-    the weights as they are decide. A margin of five standard deviations of the codes' error lets an
-    entry be missed with a chance below 1e-6 (`audit` counts misses); what is stored is exact. A
-    call waits for the device, JumpReLU once more than usual and with `max_nnz` too, so that a CUDA
-    graph gets the plain encoder, as do calls with too many candidates, TopK of up to 16 tokens, and
-    other devices. Rows of TopK that the codes leave undecided get the plain encoder too.
+    On CUDA nothing happens unless `precision="screened"`, which serves the three encoders on
+    compute capability 9.0: int8 products choose candidates, and float32 sums of the weights as they
+    are decide. A margin of five standard deviations of the codes' error lets an entry be missed
+    with a chance below 1e-6 (`audit` counts misses); what is stored is exact. A call waits for the
+    device, JumpReLU and BatchTopK once more than usual and with `max_nnz` too, so that a CUDA graph
+    gets the plain encoder, as do calls with too many candidates, TopK and BatchTopK of up to 16
+    tokens, and other devices. Rows of TopK and batches of BatchTopK that the codes leave undecided
+    get the plain encoder too, as does a batch of BatchTopK with a token that is not finite.
 
     Args:
         W_enc: `[d_in, d_sae]` float32, bfloat16, float16 or float64, any strides; on CUDA

@@ -89,11 +89,11 @@ def test_a_large_problem_decides_few_entries_more_than_it_keeps(
     data, center = encoder(2048, 1152, 32768)
     packed, guess = pack(data[1], center), None
     if guessed:
-        guess = 1.03 * float(gsf.batchtopk_encode(*data, 64).threshold)
-    acts = gsf.batchtopk_encode(data[0], packed, data[2], 64, guess=guess)
+        guess = 1.03 * float(gsf.batchtopk_encode(*data, 32).threshold)
+    acts = gsf.batchtopk_encode(data[0], packed, data[2], 32, guess=guess)
     told = gsf.explain()
-    assert told.path == "screened" and told.rescored <= 2 * 64 * 2048 + 32
-    assert_screened(acts, data, 64)
+    assert told.path == "screened" and told.rescored <= 2 * 32 * 2048 + 32
+    assert_screened(acts, data, 32)
 
 
 def test_rows_in_blocks() -> None:

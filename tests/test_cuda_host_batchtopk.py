@@ -484,7 +484,7 @@ def test_later_latents_that_beat_earlier_ones_overflow_and_are_found(library: An
 
 @pytest.mark.parametrize(
     ("n", "d_sae", "reason"),
-    [(16, 4000, "there are few tokens"), (17, 400, "d_sae is small for this k"), (17, 900, None)],
+    [(16, 4000, "there are few tokens"), (17, 1500, "d_sae is small for this k"), (17, 1600, None)],
 )
 def test_when_it_is_not_worth_it(library: Any, n: int, d_sae: int, reason: str | None) -> None:
     batch = draw(n, d_sae)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from selection import Chunk, RowBest, Scan, select, testing
+from selection import BatchBest, Chunk, RowBest, Scan, select, testing
 
 screened, topk = testing.cuda_screened, testing.cuda_topk_screened
 DTYPES = {0: torch.float32, 1: torch.bfloat16, 2: torch.float16}
@@ -163,6 +163,27 @@ def test_dense_strips_and_sparse_ones_hold_the_same_bounds():
     rows = np.repeat(np.arange(64), np.diff(few[0]))
     assert few[3] <= 64 < 64 * 60 < every[3]
     assert np.array_equal(few[2], upper[rows, few[1]])
+
+
+@pytest.mark.parametrize("guess", [0.0, 2.2])
+def test_the_largest_bounds_of_a_batch_hold_its_best_entries(guess):
+    """Room as in batchtopk_screened.cu; tokens differ in size, so that some have most entries."""
+    data = draw(40, 200, 900)
+    x, w, bias, center = data
+    x[:] = rounded((x - center) * np.geomspace(0.5, 2, 40)[:, None] + center, 1)
+    scan, count = Uppers(*data), 40 * 8
+    kept = BatchBest(scan.n, 2 * count + 32, 2 * count + 32)
+    if guess == 0:
+        scan.run(kept)
+    else:
+        least = np.full(40, guess, np.float32)
+        kept.merge(scan.candidates(slice(None), least, 0, 900), scan.lost, 0)
+    rows = np.repeat(np.arange(40), np.diff(kept.offsets))
+    found = np.zeros(scan.truth.shape, bool)
+    found[rows, kept.latents[: len(rows)]] = True
+    cut = np.sort(scan.truth, axis=None)[-count]
+    assert found[scan.truth >= cut].all() and max(float(kept.threshold), guess) < cut
+    assert count < len(rows) <= 2 * count + 32
 
 
 # ---- rows

@@ -139,6 +139,16 @@ def test_loss_uses_the_codes(quantised: list[str]) -> None:
     assert quantised == ["pack", *["moved"] * 4]
 
 
+@pytest.mark.parametrize("activation", [gsf.TopK(8), gsf.BatchTopK(8)], ids=str)
+def test_loss_of_a_selection_uses_the_codes(activation: Any) -> None:
+    g = torch.Generator(DEVICE).manual_seed(1)
+    module = gsf.SAE(D, F, activation, device=DEVICE, dtype=torch.bfloat16, generator=g).screen()
+    loss, _ = module.loss(batch(0, 100))
+    assert gsf.explain().path == "screened"
+    plain, _ = module.unscreen().loss(batch(0, 100))
+    torch.testing.assert_close(loss, plain, rtol=1e-3, atol=0)
+
+
 def test_after_other_changes_all_latents_are_quantised(quantised: list[str]) -> None:
     module = sae().screen()
     train(module, gsf.optim.Adam(module, 1e-2), 0)

@@ -1,4 +1,4 @@
-"""Parts `ceilings`, `encode`, `screened` and `topk`: what stands on this machine's matmul."""
+"""Parts `ceilings`, `encode` and `screened`: what stands on this machine's matmul."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gemmascope_fast import ops
 
 from . import checks, chunked, dense
 from .context import Context, Shape, Skip
-from .problem import Problem, problem
+from .problem import problem
 from .rows import OURS, compose, encode_flops
 from .timing import compare, copy_rate, free
 from .triton import TRITON, call_of
@@ -127,12 +127,13 @@ def _encode(ctx: Context, shape: Shape, compiled: Any) -> dict[str, Any]:
         device,
         ctx.settings.row_seconds,
     )
-    return _on_matmul("encode", shape, times, nnz, error)
+    return on_matmul("encode", shape, times, nnz, error)
 
 
-def _on_matmul(
+def on_matmul(
     part: str, shape: Shape, times: dict[str, dict[str, Any]], nnz: int, error: float, **more: Any
 ) -> dict[str, Any]:
+    """A row whose floor is the plain matmul."""
     return compose(
         *(part, shape, times),
         floor_s=times["matmul"].get("median_s"),
@@ -188,109 +189,6 @@ def _screened(ctx: Context, shape: Shape) -> dict[str, Any]:
         ctx.settings.row_seconds,
     )
     audited = {"audited": audit.entries, "missed": audit.missed, "extra": audit.extra}
-    row = _on_matmul("screened", shape, times, nnz, error, recall=audit.recall, **audited)
+    row = on_matmul("screened", shape, times, nnz, error, recall=audit.recall, **audited)
     row["line"] = f"{row['line']}; {audit}; {told}"
     return row
-
-
-# ---- TopK and BatchTopK encode
-
-
-def topk(ctx: Context) -> None:
-    """TopK, exact and screened, against linear + ReLU + `torch.topk`; BatchTopK against matmul."""
-    for shape in ctx.settings.shapes(("uniform",)):
-        about = {"shape": shape.json()}
-        seconds = estimate(ctx, shape, 6)
-        ctx.row(f"topk {shape.name}", lambda shape=shape: _topk(ctx, shape), seconds, **about)
-        free(device_of(ctx))
-        measure = lambda shape=shape: _topk_screened(ctx, shape)  # noqa: E731
-        ctx.row(f"topk screened {shape.name}", measure, seconds, **about)
-        free(device_of(ctx))
-        if shape.l0 == ctx.settings.l0s[0]:
-            measure = lambda shape=shape: _batchtopk(ctx, shape)  # noqa: E731
-            ctx.row(f"batchtopk {shape.name}", measure, seconds, **about)
-            free(device_of(ctx))
-
-
-def _topk(ctx: Context, shape: Shape) -> dict[str, Any]:
-    device, k = device_of(ctx), shape.l0
-    p = problem(shape, device, decoder=False)
-    args = (p.x, p.W_enc, p.b_enc)
-    op = ops.overload("topk_encode", *args)
-    offsets, indices, values, *_ = op(*args, k, False)
-    error = checks.selected(p, k, offsets, indices, values)
-    del offsets, indices, values
-    too_large = dense.fits(shape, device, 2, 1)
-    times = compare(
-        {
-            OURS: lambda: op(*args, k, False),
-            "matmul": lambda: p.x @ p.W_enc,
-            "torch.topk": too_large or (lambda: dense.topk(p, k)),
-            TRITON: call_of("topk_encode", device, *args, k, False),
-        },
-        device,
-        ctx.settings.row_seconds,
-    )
-    return _on_matmul("topk", shape, times, k * shape.n, error)
-
-
-def _topk_screened(ctx: Context, shape: Shape) -> dict[str, Any]:
-    device, k = device_of(ctx), shape.l0
-    p = problem(shape, device, decoder=False)
-    packed = gsf.pack(p.W_enc, precision="screened")
-    if packed.codes is None:
-        raise Skip("nothing on this machine would use the codes")
-    args = (p.x, p.W_enc, p.b_enc)
-    op = ops.overload("topk_encode", *args)
-    acts = gsf.topk_encode(p.x, packed, p.b_enc, k)
-    told = gsf.explain()
-    audit = gsf.audit(acts, *args, tokens=AUDITED)
-    error = checks.selected(p, k, acts.offsets, acts.indices, acts.values)
-    del acts
-    too_large = dense.fits(shape, device, 2, 1)
-    times = compare(
-        {
-            OURS: lambda: op(*args, k, False, packed.codes),
-            "ours, not screened": lambda: op(*args, k, False),
-            "matmul": lambda: p.x @ p.W_enc,
-            "torch.topk": too_large or (lambda: dense.topk(p, k)),
-        },
-        device,
-        ctx.settings.row_seconds,
-    )
-    audited = {"audited": audit.entries, "missed": audit.missed, "extra": audit.extra}
-    row = _on_matmul("topk", shape, times, k * shape.n, error, recall=audit.recall, **audited)
-    row["line"] = f"{row['line']}; {audit}; {told}"
-    return row
-
-
-def _batchtopk(ctx: Context, shape: Shape) -> dict[str, Any]:
-    device, k = device_of(ctx), float(shape.l0)
-    p = problem(shape, device, decoder=False)
-    args = (p.x, p.W_enc, p.b_enc)
-    op = ops.overload("batchtopk_encode", *args)
-    offsets, indices, values, _, _, threshold, *_ = op(*args, k, None, None, False)
-    error = _batch_selected(p, offsets, indices, values, float(threshold))
-    guess = float(threshold)
-    del offsets, indices, values
-    times = compare(
-        {
-            OURS: lambda: op(*args, k, None, None, False),
-            "ours, last threshold as guess": lambda: op(*args, k, guess, None, False),
-            "matmul": lambda: p.x @ p.W_enc,
-            TRITON: call_of("batchtopk_encode", device, *args, k, None, None, False),
-        },
-        device,
-        ctx.settings.row_seconds,
-    )
-    return _on_matmul("batchtopk", shape, times, int(k * shape.n), error)
-
-
-def _batch_selected(
-    p: Problem, offsets: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, least: float
-) -> float:
-    """A batch's selection is a JumpReLU at its implied threshold, up to ties with it."""
-    uniform = torch.full_like(p.threshold, least)
-    return checks.encoded(
-        Problem(p.x, p.W_enc, p.b_enc, uniform, p.W_dec, p.b_dec), offsets, indices, values
-    )

@@ -32,7 +32,7 @@ PARTS: dict[str, str] = {
     "ceilings": "encoders",
     "encode": "encoders",
     "screened": "encoders",
-    "topk": "encoders",
+    "topk": "selecting",
     "few": "few",
     "decode": "passes",
     "backward": "passes",
