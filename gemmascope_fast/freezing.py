@@ -78,11 +78,11 @@ class Frozen(Freezable):
 
         What `pack(precision="screened")` does for weights that stay: `encode` and `loss` may miss 1
         entry in 10^6; what they store is exact, the straight-through window included. A BatchTopK
-        takes the threshold of the batch before as its guess, for speed. Codes follow the weights: `gsf.optim.Adam` quantises the latents again that its step moved (fused or
-        not), and after a step of any other `torch.optim.Optimizer` or any other change that
-        autograd's version counter sees, the next call quantises all of them. Edits through `.data`
-        and replays of CUDA graphs are not seen: call `screen` again after them; `check=True` finds
-        them out.
+        takes the threshold of the batch before as its guess. Codes follow the weights:
+        `gsf.optim.Adam` quantises the latents again that its step moved (fused or not), and after a
+        step of any other `torch.optim.Optimizer` or any other change that autograd's version
+        counter sees, the next call quantises all of them. Edits through `.data` and replays of CUDA
+        graphs are not seen: call `screen` again after them; `check=True` finds them out.
 
         On a CPU it changes nothing, as there every encoder is screened, exactly; neither does it on
         devices that `pack` makes no codes for, in torch.compile's graphs and in CUDA graphs. Codes

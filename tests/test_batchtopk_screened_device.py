@@ -85,7 +85,7 @@ def test_a_bad_guess_is_harmless(guess: float) -> None:
 def test_a_large_problem_decides_few_entries_more_than_it_keeps(
     monkeypatch: pytest.MonkeyPatch, guessed: bool
 ) -> None:
-    monkeypatch.setenv("GEMMASCOPE_FAST_SCREEN", "auto")
+    monkeypatch.delenv("GEMMASCOPE_FAST_SCREEN")
     data, center = encoder(2048, 1152, 32768)
     packed, guess = pack(data[1], center), None
     if guessed:
@@ -97,13 +97,13 @@ def test_a_large_problem_decides_few_entries_more_than_it_keeps(
 
 
 def test_rows_in_blocks() -> None:
-    """Chunks of 4,096 latents have room for 4,096 rows."""
+    """Chunks of 4,352 latents have room for 3,840 rows."""
     data, center = encoder(4500, 128, 5000)
     packed = pack(data[1], center)
-    acts = gsf.batchtopk_encode(data[0], packed, data[2], 400)
-    assert_screened(acts, data, 400)
+    acts = gsf.batchtopk_encode(data[0], packed, data[2], 512)
+    assert_screened(acts, data, 512)
     guess = float(acts.threshold)
-    assert_same_bits(gsf.batchtopk_encode(data[0], packed, data[2], 400, guess=guess), acts)
+    assert_same_bits(gsf.batchtopk_encode(data[0], packed, data[2], 512, guess=guess), acts)
 
 
 @pytest.mark.parametrize("guess", [None, 2.0])
@@ -256,7 +256,7 @@ def test_codes_of_other_weights_are_an_error() -> None:
 def test_a_module_that_trains_guesses_its_threshold(
     monkeypatch: pytest.MonkeyPatch, fused: bool
 ) -> None:
-    monkeypatch.setenv("GEMMASCOPE_FAST_SCREEN", "auto")
+    monkeypatch.delenv("GEMMASCOPE_FAST_SCREEN")
     make = {"device": DEVICE, "dtype": torch.bfloat16}
     g = torch.Generator(DEVICE).manual_seed(1)
     module = gsf.SAE(256, 16384, gsf.BatchTopK(16), generator=g, **make).screen()
