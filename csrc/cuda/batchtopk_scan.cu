@@ -143,17 +143,13 @@ bool scan_lost(const char* op, BatchBest& best, const std::vector<int64_t>& lost
   return again;
 }
 
-BatchSeen look(const char* op, const BatchBest& best, cudaStream_t stream) {
+BatchSeen look(const BatchBest& best, Readback& found) {
   BatchSeen seen = {};
   seen.lost.resize(static_cast<size_t>(best.blocks()));
-  const auto read = [&](void* to, const void* from, size_t bytes) {
-    check_cuda(op, "reading a size",
-               cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream));
-  };
-  read(seen.lost.data(), best.lost.data_ptr(), seen.lost.size() * sizeof(int64_t));
-  read(&seen.entries, data<int64_t>(best.kept.offsets) + best.n, sizeof(seen.entries));
-  read(&seen.threshold, best.threshold.data_ptr(), sizeof(seen.threshold));
-  check_cuda(op, "waiting for the encoder", cudaStreamSynchronize(stream));
+  found.read(seen.lost.data(), best.lost.data_ptr(), seen.lost.size() * sizeof(int64_t));
+  found.read(&seen.entries, data<int64_t>(best.kept.offsets) + best.n, sizeof(seen.entries));
+  found.read(&seen.threshold, best.threshold.data_ptr(), sizeof(seen.threshold));
+  found.wait();
   seen.whole = std::all_of(seen.lost.begin(), seen.lost.end(),
                            [&best](int64_t lost) { return lost >= best.d_sae; });
   return seen;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cuda/encode_tiles.h"
+#include "cuda/runtime.h"
 #include "cuda/select_prefixes.h"
 
 namespace gemmascope_fast {
@@ -69,8 +70,12 @@ struct BatchSeen {
   float threshold;
 };
 
-// Waits for the device.
-BatchSeen look(const char* op, const BatchBest& best, cudaStream_t stream);
+// Waits for the device, and for what else is to be read back.
+BatchSeen look(const BatchBest& best, Readback& found);
+inline BatchSeen look(const char* op, const BatchBest& best, cudaStream_t stream) {
+  Readback found(op, stream);
+  return look(best, found);
+}
 
 // The result; NaN where candidates are lost or do not fit.
 EncodeCsr write_entries(const char* op, const BatchBest& best, int64_t capacity,

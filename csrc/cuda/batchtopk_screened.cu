@@ -51,17 +51,15 @@ struct Screen {
         kept(call.bias, call.n, call.d_sae, room_of(count, call.n * call.d_sae)) {}
 };
 
-void read_codes(const Call& call, Screen& screen) {
+// Returns what is being read, for as long as that takes.
+Tensor read_codes(const Call& call, Screen& screen, Readback& found) {
   const int64_t first = 0;
   const torch::headeronly::IntHeaderOnlyArrayRef tokens(&first, 1);
   const Tensor sum =
       torch::stable::sum(screen.uppers.given.bound, tokens, false, ScalarType::Float);
-  const auto read = [&](void* to, const void* from, size_t bytes) {
-    check_cuda(call.op, "reading the codes",
-               cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, call.stream));
-  };
-  read(&screen.header, call.packed.header(), sizeof(screen.header));
-  read(&screen.bounds, sum.data_ptr(), sizeof(screen.bounds));
+  found.read(&screen.header, call.packed.header(), sizeof(screen.header));
+  found.read(&screen.bounds, sum.data_ptr(), sizeof(screen.bounds));
+  return sum;
 }
 
 // The largest uppers of the batch, of those above `least`. Waits for the device.
@@ -76,8 +74,9 @@ BatchSeen collect(const Call& call, Screen& screen, float least) {
   } else {
     scan_prefixes(call.op, screen.kept, candidates, call.stream);
   }
-  read_codes(call, screen);
-  const BatchSeen seen = look(call.op, screen.kept, call.stream);
+  Readback found(call.op, call.stream);
+  const Tensor held = read_codes(call, screen, found);
+  const BatchSeen seen = look(screen.kept, found);
   check_header(call.op, call.packed, screen.header);
   const bool again = least == 0 && !seen.whole;
   if (!again) return seen;

@@ -84,14 +84,11 @@ struct Sizes {
 };
 Sizes read_sizes(const Call& call, const EncodeHits& hits) {
   Sizes sizes = {};
-  const auto read = [&](void* to, const void* from, size_t bytes) {
-    check_cuda(call.op, "reading a size",
-               cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, call.stream));
-  };
-  read(&sizes.reserved, hits.reserved(), 8);
-  read(&sizes.candidates, data<int64_t>(hits.offsets) + hits.tiles.n, 8);
-  read(&sizes.header, call.packed.header(), sizeof(ScreenedHeader));
-  check_cuda(call.op, "waiting for the candidates", cudaStreamSynchronize(call.stream));
+  Readback found(call.op, call.stream);
+  found.read(&sizes.reserved, hits.reserved(), 8);
+  found.read(&sizes.candidates, data<int64_t>(hits.offsets) + hits.tiles.n, 8);
+  found.read(&sizes.header, call.packed.header(), sizeof(ScreenedHeader));
+  found.wait();
   check_header(call.op, call.packed, sizes.header);
   return sizes;
 }
@@ -114,10 +111,9 @@ EncodeCsr keep(const Call& call, const EncodeCsr& candidates, std::optional<int6
   sum_counts(call.op, offsets, call.stream);
   int64_t capacity = max_nnz.value_or(0);
   if (!max_nnz) {
-    check_cuda(
-        call.op, "reading a size",
-        cudaMemcpyAsync(&capacity, p.kept_offsets + n, 8, cudaMemcpyDeviceToHost, call.stream));
-    check_cuda(call.op, "waiting for the entries", cudaStreamSynchronize(call.stream));
+    Readback entries(call.op, call.stream);
+    entries.read(&capacity, p.kept_offsets + n, 8);
+    entries.wait();
   }
   const EncodeCsr out = new_csr(call.op, offsets, capacity, true, call.stream);
   p.needed = data<int64_t>(out.needed);

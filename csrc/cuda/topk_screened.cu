@@ -122,14 +122,11 @@ Seen look(const Call& call, const Screen& screen) {
   Seen seen = {};
   seen.lost.resize(static_cast<size_t>(screen.kept.blocks()));
   int64_t sizes[2] = {0, 0};
-  const auto read = [&](void* to, const void* from, size_t bytes) {
-    check_cuda(call.op, "reading a size",
-               cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, call.stream));
-  };
-  read(seen.lost.data(), screen.kept.lost.data_ptr(), seen.lost.size() * sizeof(int64_t));
-  read(sizes, screen.sizes.data_ptr(), sizeof(sizes));
-  read(&seen.header, call.packed.header(), sizeof(ScreenedHeader));
-  check_cuda(call.op, "waiting for the encoder", cudaStreamSynchronize(call.stream));
+  Readback found(call.op, call.stream);
+  found.read(seen.lost.data(), screen.kept.lost.data_ptr(), seen.lost.size() * sizeof(int64_t));
+  found.read(sizes, screen.sizes.data_ptr(), sizeof(sizes));
+  found.read(&seen.header, call.packed.header(), sizeof(ScreenedHeader));
+  found.wait();
   check_header(call.op, call.packed, seen.header);
   seen.unsure = sizes[0];
   seen.decided = sizes[1];
