@@ -24,7 +24,7 @@ MEANT: dict[str, dict[str, int]] = {
     "hot_product_kernel": {r"HGMMA\.64x256x16\.F32": 4, "UTMALDG": 2},
     "hot_(transpose|gather)_kernel": {WIDE_LOAD: 1, r"STG\.E\.128": 1},
     "(rescore|decide_rows)_kernel": {WIDE_LOAD: 8, r"LDS\.128": 4},
-    "encode_few_kernel": {r"HMMA\.16816\.F32": 8, WIDE_COPY: 15, r"LDS\.128": 18},
+    "(encode_few|few_keys)_kernel": {r"HMMA\.16816\.F32": 8, WIDE_COPY: 15, r"LDS\.128": 18},
     "encode_tile_kernel<(__half|__nv_bfloat16)": {r"HMMA\.16816\.F32": 24, WIDE_COPY: 1},
     "encode_tile_kernel<float": {"FFMA": 64, r"LDS\.128": 8, WIDE_COPY: 1},
     "token_pass_kernel<[01]>": {WIDE_LOAD: 8, r"STG\.E\.128": 1},

@@ -243,7 +243,8 @@ def test_every_measuring_part_runs_on_toy_sizes(part: str, path: Path) -> None:
     for r in found:
         assert r["status"] == "done" or r["reason"] == "streams and graphs are a GPU's"
         if "ratios" in r:
-            assert r["ratios"] and r["error"] < 0.01 and r["line"]
+            alone = "the library is built without CUDA" in r["line"]
+            assert (r["ratios"] or alone) and r["error"] < 0.01 and r["line"]
 
 
 def test_lists_of_tensors_move_too() -> None:

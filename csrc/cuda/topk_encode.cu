@@ -7,7 +7,7 @@
 // Algorithm: the latents in growing prefixes (select_prefixes.h); a chunk emits what exceeds the row's k-th best so
 // far (encode_tiles.h), and an exact selection per row merges it (select_rows_kernel.cuh). With `packed` codes int8
 // products do so for the most that an entry can be, and exact sums decide among those that are left (topk_screened.h). At
-// most 16 tokens have all keys of the product written, and selected from (topk_few.h).
+// most 16 tokens have all keys of the product written, and selected from, without a wait (topk_few.h).
 // The host waits once, where d_sae is more than twice the first prefix, to see whether a chunk overflowed; then those
 // rows go on from there in chunks that cannot. While a CUDA graph is captured it does not wait, and their values are
 // NaN.
