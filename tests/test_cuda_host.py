@@ -49,6 +49,7 @@ struct cudaDeviceProp {
 };
 using cudaStream_t = void*;
 enum { cudaMemcpyDeviceToHost, cudaHostAllocPortable };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeRelaxed };
 constexpr int kOptin = 232448;
 
 inline cudaError_t last_error = cudaSuccess;
@@ -100,21 +101,26 @@ inline cudaError_t cudaLaunchKernel(const void* kernel, dim3, dim3, void**, size
 // Copies to page-locked memory are done when the stream is waited for, others at once.
 inline std::map<const char*, size_t> locked;
 inline std::vector<std::function<void()>> queued;
+inline bool captured = false;  // by another thread
+inline thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, capture_mode);
+  return cudaSuccess;
+}
 inline cudaError_t cudaHostAlloc(void** found, size_t bytes, unsigned) {
+  if (captured && capture_mode != cudaStreamCaptureModeRelaxed) {
+    return remember(cudaErrorNotSupported);
+  }
   char* memory = new char[bytes];
   locked[memory] = bytes;
   *found = memory;
   return answer();
 }
-inline cudaError_t cudaFreeHost(void* memory) {
-  locked.erase(static_cast<char*>(memory));
-  delete[] static_cast<char*>(memory);
-  return cudaSuccess;
-}
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, void*) {
   const char* at = static_cast<char*>(to);
   const auto part = locked.upper_bound(at);
-  const bool waits = part == locked.begin() || at >= std::prev(part)->first + std::prev(part)->second;
+  const bool waits =
+      part == locked.begin() || at >= std::prev(part)->first + std::prev(part)->second;
   if (waits) {
     memcpy(to, from, bytes);
   } else {
@@ -135,6 +141,7 @@ PROGRAM = r"""
 #include <cstdio>
 #include <cstring>
 #include <stdexcept>
+#include <thread>
 #include "cuda/runtime.h"
 // Last: it brings CUDA's words for the compiler.
 #include "cuda/feature_pass_launch.cuh"
@@ -195,6 +202,28 @@ int main(int, char** argv) {
     read.read(&found[0], &sizes[0], 8);
     read.wait();
     std::printf("%d, %zu pages\n", int(found[0]), locked.size());
+    return 0;
+  }
+  if (strcmp(argv[1], "pages") == 0) {
+    int64_t late = 7, size = 8, found = 0, other = 0;
+    const auto read = [&](const int64_t& from, int64_t* to) {
+      Readback sizes("decode", nullptr);
+      sizes.read(to, &from, 8);
+      sizes.wait();
+    };
+    captured = true;
+    std::thread([&] { read(size, &found); }).join();
+    std::thread([&] { read(size, &found); }).join();
+    std::printf("%d, %zu pages, ", int(found), locked.size());
+    { Readback("decode", nullptr).read(&other, &late, 8); }  // and the op fails
+    const auto stale = std::move(queued);
+    queued.clear();
+    Readback sizes("decode", nullptr);
+    sizes.read(&found, &size, 8);
+    for (const auto& copy : queued) copy();
+    queued = stale;
+    sizes.wait();
+    std::printf("%d %d, %d\n", int(found), int(other), int(capture_mode));
     return 0;
   }
   told([] { check_cuda("first", "launch", launch(most() + 1)); });
@@ -328,6 +357,13 @@ def test_a_reported_error_is_not_reported_again(program: Path) -> None:
 def test_several_numbers_cost_one_wait(program: Path) -> None:
     # What is larger than a page is copied at once.
     assert output(program, "readback") == "2 queued, 0 7 8 9\n5, 1 pages\n"
+
+
+def test_a_page_serves_threads_in_turn_but_not_beside_a_copy_that_nobody_waited_for(
+    program: Path,
+) -> None:
+    # Another thread captures a CUDA graph meanwhile.
+    assert output(program, "pages") == "8, 1 pages, 8 0, 0\n"
 
 
 def test_threads_that_launch_one_kernel_do_not_lower_each_others_limit(program: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracle import assert_entries, topk_support
 from selection import NO_VIEW, select, tensors, testing
-from test_cuda_select import D_SAE, N, matrices
+from test_cuda_select import D_SAE, matrices
 
 NAN, INF = float("nan"), float("inf")
 GROUP = 32
@@ -106,7 +106,8 @@ def product(n: int, d: int, d_sae: int, seed: int = 0):
 
 
 @pytest.mark.parametrize(
-    "n, d, d_sae", [(1, 1, 1), (16, 0, 70), (7, 128, 64), (16, 1000, 257), (9, 136, 96), (2, 40, 33)]
+    "n, d, d_sae",
+    [(1, 1, 1), (16, 0, 70), (7, 128, 64), (16, 1000, 257), (9, 136, 96), (2, 40, 33)],
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_keys_of_a_product(n, d, d_sae, dtype):

@@ -5,6 +5,7 @@
 #include <dlfcn.h>
 
 #include <cstring>
+#include <mutex>
 #include <sstream>
 #include <string>
 
@@ -35,25 +36,42 @@ std::string described(int device) {
   return text.str();
 }
 
-// Page-locked memory of a thread.
-class Landing {
+// Page-locked memory that no Readback uses. None is freed: that waits for the device, and fails while another thread
+// captures a CUDA graph.
+class Pages {
  public:
   static constexpr size_t kBytes = 4096;
 
-  ~Landing() {
-    if (memory_ != nullptr) cudaFreeHost(memory_);
+  static Pages& all() {
+    static Pages& pages = *new Pages;  // threads may outlive what is destroyed at exit
+    return pages;
   }
-  char* memory(const char* op) {
-    if (memory_ == nullptr) {
-      void* found = nullptr;
-      check_cuda(op, "page-locked memory", cudaHostAlloc(&found, kBytes, cudaHostAllocPortable));
-      memory_ = static_cast<char*>(found);
+  char* take(const char* op) {
+    {
+      const std::lock_guard<std::mutex> lock(in_use_);
+      if (!idle_.empty()) {
+        char* page = idle_.back();
+        idle_.pop_back();
+        return page;
+      }
     }
-    return memory_;
+    void* page = nullptr;
+    // Else a capture, this thread's or another's, forbids it and is lost.
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    check_cuda(op, "page-locked memory", cudaThreadExchangeStreamCaptureMode(&mode));
+    const cudaError_t status = cudaHostAlloc(&page, kBytes, cudaHostAllocPortable);
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    check_cuda(op, "page-locked memory", status);
+    return static_cast<char*>(page);
+  }
+  void give_back(char* page) {
+    const std::lock_guard<std::mutex> lock(in_use_);
+    idle_.push_back(page);
   }
 
  private:
-  char* memory_ = nullptr;
+  std::mutex in_use_;
+  std::vector<char*> idle_;
 };
 
 }  // namespace
@@ -95,17 +113,22 @@ void check_cuda(const char* op, const char* what, cudaError_t status) {
   fail(op, what, ": ", cudaGetErrorName(status), ": ", cudaGetErrorString(status));
 }
 
+// A page whose copies may still be on their way, since the op failed before it waited, is not used again.
+Readback::~Readback() {
+  if (page_ != nullptr && parts_.empty()) Pages::all().give_back(page_);
+}
+
 void Readback::read(void* to, const void* from, size_t bytes) {
-  static thread_local Landing landing;
   char* at = nullptr;
-  if (used_ + bytes <= Landing::kBytes) {
-    at = landing.memory(op_) + used_;
+  if (used_ + bytes <= Pages::kBytes) {
+    if (page_ == nullptr) page_ = Pages::all().take(op_);
+    at = page_ + used_;
     used_ += bytes;
   }
+  parts_.push_back({to, at, bytes});
   check_cuda(
       op_, "reading a size",
       cudaMemcpyAsync(at != nullptr ? at : to, from, bytes, cudaMemcpyDeviceToHost, stream_));
-  parts_.push_back({to, at, bytes});
 }
 
 void Readback::wait() {

@@ -21,11 +21,12 @@ void check_cuda(const char* op, const char* what, cudaError_t status);
 // Call after each launch: reports an impossible configuration, not a fault inside the kernel.
 void check_launch(const char* op);
 
-// Numbers that the host waits for. They pass through page-locked memory of the calling thread, so that several cost one
-// wait: a copy to other memory waits by itself. One at a time per thread.
+// Numbers that the host waits for. They pass through page-locked memory, so that several cost one wait: a copy to other
+// memory waits by itself.
 class Readback {
  public:
   Readback(const char* op, cudaStream_t stream) : op_(op), stream_(stream) {}
+  ~Readback();
   Readback(const Readback&) = delete;
   Readback& operator=(const Readback&) = delete;
 
@@ -41,7 +42,8 @@ class Readback {
   };
   const char* op_;
   cudaStream_t stream_;
-  std::vector<Part> parts_;
+  char* page_ = nullptr;
+  std::vector<Part> parts_;  // not waited for yet
   size_t used_ = 0;
 };
 
