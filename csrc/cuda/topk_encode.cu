@@ -1,4 +1,4 @@
-// TopK encoder on CUDA: the k largest of relu(x @ W_enc + b_enc) per row, without forming the product.
+// TopK encoder on CUDA: the k largest of relu(x @ W_enc + b_enc) per row.
 //
 //   result(i) = the k largest of relu(pre[i]), NaN largest, ties to the smaller latent, in ascending latent order
 //   x [n, d_in], W_enc [d_in, d_sae], b_enc [d_sae]
@@ -6,9 +6,9 @@
 // Source: Scaling and evaluating sparse autoencoders, arXiv 2406.04093, section 2.3.
 // Algorithm: the latents in growing prefixes (select_prefixes.h); a chunk emits what exceeds the row's k-th best so
 // far (encode_tiles.h), and an exact selection per row merges it (select_rows_kernel.cuh). With `packed` codes int8
-// products do so for the most that an entry can be, and exact sums decide among those that are left (topk_screened.h). At
-// most 16 tokens have all keys of the product written, and selected from, without a wait (topk_few.h).
-// The host waits once, where d_sae is more than twice the first prefix, to see whether a chunk overflowed; then those
+// products do so for the most that an entry can be, and exact sums decide among those that are left (topk_screened.h).
+// Where x and W_enc are 16-bit, at most 16 tokens have all keys of the product written, and selected from (topk_few.h).
+// Else the host waits once, where d_sae is more than twice the first prefix, to see whether a chunk overflowed; then those
 // rows go on from there in chunks that cannot. While a CUDA graph is captured it does not wait, and their values are
 // NaN.
 // Bound: the product, 2 n d_in d_sae operations.

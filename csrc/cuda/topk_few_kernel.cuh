@@ -3,9 +3,10 @@
 //   keys[i, j] = the key of pre[i, j] (select_keys.cuh), highest[i, g] = the largest key of latents 32 g .. 32 g + 31
 //   best(i) = the k best of the groups whose highest key is not below the k-th of all highest keys
 //
-// k groups have a key that large, so the k best are not below it, and groups that stay below it hold none of them: of
-// 65,536 exchangeable latents about 70 groups are read again, 9 KiB. Few tokens make the keys a small thing to write,
-// 4 bytes beside 2 d bytes of W; prefixes, which write only candidates, would cost a dozen launches and a wait.
+// k groups have a key that large, so the k best are not below it, and groups that stay below it hold none of them: where
+// no highest keys tie, k groups are read again, 128 k bytes. Few tokens make the keys a small thing to write, 4 n bytes
+// beside the 2 d of a latent's row of W; prefixes, which write only candidates, would cost about twenty launches and a
+// wait.
 // Bound by the read of W (encode_few_kernel.cuh); the selection by latency.
 #pragma once
 
