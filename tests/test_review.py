@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gemmascope_fast as gsf
 from gemmascope_fast.training import Reconstruction
-from gemmascope_fast.training.blocked import _strata
+from gemmascope_fast.training.blocked import _strata, sampled_density
 from gemmascope_fast.training.losses import Term
 
 X, W, B = torch.randn(6, 20), torch.randn(20, 40), torch.zeros(40)
@@ -44,6 +45,33 @@ def test_silent_first_tokens_do_not_unbound_the_blocks():
     sae = gsf.SAE(8, 1024, gsf.JumpReLU(0.001, 0.001))
     _, metrics = sae.loss(x)
     assert int(metrics["dense_blocks"]) == int(metrics["blocks"]) > 0
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an op returned in memory of its own."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        given = [t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)]
+        if isinstance(found, torch.Tensor) and found.untyped_storage().data_ptr() not in given:
+            self.elements = max(self.elements, found.numel())
+        return found
+
+
+@pytest.mark.parametrize("latent_major", [True, False])
+@pytest.mark.parametrize("d_sae", [2048, 4096])
+def test_the_sample_of_the_density_reads_at_most_the_latents_it_needs(d_sae, latent_major):
+    torch.manual_seed(0)
+    x, W_enc = torch.randn(256, 128), torch.randn(d_sae, 128)
+    b_enc, limit = torch.randn(d_sae), 4 * torch.randn(d_sae)
+    exact = float((x @ W_enc.t() + b_enc > limit).float().mean())
+    W_enc = W_enc.t() if latent_major else W_enc.t().contiguous()
+    with Largest() as seen:
+        found = sampled_density(x, W_enc, b_enc, limit)
+    assert abs(found - exact) < 0.05 * exact
+    assert seen.elements == 2048 * (64 if d_sae == 2048 else 128)  # no copy where all are sampled
 
 
 # ---- derivatives

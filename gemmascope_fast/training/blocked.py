@@ -265,10 +265,15 @@ def sampled_density(
     if W_enc.shape[1] == 0:
         return 0.0
     rows = _strata(x.shape[0], sample_rows).to(x.device)
-    latents = _strata(W_enc.shape[1], SAMPLE_LATENTS).to(x.device)
-    weights = W_enc.t()[latents].t()
-    pre = x[rows].to(weights.dtype) @ weights + b_enc[latents]
-    return float(torch.gt(pre, limit[latents], out=pre).mean(dtype=torch.float32))
+    if W_enc.shape[1] > SAMPLE_LATENTS:  # else all of them, without a copy
+        latents = _strata(W_enc.shape[1], SAMPLE_LATENTS).to(x.device)
+        if W_enc.stride(1) == 1:  # along the rows of memory, and by index_select, which copies them
+            W_enc = W_enc.index_select(1, latents)
+        else:
+            W_enc = W_enc.t().index_select(0, latents).t()
+        b_enc, limit = b_enc[latents], limit[latents]
+    pre = x[rows].to(W_enc.dtype) @ W_enc + b_enc
+    return float(torch.gt(pre, limit, out=pre).mean(dtype=torch.float32))
 
 
 def _strata(size: int, strata: int) -> Tensor:
