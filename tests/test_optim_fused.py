@@ -293,6 +293,29 @@ def test_weights_changed_since_the_forward_pass_are_refused():
         optimizer.step()
 
 
+@pytest.mark.parametrize("how", ["clipped", "unscaled", "replaced"])
+@pytest.mark.parametrize("loss", [loss_of, lambda module, x: module.loss(x)[0]])
+def test_gradients_changed_before_the_step_are_refused(how, loss):
+    module = sae(gsf.JumpReLU(0.2, 1.2))
+    optimizer = gsf.optim.Adam(module, 1e-2, fused=True)
+    before = copy.deepcopy(module.state_dict())
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=how == "unscaled")
+    scaler.scale(loss(module, batch(0))).backward()
+    if how == "clipped":
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1e6)
+    elif how == "replaced":
+        module.b_dec.grad = module.b_dec.grad * 0.5
+    text = "GradScaler" if how == "unscaled" else "changed between backward\\(\\) and step"
+    with pytest.raises(RuntimeError, match=text):
+        scaler.step(optimizer)
+    for name, value in module.state_dict().items():
+        assert_same(value, before[name], name)
+    optimizer.zero_grad()
+    loss(module, batch(1)).backward()
+    optimizer.step()
+    assert not torch.equal(module.W_dec, before["W_dec"])
+
+
 def test_edited_activations_are_refused_with_gradients_and_served_without():
     module = sae()
     gsf.optim.Adam(module, 1e-2, fused=True)

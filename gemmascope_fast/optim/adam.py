@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..arguments import check_number
 from ..modules import SAE
 from ..screening import current_screens
-from .deferred import Deferred
+from .deferred import Deferred, refuse_scaler
 from .rows import ROUNDING, as_rows, new_state, op_state, rates, requantise, rule, update
 
 OP = "Adam"
@@ -101,6 +101,11 @@ class Adam(torch.optim.Optimizer):
         check_group({**self.defaults, **checked}, listed)
         super().add_param_group(checked)
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """A GradScaler then tells `step` of itself instead of unscaling by its own."""
+        return self._deferred is not None
+
     @torch.no_grad()
     def prepare(self) -> None:
         """Make the state of every parameter now, not at its first step: to be loaded into, say."""
@@ -120,9 +125,11 @@ class Adam(torch.optim.Optimizer):
 
         Raises:
             TypeError: a gradient is sparse.
-            RuntimeError: a fused gradient and a dense one of the same weights are both pending, or
-                the weights changed since the fused forward pass. Nothing has been updated then.
+            RuntimeError: a fused gradient and a dense one of the same weights are both pending,
+                the weights changed since the fused forward pass, the other gradients since
+                `backward` (clipped, say), or a GradScaler calls. Nothing has been updated then.
         """
+        refuse_scaler(self)
         result = None
         if closure is not None:
             with torch.enable_grad():

@@ -101,6 +101,11 @@ class Deferred:
         self.module = module
         self.pending: Record | None = None
         self._records: Any = WeakTensorKeyDictionary()
+        self._left: dict[Tensor, tuple[Tensor, int]] = {}  # dense gradients as backward left them
+        note = _noter(weakref.ref(self))
+        for p in module.parameters():
+            if p.requires_grad and p is not module.W_enc and p is not module.W_dec:
+                p.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
         module.deferred = self
         with _lock:
             for p in (module.W_enc, module.W_dec):
@@ -113,6 +118,12 @@ class Deferred:
     def clear(self) -> None:
         """Forget the pending gradients."""
         self.pending = None
+        self._left.clear()
+
+    def left(self, p: Tensor) -> None:
+        """Note the gradient of `p` that a backward pass has just left there."""
+        if p.grad is not None:
+            self._left[p] = (p.grad, p.grad._version)
 
     def checked(self) -> Record:
         """Return the pending record, if it can be applied."""
@@ -127,6 +138,13 @@ class Deferred:
                 )
             if p._version != version:
                 raise RuntimeError(f"{OP}: {name} was changed between encode and step()")
+        for p, (grad, version) in self._left.items():
+            if p.grad is not None and (p.grad is not grad or grad._version != version):
+                raise RuntimeError(
+                    f"{OP}: gradients were changed between backward() and step(), by "
+                    "torch.nn.utils.clip_grad_norm_, say; those of W_enc and W_dec do not exist "
+                    "yet and would stay as they are: use fused=False"
+                )
         return record
 
     def encode(self, x: Tensor, acts: SparseActs) -> SparseActs:
@@ -201,12 +219,31 @@ def check_semantics(op: str, module: SAE) -> None:
         )
 
 
+def refuse_scaler(optimizer: torch.optim.Optimizer) -> None:
+    """Raise where a GradScaler calls, which has set these attributes for the length of a step."""
+    held = [vars(optimizer).pop(name, None) for name in ("grad_scale", "found_inf")]
+    if any(value is not None for value in held):
+        raise RuntimeError(
+            f"{OP}: torch.amp.GradScaler unscales and checks gradients, and those of W_enc and "
+            "W_dec are never formed: use bfloat16, or fused=False"
+        )
+
+
 def pending_parameters(p: Tensor) -> bool:
     """Whether a fused step owes `p` a gradient."""
     with _lock:
         owner = _owners.get(p)
     deferred = None if owner is None else owner()
     return deferred is not None and deferred.pending is not None
+
+
+def _noter(owner: weakref.ref[Deferred]) -> Any:
+    def note(p: Tensor) -> None:
+        deferred = owner()
+        if deferred is not None:
+            deferred.left(p)
+
+    return note
 
 
 def _taker(record: Record, name: str) -> Any:
