@@ -152,6 +152,17 @@ def test_another_seed_is_another_run_and_the_same_seed_is_not() -> None:
     assert torch.equal(first.W_dec, same.W_dec) and not torch.equal(first.W_dec, other.W_dec)
 
 
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("activation", ["jumprelu", "topk"])
+def test_gradients_that_a_notebook_switched_off_change_nothing(off: Any, activation: str) -> None:
+    k = None if activation == "jumprelu" else 4
+    with off():
+        found = train(sparse_data(400), activation=activation, k=k)
+        assert not torch.is_grad_enabled()
+    expected = train(sparse_data(400), activation=activation, k=k)
+    assert torch.equal(found.W_dec, expected.W_dec) and found.W_dec.requires_grad
+
+
 def test_autocast_computes_in_bfloat16_and_keeps_float32_weights() -> None:
     x = sparse_data(800)
     exact, cast = train(x, steps=30), train(x, steps=30, autocast=torch.bfloat16)

@@ -7,8 +7,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -160,11 +160,18 @@ def train(
         held = rows_of.held_bytes(place)
         found = estimate(settings, place, held, resume=resume and folder is not None)
         print(f"train: {d_sae:,} latents, {steps:,} steps; {found}", file=sys.stderr)
-    with nullcontext() if folder is None else checkpoint.held(folder / CHECKPOINTS):
+    with _recording(), nullcontext() if folder is None else checkpoint.held(folder / CHECKPOINTS):
         trainer = _start(rows_of, settings, place, folder, resume)
         with bar(steps, progress) as shown:
             run_steps(trainer, folder, on_metrics, shown)
         return _finish(trainer, folder, dict(metadata or {}))
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd at work, whatever a notebook has switched off for good."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def _on_mesh(mesh: DeviceMesh, source: Source, settings: Settings, *to: Any, **options: Any) -> SAE:
@@ -172,7 +179,8 @@ def _on_mesh(mesh: DeviceMesh, source: Source, settings: Settings, *to: Any, **o
 
     if settings.precision != "exact":
         raise ValueError(f"{OP}: precision={settings.precision!r} is for one device: drop mesh")
-    return cast("SAE", train_on(mesh, source, settings, *to, **options))
+    with _recording():
+        return cast("SAE", train_on(mesh, source, settings, *to, **options))
 
 
 def as_source(source: Any, kind: str) -> Source:
