@@ -70,7 +70,8 @@ class SafetensorsFile:
         path, size = self.path, int.from_bytes(self._held.read(8), "little")
         if size > HEADER_LIMIT:
             raise ValueError(
-                f"{self._op}: {path}: the header must have at most {HEADER_LIMIT} bytes, got {size}"
+                f"{self._op}: {path} is not a safetensors file: the header must have at most "
+                f"{HEADER_LIMIT} bytes, got {size}"
             )
         self.specs: dict[str, Spec] = {}
         self._starts: dict[str, int] = {}

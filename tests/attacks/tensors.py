@@ -51,6 +51,7 @@ CASES = {  # name: bytes of params.safetensors, the message that refuses them
     "seven bytes": (b"\0" * 7, COMPLETE),
     "header of 2^63 bytes": (framed(b"{}", length=1 << 63), "header must have at most"),
     "header of 90 MB": (framed(b"{}", length=90_000_000), "header must have at most"),
+    "an array of numpy": (b"\x93NUMPY\x01\0v\0{'descr'", "not a safetensors file: the header must"),
     "header beyond the file": (framed(b"{}", length=1000), COMPLETE),
     "header cut": (VALID[:60], COMPLETE),
     "body cut": (VALID[:-1], COMPLETE),
