@@ -351,7 +351,7 @@ EncodeCsr place_hits(const char* op, EncodeHits& hits, int64_t capacity, bool ex
                               : new_csr(op, hits.offsets, capacity, gated, stream);
   PlaceHits p = csr_arguments(place_arguments(hits), out);
   p.exact = exact;
-  const int64_t runs = p.column_blocks * p.strips(), others = gated ? capacity : 0;
+  const int64_t runs = p.column_blocks * p.strips(), others = gated && !exact ? capacity : 0;
   place_kernel<<<place_blocks(std::max(runs * kRunLanes, others)), kPlaceThreads, 0, stream>>>(p);
   check_launch(op);
   return out;
