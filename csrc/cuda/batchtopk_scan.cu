@@ -8,11 +8,6 @@ namespace gemmascope_fast {
 inline namespace on_cuda {
 namespace {
 
-template <typename T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
 Found found_of(const BatchBest& best, int64_t block, const EncodeCsr& csr, int64_t first) {
   Found found;
   found.offsets = data<int64_t>(csr.offsets);

@@ -28,11 +28,6 @@ constexpr int64_t kRecordsPerToken = 256;
 constexpr int64_t kSmallestArena = 65536;
 constexpr int64_t kGrid = int64_t{1} << 16;
 
-template <typename T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
 Tensor empty(const Tensor& like, int64_t size, ScalarType dtype) {
   return torch::stable::new_empty(like, {size}, dtype);
 }

@@ -19,11 +19,6 @@ namespace gemmascope_fast {
 inline namespace on_cuda {
 namespace {
 
-template <typename T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
 Tensor empty(const Tensor& like, int64_t size, ScalarType dtype) {
   return torch::stable::new_empty(like, {size}, dtype);
 }

@@ -16,6 +16,11 @@
 namespace gemmascope_fast {
 inline namespace on_cuda {
 
+template <typename T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
 // dtype, dimensions and device of an encoder's arguments.
 void check_encode(const char* op, const Tensor& x, const Tensor& W_enc, const Tensor& b_enc);
 

@@ -9,11 +9,6 @@ namespace gemmascope_fast {
 inline namespace on_cuda {
 namespace {
 
-template <typename T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
 // One allocation in place of seven.
 class Workspace {
  public:

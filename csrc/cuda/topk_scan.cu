@@ -10,11 +10,6 @@ namespace gemmascope_fast {
 inline namespace on_cuda {
 namespace {
 
-template <typename T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
 void merge(const char* op, const TopkRows& best, int64_t block, const Found& found,
            cudaStream_t stream) {
   const int64_t begin = best.begin(block);

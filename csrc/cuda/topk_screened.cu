@@ -23,11 +23,6 @@ namespace {
 constexpr int64_t kUnsurePart = 8;
 constexpr int64_t kGrid = int64_t{1} << 16;
 
-template <typename T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
 unsigned grid_for(int64_t items) {
   return static_cast<unsigned>(std::clamp(items, int64_t{1}, kGrid));
 }

@@ -262,17 +262,23 @@ py::tuple encode(const Selection& s, EncodeTiles t, int width, const Tiles& tile
 }
 
 template <class T>
+EncodeTiles operands(const Rows<T>& x, int64_t n, const Rows<T>& W, int64_t d_sae) {
+  EncodeTiles t = {};
+  t.x = x.memory.data();
+  t.W = W.memory.data();
+  t.n = n;
+  t.d = x.d;
+  t.d_sae = d_sae;
+  t.x_stride = x.stride;
+  t.W_stride = W.stride;
+  return t;
+}
+
+template <class T>
 py::tuple encode_product(const Array<float>& x, const Array<float>& W, const Selection& s,
                          void (*run)(const EncodeTiles&, Limit), int width) {
   const Rows<T> rows(x), latents(W);
-  EncodeTiles t = {};
-  t.x = rows.memory.data();
-  t.W = latents.memory.data();
-  t.n = x.shape(0);
-  t.d = rows.d;
-  t.d_sae = W.shape(0);
-  t.x_stride = rows.stride;
-  t.W_stride = latents.stride;
+  const EncodeTiles t = operands(rows, x.shape(0), latents, W.shape(0));
   return encode(s, t, width, [&](const EncodeTiles& p) { run(p, s.kind); });
 }
 
@@ -280,14 +286,8 @@ py::tuple encode_product(const Array<float>& x, const Array<float>& W, const Sel
 template <class T>
 py::tuple keys_of(const Array<float>& x, const Array<float>& W, const Array<float>& bias) {
   const Rows<T> rows(x), latents(W);
-  EncodeTiles t = {};
-  t.x = rows.memory.data();
-  t.W = latents.memory.data();
-  t.n = x.shape(0);
-  t.d = rows.d;
-  t.d_sae = t.last = W.shape(0);
-  t.x_stride = rows.stride;
-  t.W_stride = latents.stride;
+  EncodeTiles t = operands(rows, x.shape(0), latents, W.shape(0));
+  t.last = t.d_sae;
   t.bias = bias.data();
   const int64_t groups = (t.d_sae + kGroup - 1) / kGroup;
   auto keys = new_array<uint32_t>(t.n * groups * kGroup),
