@@ -316,6 +316,19 @@ def test_gradients_changed_before_the_step_are_refused(how, loss):
     assert not torch.equal(module.W_dec, before["W_dec"])
 
 
+def test_gradients_of_steps_before_may_be_changed():
+    """Of a step without a fused gradient too: b_dec alone, then a loss that does not reach it."""
+    module = sae()
+    optimizer = gsf.optim.Adam(module, 1e-2, fused=True)
+    module.b_dec.sum().backward()
+    optimizer.step()
+    module.zero_grad(set_to_none=False)
+    before = module.W_enc.detach().clone()
+    module.encode(batch(0)).values.sum().backward()
+    optimizer.step()
+    assert not torch.equal(module.W_enc, before)
+
+
 def test_edited_activations_are_refused_with_gradients_and_served_without():
     module = sae()
     gsf.optim.Adam(module, 1e-2, fused=True)

@@ -145,8 +145,10 @@ class Adam(torch.optim.Optimizer):
                 )
         screens = current_screens([p for p, _ in held])
         extra: dict[Tensor, Tensor] = {}
-        if self._deferred is not None and self._deferred.pending is not None:
-            extra = self._fused_step({p: group for p, group in held})
+        if self._deferred is not None:
+            if self._deferred.pending is not None:
+                extra = self._fused_step({p: group for p, group in held})
+            self._deferred.clear()
         for p, group in held:
             gradient = extra.get(p, p.grad)
             if gradient is not None:
@@ -171,7 +173,6 @@ class Adam(torch.optim.Optimizer):
         ]
         packed = [op_state(p, s) for p, s in zip(weights, states, strict=True)]
         found = record.run(module, packed, [rates(groups[p]) for p in weights], rules)
-        self._deferred.clear()
         targets = (module.b_enc, module.threshold)
         return {
             p: g
