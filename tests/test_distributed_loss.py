@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import sharded as problems
 import torch
 from ranks import Ranks
 from sharded import JUMP, batch, close, parted, rows_of, same_gradients
+from torch import Tensor
 
-from gemmascope_fast import BatchTopK, TopK
+from gemmascope_fast import BatchTopK, TopK, batchtopk_encode, ops
 from gemmascope_fast.distributed.peers import Peers
 from gemmascope_fast.training import (
     L0,
@@ -150,3 +152,24 @@ def one_row_without_tokens() -> None:
 
 def test_a_rank_without_tokens_contributes_nothing(ranks: Ranks) -> None:
     ranks.run(4, one_row_without_tokens)
+
+
+def _overload(encoder: tuple[Tensor, ...], name: str) -> Any:
+    return ops.overload(name, *encoder)
+
+
+def local_threshold() -> None:
+    """Where the op's is, with a view by latent and without: the next guess of the op here."""
+    sharded, _ = parted(problems.sae(37, BatchTopK(4.0)), 1, 2)
+    local, x = sharded.local, batch(11)
+    encoder = (x, local.W_enc.detach(), local.b_enc.detach())
+    share = (44 + 0.5) / 11
+    op = partial(_overload, encoder)
+    expected = batchtopk_encode(*encoder, share).threshold
+    for by_feature in (False, True):
+        found = Peers(sharded.layout).batchtopk(op, encoder, 4.0, by_feature, None, None)
+        assert len(found) == 8 and torch.equal(found[5], expected)
+
+
+def test_peers_tell_the_threshold_of_their_own_candidates(ranks: Ranks) -> None:
+    ranks.run(2, local_threshold)

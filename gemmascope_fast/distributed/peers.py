@@ -85,13 +85,14 @@ class Peers(Whole):
         codes: Tensor | None,
         guess: float | None,
     ) -> tuple[Tensor, ...]:
-        """`selection.keep_batchtopk` of the local op's candidates."""
+        """`selection.keep_batchtopk` of the local op's candidates, whose threshold it tells."""
         (n, _), size = encoder[0].shape, encoder[1].shape[1]
         count = batch_count(k, n, self._layout, self._device)
         share = batch_share(count, n, size)
         found = op("batchtopk_encode")(*encoder, share, guess, None, False, codes)
         (kept,), _ = keep_batchtopk([_acts(found, encoder)], count, self._layout)
-        return _tuple(kept, by_feature)
+        entries = _tuple(kept, by_feature)
+        return *entries[:4], *found[4:6], *entries[4:]
 
     def ends(self, ends: tuple[int, ...]) -> tuple[int, ...]:
         """Leading latents of the whole that are this rank's."""
