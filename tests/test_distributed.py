@@ -145,6 +145,26 @@ def test_an_optimizer_over_the_local_module_trains_the_dtensors(ranks: Ranks, fu
         ranks.run(3, trained, fused, activation)
 
 
+def handed_beside_a_fused_step() -> None:
+    """A gradient of `b_dec` on top of the one that the backward pass left in `local`."""
+    sharded, _ = parted(problems.sae(37), 1, 2)
+    fused, x = gsf.optim.Adam(sharded.local, 1e-2, fused=True), batch(8)
+    loss = sharded.decode(sharded.encode(x)).square().sum()
+    (loss + 3 * sharded.b_dec.to_local().sum()).backward()
+    left = sharded.local.b_dec.grad.clone()
+    sharded.hand_gradients()
+    assert torch.equal(sharded.local.b_dec.grad, left + 3)
+    fused.step()
+    sharded.decode(sharded.encode(x)).square().sum().backward()
+    sharded.local.b_dec.grad.mul_(2)
+    with pytest.raises(RuntimeError, match="changed between backward"):
+        fused.step()
+
+
+def test_gradients_may_be_handed_over_beside_a_fused_step(ranks: Ranks) -> None:
+    ranks.run(2, handed_beside_a_fused_step)
+
+
 def accumulated(dp: int, tp: int) -> None:
     """Gradients summed over "dp" and handed over after each of several backward passes add up."""
     whole = problems.sae(37)

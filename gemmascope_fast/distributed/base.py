@@ -118,6 +118,8 @@ class Sharded(nn.Module):
                 mine, added = local.get_parameter(name), p.grad.to_local()
                 mine.grad = added if mine.grad is None else mine.grad.add_(added)
                 p.grad = None
+                if getattr(local, "deferred", None) is not None:
+                    local.deferred.left(mine)
 
     def _on_local(
         self, function: Callable[..., Any], *args: Any, **changed: Callable[[Tensor], Tensor]
