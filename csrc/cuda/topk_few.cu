@@ -71,8 +71,7 @@ void topk_few(const char* op, const EncodeInputs& in, int64_t k, const int64_t* 
   p.best.bound = workspace.take<float>(n);
   p.fill = fill_arguments(p.best, which, out);
   check_cuda(op, "launch of the encoder's tiles (few)", few_keys(tiles, in.dtype, p.of, stream));
-  topk_few_kernel<kTopkFewWarps, kTopkFewKeys>
-      <<<static_cast<unsigned>(n), 32 * kTopkFewWarps, 0, stream>>>(p);
+  topk_few_kernel<kTopkFewKeys><<<static_cast<unsigned>(n), 32 * kTopkFewWarps, 0, stream>>>(p);
   check_launch(op);
 }
 

@@ -100,21 +100,21 @@ struct TopkFew {
 
 // Keeps the groups that can hold one of the k best, in order; returns how many. Their keys go over the highest ones:
 // compact() writes no position before it was read.
-template <int kWarps, typename KeyAt>
+template <typename KeyAt>
 __device__ inline uint32_t keep_groups(const TopkFew& p, int64_t i, const GroupRow& row,
                                        const KeyAt& key_at, KeyRange range, uint32_t* bins,
                                        uint32_t* words) {
-  range = find_cut<kWarps>(row, key_at, range, static_cast<uint32_t>(p.best.k), bins);
+  range = find_cut<kTopkFewWarps>(row, key_at, range, static_cast<uint32_t>(p.best.k), bins);
   float* keys = reinterpret_cast<float*>(p.of.highest + i * p.of.groups);
-  compact<kWarps>(row, key_at, range.low - 1, 0, p.chosen + i * p.of.groups, keys, words);
-  Team<kWarps>::sync();
+  compact<kTopkFewWarps>(row, key_at, range.low - 1, 0, p.chosen + i * p.of.groups, keys, words);
+  Team<kTopkFewWarps>::sync();
   return range.count;
 }
 
 // A block per token. kKeys: longest row whose keys stay in shared memory.
-template <int kWarps, uint32_t kKeys>
-__global__ void __launch_bounds__(32 * kWarps) topk_few_kernel(TopkFew p) {
-  __shared__ SelectShared<kWarps, 1, kKeys> shared;
+template <uint32_t kKeys>
+__global__ void __launch_bounds__(32 * kTopkFewWarps) topk_few_kernel(TopkFew p) {
+  __shared__ SelectShared<kTopkFewWarps, 1, kKeys> shared;
   uint32_t *const keys = shared.keys[0], *const bins = shared.bins[0],
                   *const words = shared.words[0];
   const auto kept = [keys](uint32_t at) { return keys[at]; };
@@ -123,24 +123,24 @@ __global__ void __launch_bounds__(32 * kWarps) topk_few_kernel(TopkFew p) {
   if (i == 0 && threadIdx.x == 0) p.fill.offsets[0] = 0;
   const GroupRow all = {p.of.highest + i * p.of.groups, static_cast<uint32_t>(p.of.groups)};
   const bool few = all.total <= kKeys;
-  KeyRange range = read_keys<kWarps>(all, few ? keys : nullptr, words);
+  KeyRange range = read_keys<kTopkFewWarps>(all, few ? keys : nullptr, words);
   if (range.count > 0) {
     const auto highest = [&all](uint32_t at) { return all.key(at); };
-    const uint32_t groups = few ? keep_groups<kWarps>(p, i, all, kept, range, bins, words)
-                                : keep_groups<kWarps>(p, i, all, highest, range, bins, words);
+    const uint32_t groups = few ? keep_groups(p, i, all, kept, range, bins, words)
+                                : keep_groups(p, i, all, highest, range, bins, words);
     const ChosenRow row = {p.of.keys + i * p.of.groups * kGroup, p.chosen + i * p.of.groups,
                            groups * kGroup};
     const bool fits = row.total <= kKeys;
-    range = read_keys<kWarps>(row, fits ? keys : nullptr, words);
+    range = read_keys<kTopkFewWarps>(row, fits ? keys : nullptr, words);
     const auto from_memory = [&row](uint32_t at) { return row.key(at); };
     if (fits) {
-      select_row<kWarps>(p.best, i, row, kept, range, bins, words);
+      select_row<kTopkFewWarps>(p.best, i, row, kept, range, bins, words);
     } else {
-      select_row<kWarps>(p.best, i, row, from_memory, range, bins, words);
+      select_row<kTopkFewWarps>(p.best, i, row, from_memory, range, bins, words);
     }
   }
   __syncthreads();  // counts and the best entries, by all threads
-  fill_row<kWarps>(p.fill, i);
+  fill_row<kTopkFewWarps>(p.fill, i);
 }
 
 }  // namespace on_cuda

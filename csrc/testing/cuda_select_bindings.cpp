@@ -141,9 +141,9 @@ py::tuple topk_few(const In<uint32_t>& keys, const In<uint32_t>& highest, int64_
   p.fill.gate = gate.mutable_data();
   const unsigned blocks = static_cast<unsigned>(n), threads = 32 * kTopkFewWarps;
   if (in_memory) {
-    cuda_on_cpu::launch<topk_few_kernel<kTopkFewWarps, 4>>(blocks, threads, 0, p);
+    cuda_on_cpu::launch<topk_few_kernel<4>>(blocks, threads, 0, p);
   } else {
-    cuda_on_cpu::launch<topk_few_kernel<kTopkFewWarps, kTopkFewKeys>>(blocks, threads, 0, p);
+    cuda_on_cpu::launch<topk_few_kernel<kTopkFewKeys>>(blocks, threads, 0, p);
   }
   return py::make_tuple(offsets, out_latents, out_values, gate);
 }
