@@ -33,7 +33,8 @@ class Explanation:
         path: "screened" (int8 candidates, float32 decisions), "direct" (the plain product) or
             "reference" (plain PyTorch).
         reason: why the path is not "screened"; empty when it is.
-        target: instruction set of the kernels: "generic", "avx2", "avx512" or "cuda sm_90a".
+        target: instruction set of the kernels: "generic", "avx2", "avx2_vnni", "avx512"
+            or "cuda sm_90a".
         int8: whether the processor multiplies int8 much faster than float32.
         layout: of W_enc on a CPU: "feature-major" (`W_enc.t()` has contiguous rows), "row-major"
             (W_enc has) or "strided".
@@ -123,7 +124,7 @@ class Explanation:
             return [f"{shape}: plain PyTorch", f"   {self.reason}"]
         if self.path == "direct":
             return [f"{shape}: direct ({self.target})", f"   {self.reason}"]
-        weights = "packed codes" if self.packed else "codes made in this call"
+        weights = "packed codes" if self.packed else "codes made here"
         per_token = [f"{count / max(self.n, 1):.0f}" for count in (self.candidates, self.rescored)]
         passed = f"{per_token[0]} candidates per token, {per_token[1]} rescored"
         where = f"{self.screened_blocks} blocks screened, {self.direct_blocks} direct"

@@ -33,6 +33,11 @@ def assert_bits(ours: Any, expected: Any, what: str) -> None:
     assert_all_same(list(ours), list(expected), [f"{what}, output {i}" for i in range(len(ours))])
 
 
+def coarseness() -> float:
+    """How many times as many candidates the last encoder may have for its tile's short codes."""
+    return 2.5 if gsf.explain().target == "avx2" else 1.0
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()

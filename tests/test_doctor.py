@@ -119,13 +119,15 @@ def test_every_op_is_compared_with_every_gradient(name: str) -> None:
 
 
 def test_simd_target_follows_flags_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    built = {"cpu_targets": ["generic", "avx2", "avx512"]}
+    built = {"cpu_targets": ["generic", "avx2", "avx512", "avx2_vnni"]}
     monkeypatch.setattr(machine, "build_info", lambda: built)
     monkeypatch.delenv("GEMMASCOPE_FAST_CPU", raising=False)
     avx2 = {"avx2", "fma", "f16c", "sse"}
     avx512 = avx2 | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
     assert [machine.simd_target(f) for f in (set(), avx2, avx512)] == ["generic", "avx2", "avx512"]
     assert machine.simd_target(avx512 - {"avx512bw"}) == "avx2"
+    assert machine.simd_target(avx2 | {"avx_vnni"}) == "avx2_vnni"
+    assert machine.simd_target(avx512 | {"avx_vnni"}) == "avx512"
     built["cpu_targets"] = ["generic"]
     assert machine.simd_target(avx512) == "generic"
     monkeypatch.setenv("GEMMASCOPE_FAST_CPU", "avx2")

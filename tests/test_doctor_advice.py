@@ -75,7 +75,7 @@ ADVICE: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "portable": ({"cpu": {"machine": "aarch64", "int8": False}}, "note", "no other for aarch64"),
     "avx2": (
-        {"cpu": {"simd_target": "avx2", "simd_best": "avx2", "features": AVX2, "int8": False}},
+        {"cpu": {"simd_target": "avx2", "simd_best": "avx2", "features": AVX2}},
         "note",
         "the avx2 code serves: the processor lacks avx512bw, avx512dq, avx512f, avx512vl",
     ),

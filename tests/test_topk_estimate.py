@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import native_absent
 from hypothesis import given, settings
-from screening import ENCODERS, Data, assert_bits, compare, draw, threads
+from screening import ENCODERS, Data, assert_bits, coarseness, compare, draw, threads
 
 import gemmascope_fast as gsf
 
@@ -56,7 +56,7 @@ def test_few_are_candidates_beside_the_largest(passes: Callable[..., float]) -> 
     x, W, b, t = draw(16, 512, 48_000)
     with threads(1):  # each thread's first block meets no limit
         assert passes((x, W, 0 * b, t), k=16) == 1
-    assert gsf.explain().candidates < 16 * 230
+    assert gsf.explain().candidates < 16 * 230 * coarseness()
 
 
 @pytest.mark.parametrize(("n", "size", "k"), [(40, 9600, 32), (40, 24_000, 256)])

@@ -22,8 +22,6 @@ constexpr int64_t kMaxBlock = 256;
 // Enough tasks per thread that the last ones even out.
 constexpr int64_t kTasksPerSlot = 8;
 
-// Rows from which making the latents' codes pays: about 1.4 cycles a weight, against n / 16 of the float32 product.
-constexpr int64_t kScreenedRows = 32;
 // Latents below which screening's set-up costs more than the product.
 constexpr int64_t kScreenedLatents = 4 * kScreenBlock;
 constexpr int64_t kScreenedWidth = 128;
@@ -46,7 +44,7 @@ const char* why_direct(const Matrix& x, const Matrix& w, bool packed) {
   }
   if (!screens().fast) return "this processor, or the chosen target, has no int8 dot products";
   if (w.rows < kScreenedLatents || x.cols < kScreenedWidth) return "the dictionary is small";
-  if (!packed && x.rows < kScreenedRows) return "few rows and W_enc is not packed";
+  if (!packed && x.rows < screens().tokens) return "few rows and W_enc is not packed";
   return nullptr;
 }
 

@@ -20,7 +20,7 @@ extern const DotTable kDotTable;
 const DotTable& dot_table(SimdTarget target) {
 #if defined(__x86_64__)
   if (target == SimdTarget::kAvx512) return avx512::kDotTable;
-  if (target == SimdTarget::kAvx2) return avx2::kDotTable;
+  if (is_avx2(target)) return avx2::kDotTable;
 #endif
   (void)target;
   return generic::kDotTable;

@@ -13,7 +13,7 @@ extern const ScreenTable kScreenTable;
 }
 #if defined(__x86_64__)
 namespace avx2 {
-extern const ScreenTable kScreenTable;
+extern const ScreenTable kScreenTable, kVnniScreenTable, kVexScreenTable;
 }
 namespace avx512 {
 extern const ScreenTable kScreenTable, kVnniScreenTable;
@@ -23,9 +23,14 @@ extern const ScreenTable kScreenTable, kVnniScreenTable;
 const ScreenTable& screen_table(SimdTarget target) {
 #if defined(__x86_64__)
   if (target == SimdTarget::kAvx512) {
-    static const bool vnni = __builtin_cpu_supports("avx512vnni") != 0;
+    static const bool vnni = has_avx512_vnni();
     return vnni ? avx512::kVnniScreenTable : avx512::kScreenTable;
   }
+#if GSF_AVX_VNNI
+  static const bool vex = has_avx_vnni();
+  if (target == SimdTarget::kAvx2Vnni && vex) return avx2::kVexScreenTable;
+#endif
+  if (target == SimdTarget::kAvx2Vnni) return avx2::kVnniScreenTable;
   if (target == SimdTarget::kAvx2) return avx2::kScreenTable;
 #endif
   (void)target;
@@ -119,8 +124,8 @@ void ScreenedTokens::quantise(int64_t row, int64_t count, float* lanes, float* w
   dot_table(simd_target())
       .transpose(x_ + row * x_stride_, x_stride_, 0, count, d_in_, lanes, kGroupRows);
   QuantisedRows q;
-  table_.quantise(lanes, d_in_, d_, center_, nullptr, work, codes_.data() + row * d_, fine, &q,
-                  chunks);
+  table_.quantise(lanes, d_in_, d_, table_.token_code, center_, nullptr, work,
+                  codes_.data() + row * d_, fine, &q, chunks);
   codes_to_rows(fine, d_, fine_codes_.data() + row * d_);
   const double root = std::sqrt(static_cast<double>(hadamard_block(d_)));
   const double dot_rounding = (static_cast<double>(d_in_) / 16 + 8) * kUnit;
@@ -169,8 +174,8 @@ void quantise_latents(const PaddedRows& w, int64_t begin, int64_t count, const f
     }
     QuantisedRows q;
     w.lanes(begin + first, rows, scratch.rows, lanes);
-    screens().quantise(lanes, w.cols(), d, nullptr, center, work, reinterpret_cast<int8_t*>(own),
-                       nullptr, &q, scratch.chunks.data());
+    screens().quantise(lanes, w.cols(), d, kLatentCode, nullptr, center, work,
+                       reinterpret_cast<int8_t*>(own), nullptr, &q, scratch.chunks.data());
     for (int64_t i = 0; i < kGroupRows * d; ++i) own[i] ^= 0x80;
     for (int64_t r = 0; r < rows; ++r) {
       const bool ok = in_range(q.largest[r], q.raw_squared[r]) && std::isfinite(q.dot[r]);

@@ -1,10 +1,32 @@
 #include "cpu/simd_target.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
 namespace gemmascope_fast {
+
+// By CPUID (leaf 7.1, EAX bit 4): a compiler whose assembler knows the instruction need not know the feature's name.
+bool has_avx_vnni() {
+#if defined(__x86_64__) && GSF_AVX_VNNI
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1) != 0;
+#else
+  return false;
+#endif
+}
+
+bool has_avx512_vnni() {
+#if defined(__x86_64__)
+  return (__builtin_cpu_supports("avx512vnni") != 0) && __builtin_cpu_supports("avx512vl");
+#else
+  return false;
+#endif
+}
 
 bool simd_target_available(SimdTarget target) {
   switch (target) {
@@ -14,6 +36,8 @@ bool simd_target_available(SimdTarget target) {
     case SimdTarget::kAvx2:
       return (__builtin_cpu_supports("avx2") != 0) && __builtin_cpu_supports("fma") &&
              (__builtin_cpu_supports("f16c") != 0);
+    case SimdTarget::kAvx2Vnni:
+      return simd_target_available(SimdTarget::kAvx2) && (has_avx_vnni() || has_avx512_vnni());
     case SimdTarget::kAvx512:
       return simd_target_available(SimdTarget::kAvx2) && (__builtin_cpu_supports("avx512f") != 0) &&
              (__builtin_cpu_supports("avx512bw") != 0) && __builtin_cpu_supports("avx512vl") &&
@@ -28,6 +52,8 @@ const char* simd_target_name(SimdTarget target) {
   switch (target) {
     case SimdTarget::kAvx2:
       return "avx2";
+    case SimdTarget::kAvx2Vnni:
+      return "avx2_vnni";
     case SimdTarget::kAvx512:
       return "avx512";
     default:
@@ -36,7 +62,8 @@ const char* simd_target_name(SimdTarget target) {
 }
 
 static SimdTarget choose() {
-  const SimdTarget all[] = {SimdTarget::kAvx512, SimdTarget::kAvx2, SimdTarget::kGeneric};
+  const SimdTarget all[] = {SimdTarget::kAvx512, SimdTarget::kAvx2Vnni, SimdTarget::kAvx2,
+                            SimdTarget::kGeneric};
   const char* wanted = std::getenv("GEMMASCOPE_FAST_CPU");
   for (SimdTarget target : all) {
     if (wanted != nullptr && *wanted != '\0') {
@@ -48,7 +75,7 @@ static SimdTarget choose() {
     if (simd_target_available(target)) return target;
   }
   throw std::runtime_error(std::string("GEMMASCOPE_FAST_CPU=") + wanted +
-                           ": expected generic, avx2 or avx512");
+                           ": expected generic, avx2, avx2_vnni or avx512");
 }
 
 SimdTarget simd_target() {

@@ -6,15 +6,25 @@
 
 namespace gemmascope_fast {
 
-enum class SimdTarget { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
+// kAvx2Vnni: the code of avx2, with the screening tile of processors that have AVX-VNNI, or AVX-512's form of it.
+enum class SimdTarget { kGeneric, kAvx2, kAvx2Vnni, kAvx512 };
 
 // True when this build has the target's code and this processor can run it.
 bool simd_target_available(SimdTarget target);
 
-// Best available target, or the one GEMMASCOPE_FAST_CPU={generic,avx2,avx512} names. Throws std::runtime_error when that
-// name is unknown or not available.
+// Best available target, or the one GEMMASCOPE_FAST_CPU={generic,avx2,avx2_vnni,avx512} names. Throws std::runtime_error when
+// that name is unknown or not available.
 SimdTarget simd_target();
 
 const char* simd_target_name(SimdTarget target);
+
+// True for the targets that the namespace avx2 serves.
+inline bool is_avx2(SimdTarget target) {
+  return target == SimdTarget::kAvx2 || target == SimdTarget::kAvx2Vnni;
+}
+
+// Whether vpdpbusd on 256 bits exists: in AVX-VNNI's encoding, or in that of AVX-512.
+bool has_avx_vnni();
+bool has_avx512_vnni();
 
 }  // namespace gemmascope_fast

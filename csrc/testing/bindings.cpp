@@ -225,6 +225,7 @@ PYBIND11_MODULE(_testing, m) {
   py::enum_<SimdTarget>(m, "SimdTarget")
       .value("generic", SimdTarget::kGeneric)
       .value("avx2", SimdTarget::kAvx2)
+      .value("avx2_vnni", SimdTarget::kAvx2Vnni)
       .value("avx512", SimdTarget::kAvx512);
   m.def("simd_target", &simd_target);
   m.def("simd_target_available", &simd_target_available);

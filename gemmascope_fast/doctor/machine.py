@@ -19,13 +19,14 @@ PROC, CGROUP, DEV = Path("/proc"), Path("/sys/fs/cgroup"), Path("/dev")
 
 SIMD_FLAGS = {
     "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "avx2_vnni": {"avx2", "fma", "f16c", "avx_vnni"},
     "avx2": {"avx2", "fma", "f16c"},
     "generic": set[str](),
 }
 """Processor flags (as in /proc/cpuinfo) that each SIMD target needs, best target first."""
 
 INT8_FLAG = "avx512_vnni"
-"""Flag of the int8 dot products, which the avx512 target uses."""
+"""Flag of the int8 dot products that the avx512 target wants: AVX-512 began without them."""
 
 BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 """Variables that bind a process's first thread, and so hide what the others may use."""
@@ -84,7 +85,7 @@ def cpu() -> dict[str, Any]:
         "features": shown,
         "simd_target": target,
         "simd_best": _best_target(flags),
-        "int8": target == "avx512" and INT8_FLAG in flags,
+        "int8": target.startswith("avx2") or (target == "avx512" and INT8_FLAG in flags),
         "threads": torch.get_num_threads(),
         "cores": cores,
         "processors": processors,

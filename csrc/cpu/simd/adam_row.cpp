@@ -207,7 +207,7 @@ extern const AdamRowTable kAdamRowTable;
 const AdamRowTable& adam_row_table(SimdTarget target) {
 #if defined(__x86_64__)
   if (target == SimdTarget::kAvx512) return avx512::kAdamRowTable;
-  if (target == SimdTarget::kAvx2) return avx2::kAdamRowTable;
+  if (is_avx2(target)) return avx2::kAdamRowTable;
 #endif
   (void)target;
   return generic::kAdamRowTable;

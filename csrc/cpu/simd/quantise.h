@@ -124,13 +124,13 @@ static inline F16x last_points(float* block, F16x largest) {
 }
 
 // A chunk's scales and their inverses. Next to a much larger chunk of the row they need not be finer than 2^-20 of its.
-static inline F16x scales(F16x own, const float* largest, float* scale) {
+static inline F16x scales(F16x own, const float* largest, float code, float* scale) {
   float chunk[16], inverse[16];
   store(chunk, own);
   for (int r = 0; r < 16; ++r) {
     const float least = largest[r] * 0x1p-20f, most = chunk[r] > least ? chunk[r] : least;
-    scale[r] = most > 0 ? most / 127.0f : 1.0f;
-    inverse[r] = most > 0 ? 127.0f / most : 1.0f;
+    scale[r] = most > 0 ? most / code : 1.0f;
+    inverse[r] = most > 0 ? code / most : 1.0f;
   }
   return load(inverse);
 }
@@ -193,7 +193,7 @@ static void codes_of(const float* work, int64_t width, F16x inverse, int8_t* cod
   store_integers(out->sum, sums.sum);
 }
 
-static void quantise(const float* rows, int64_t count, int64_t d, const float* subtract,
+static void quantise(const float* rows, int64_t count, int64_t d, float code, const float* subtract,
                      const float* with, float* work, int8_t* codes, int8_t* fine,
                      QuantisedRows* out, QuantisedChunk* chunks) {
   const int64_t block = hadamard_block(d), step = d / block, width = screen_chunk(d);
@@ -218,7 +218,7 @@ static void quantise(const float* rows, int64_t count, int64_t d, const float* s
   store(out->largest, all);
   for (int64_t k = 0; k < d; k += width) {
     QuantisedChunk* chunk = chunks + k / width;
-    const F16x inverse = scales(load(chunk->scale), out->largest, chunk->scale);
+    const F16x inverse = scales(load(chunk->scale), out->largest, code, chunk->scale);
     codes_of(work + k * 16, width, inverse, codes + k * 16,
              fine == nullptr ? nullptr : fine + k * 16, chunk);
   }

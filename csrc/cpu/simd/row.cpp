@@ -278,7 +278,7 @@ extern const RowTable kRowTable;
 const RowTable& row_table(SimdTarget target) {
 #if defined(__x86_64__)
   if (target == SimdTarget::kAvx512) return avx512::kRowTable;
-  if (target == SimdTarget::kAvx2) return avx2::kRowTable;
+  if (is_avx2(target)) return avx2::kRowTable;
 #endif
   (void)target;
   return generic::kRowTable;

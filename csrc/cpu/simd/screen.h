@@ -24,7 +24,8 @@ struct QuantisedRows {
   float dot[kGroupRows];          // <row, with>, or 0
 };
 struct QuantisedChunk {
-  float scale[kGroupRows];  // max |H(row - subtract)| of the chunk / 127, or 1 for a row of zeros
+  float scale
+      [kGroupRows];  // max |H(row - subtract)| of the chunk / largest code, or 1 for a row of zeros
   float y_squared[kGroupRows];      // |y|^2
   float p_squared[kGroupRows];      // |p|^2
   float error_squared[kGroupRows];  // |y - p|^2
@@ -66,16 +67,25 @@ struct FinePair {
   const float* x_scale;  // one per chunk, kScreenRows apart
 };
 
+// The largest code of a latent: the same everywhere, as packed codes are kept.
+constexpr float kLatentCode = 127.0f;
+
 struct ScreenTable {
-  // True when the processor multiplies int8 at several times its float32 rate.
+  // True when the processor multiplies int8 faster than float32.
   bool fast;
 
+  // Tokens from which screening pays where the latents' codes are made for them.
+  int64_t tokens;
+
+  // The largest code of a token: 127, or what the tile's sums can hold.
+  float token_code;
+
   // Quantises 16 rows given transposed, rows[k * 16 + r], k < count; d >= count is a multiple of kScreenUnit and what is
-  // missing is zero. subtract and with [count] may be null. work: d * 16 floats; codes, and fine or null: d * 16 bytes;
+  // missing is zero. No code is above `largest`. subtract and with [count] may be null. work: d * 16 floats; codes, and fine or null: d * 16 bytes;
   // chunks: d / screen_chunk(d).
-  void (*quantise)(const float* rows, int64_t count, int64_t d, const float* subtract,
-                   const float* with, float* work, int8_t* codes, int8_t* fine, QuantisedRows* out,
-                   QuantisedChunk* chunks);
+  void (*quantise)(const float* rows, int64_t count, int64_t d, float largest,
+                   const float* subtract, const float* with, float* work, int8_t* codes,
+                   int8_t* fine, QuantisedRows* out, QuantisedChunk* chunks);
 
   // Adds a chunk to products[r * kScreenBlock + j], the P of token r and latent j, which the first chunk starts. The last
   // one sets masks[r] bit j: the entry is a candidate.
