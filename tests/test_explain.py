@@ -91,7 +91,7 @@ def test_few_tokens_want_packed_weights() -> None:
     for n, W_enc, expected in (
         (3, W.t(), True),
         (3, gsf.pack(W.t()), False),
-        (128, W.t(), False),
+        (256, W.t(), False),
     ):
         assert advised(told(torch.randn(n, D), W_enc), "gsf.pack(W_enc) once") == expected
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import native_absent
-from screening import ENCODERS, Data, assert_bits, call
+from screening import ENCODERS, Data, assert_bits, call, token_code
 from torch import Tensor
 
 import gemmascope_fast as gsf
@@ -50,16 +50,17 @@ def rotated(X: Tensor) -> Tensor:
 def attained(d: int, of_x: bool, left_over: float) -> tuple[Data, Tensor]:
     """One token, zeros around it, whose entries are a whole margin above P; those margins.
 
-    One side has the codes 127 everywhere, the other is left_over above its codes, with signs such
-    that all of it adds up.
+    One side has the largest code everywhere, the other is left_over above its codes, with signs
+    such that all of it adds up.
     """
+    most = token_code() if of_x else 127
     g = torch.Generator().manual_seed(d)
     chunk = chunk_of(d)
     scale = torch.exp2(torch.randint(-3, 4, (d // chunk,), generator=g)).repeat_interleave(chunk)
     sign = torch.randint(0, 2, (1, d), generator=g) * 2 - 1
     first = torch.arange(d) % chunk == 0  # the largest of each chunk, with nothing left over
-    codes = torch.randint(1, 100, (1 if of_x else LATENTS, d), generator=g) + left_over
-    coded = torch.where(first, 127, codes) * sign * scale
+    codes = torch.randint(1, most - 20, (1 if of_x else LATENTS, d), generator=g) + left_over
+    coded = torch.where(first, most, codes) * sign * scale
     flat = 127 * sign * scale
     if of_x:
         flat = flat * torch.exp2(torch.arange(LATENTS) - 8)[:, None]
@@ -103,7 +104,8 @@ def test_entries_a_whole_margin_above_the_second_stage(
     screen: Callable[[str], None], d: int
 ) -> None:
     """What the fine codes leave is half of one, everywhere."""
-    compare_at(screen, attained(d, True, 100.498 / 254)[0], LATENTS)
+    fine = 2 * token_code()
+    compare_at(screen, attained(d, True, (fine * 100 // 254 + 0.498) / fine)[0], LATENTS)
 
 
 @pytest.mark.parametrize("d", [5376, 16064])
@@ -119,3 +121,20 @@ def test_dots_whose_every_rounding_goes_up(screen: Callable[[str], None], d: int
     above = (limit.double() / product.double() / d - 1).max()
     assert above > d / 100 * 2**-24
     compare_at(screen, (x, W.t(), zero, limit), 4 * LATENTS)
+
+
+def test_short_codes_keep_the_bounds(run_python: Callable[..., str]) -> None:
+    """AVX2 alone holds tokens in codes up to 63: the same attained bounds, in its own process."""
+    testing = pytest.importorskip("gemmascope_fast._testing", reason="_testing is not built")
+    if not testing.simd_target_available(testing.SimdTarget.__members__["avx2"]):
+        pytest.skip("avx2: not on this processor")
+    code = (
+        "import pytest, screening, test_screen_bounds as t\n"
+        "with pytest.MonkeyPatch.context() as patch:\n"
+        "    screen = lambda mode: patch.setenv('GEMMASCOPE_FAST_SCREEN', mode)\n"
+        "    for d in (64, 640, 5376):\n"
+        "        t.test_entries_a_whole_margin_above_their_product(screen, d, True)\n"
+        "        t.test_entries_a_whole_margin_above_the_second_stage(screen, d)\n"
+        "print(screening.token_code())"
+    )
+    assert run_python(code, GEMMASCOPE_FAST_CPU="avx2").strip() == "63"

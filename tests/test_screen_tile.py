@@ -69,7 +69,8 @@ def test_nan_is_a_candidate(name: str) -> None:
 def test_fine_dots(name: str, kind: str) -> None:
     target, rng = target_of(name), np.random.default_rng(3)
     for count in range(1, 10):
-        x, w = (codes(rng, kind, (count, 384), 127) for _ in range(2))
+        most = int(testing.screen_token_code(target))
+        x, w = (codes(rng, kind, (count, 384), m) for m in (most, 127))
         found = testing.screen_fine_dots(target, x, w)
         wanted = (x.astype(np.int64) * w.astype(np.int64)).sum(1)
         assert np.array_equal(found, wanted.astype(np.float32))

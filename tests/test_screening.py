@@ -394,6 +394,6 @@ def test_explain(screen: Callable[[str], None], monkeypatch: pytest.MonkeyPatch)
 
 def test_screening_is_the_default_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GEMMASCOPE_FAST_SCREEN", raising=False)
-    call("jumprelu_encode", draw(200, 256, 1000))
+    call("jumprelu_encode", draw(300, 256, 1000))
     said = gsf.explain()
     assert said.path == ("screened" if said.int8 else "direct"), str(said)

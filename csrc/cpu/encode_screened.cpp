@@ -162,13 +162,15 @@ void EncodeTiles::refine(const Task& task, Scratch& scratch, const EncodeLimits&
   const int64_t count = static_cast<int64_t>(scratch.fine_pairs.size());
   const float* dot = scratch.fine_dots.reserve(count);
   screens().fine_dots(scratch.fine_pairs.data(), count, d, scratch.fine_dots.reserve(0));
+  const double unit = fine_unit(screens().token_code);
   size_t left = 0;
   for (const Candidate c : found) {
     found[left++] = c;
     if (of_group[c.latent / kGroupRows] < kRefined) continue;
     const int64_t row = task.row_begin + c.row;
     const float limit = limits.latent == nullptr ? limits.row(row) : 0.0f;
-    left -= !may_pass(tokens_->fine(row), limit, scratch.bounds, c.latent, c.product, *dot++);
+    left -=
+        !may_pass(tokens_->fine(row), limit, scratch.bounds, c.latent, c.product, *dot++ / unit);
   }
   found.resize(left);
 }

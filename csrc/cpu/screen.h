@@ -42,9 +42,9 @@ struct LatentBlock {
   const float* scales;
 };
 
-// A token in the second stage: with its fine codes f, dX' = X - S (q + f / kFine) is all that the codes leave.
+// A token in the second stage: with its fine codes f, dX' = X - S (q + f / fine_unit) is all that the codes leave.
 struct FineToken {
-  float a;  // >= |S (q + f / kFine)|
+  float a;  // >= |S (q + f / fine_unit)|
   float b;  // >= |dX'|, rounding included
 };
 
@@ -93,9 +93,9 @@ inline bool may_pass(const ScreenTokens& tokens, int64_t r, float limit,
   return !(product <= limit * latents.slope[j] + latents.base[j] - margin);
 }
 
-// The same in the second stage: fine = the sum that fine_dots gives.
+// The same in the second stage: fine = what fine_dots gives / fine_unit.
 bool may_pass(const FineToken& token, float limit, const ScreenLatents& latents, int64_t j,
-              float product, float fine);
+              float product, double fine);
 
 // Scratch of one thread that quantises latents.
 struct LatentScratch {

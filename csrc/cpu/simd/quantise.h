@@ -1,6 +1,6 @@
 // int8 codes of 16 rotated rows that lie in the lanes, and the norms that the bounds are made of.
 //
-//   y = H(row - subtract) / scale,  p = round(y),  f = round(kFine (y - p)),  a scale for each chunk of d
+//   y = H(row - subtract) / scale,  p = round(y),  f = round(fine_unit (y - p)),  a scale for each chunk of d
 //
 // Algorithm: with one row per lane a Hadamard butterfly is an addition and a subtraction of registers at any distance: 16
 // points, then the remaining 4 to 16. Element k = t * (d / block) + c takes place t of transform c, so that neighbouring
@@ -144,7 +144,7 @@ struct CodeSums {
 };
 
 // Elements [k, k + 4) of 16 rows.
-static inline void code4(const float* work, F16x inverse, int8_t* codes, int8_t* fine,
+static inline void code4(const float* work, F16x inverse, float unit, int8_t* codes, int8_t* fine,
                          CodeSums& sums) {
   F16x y[4], p[4], f[4];
 #pragma GCC unroll 4
@@ -157,13 +157,13 @@ static inline void code4(const float* work, F16x inverse, int8_t* codes, int8_t*
     sums.sum[e] = add(sums.sum[e], p[e]);  // integers below 2^24: exact up to d = 131072
     y[e] = sub(y[e], p[e]);
     sums.error[e] = fma(y[e], y[e], sums.error[e]);
-    f[e] = mul(y[e], broadcast(kFine));
+    f[e] = mul(y[e], broadcast(unit));
   }
   if (fine == nullptr) return;
   round4(f, fine);
 #pragma GCC unroll 4
   for (int e = 0; e < 4; ++e) {
-    y[e] = sub(y[e], mul(f[e], broadcast(1 / kFine)));
+    y[e] = sub(y[e], mul(f[e], broadcast(1 / unit)));
     sums.rest[e] = fma(y[e], y[e], sums.rest[e]);
   }
 }
@@ -177,14 +177,15 @@ static inline void store_integers(int32_t* to, const F16x (&part)[4]) {
   }
 }
 
-static void codes_of(const float* work, int64_t width, F16x inverse, int8_t* codes, int8_t* fine,
-                     QuantisedChunk* out) {
+static void codes_of(const float* work, int64_t width, F16x inverse, float unit, int8_t* codes,
+                     int8_t* fine, QuantisedChunk* out) {
   CodeSums sums;
   for (int e = 0; e < 4; ++e) {
     sums.size[e] = sums.code[e] = sums.error[e] = sums.rest[e] = sums.sum[e] = zero();
   }
   for (int64_t k = 0; k < width; k += 4) {
-    code4(work + k * 16, inverse, codes + k * 16, fine == nullptr ? nullptr : fine + k * 16, sums);
+    int8_t* own = fine == nullptr ? nullptr : fine + k * 16;
+    code4(work + k * 16, inverse, unit, codes + k * 16, own, sums);
   }
   store_sum(out->y_squared, sums.size);
   store_sum(out->p_squared, sums.code);
@@ -219,7 +220,7 @@ static void quantise(const float* rows, int64_t count, int64_t d, float code, co
   for (int64_t k = 0; k < d; k += width) {
     QuantisedChunk* chunk = chunks + k / width;
     const F16x inverse = scales(load(chunk->scale), out->largest, code, chunk->scale);
-    codes_of(work + k * 16, width, inverse, codes + k * 16,
+    codes_of(work + k * 16, width, inverse, fine_unit(code), codes + k * 16,
              fine == nullptr ? nullptr : fine + k * 16, chunk);
   }
 }

@@ -26,7 +26,7 @@ extern const ScreenTable kScreenTable, kVnniScreenTable, kVexScreenTable;
 const ScreenTable kScreenTable = {false, 32, kLatentCode, quantise, tile, fine_dots};
 const ScreenTable kVnniScreenTable = {true, 32, kLatentCode, quantise, tile_vnni, fine_dots_vnni};
 #elif defined(__AVX2__)
-const ScreenTable kScreenTable = {true, 96, Pairs::kCode, quantise, tile<Pairs>, fine_dots<Pairs>};
+const ScreenTable kScreenTable = {true, 256, Pairs::kCode, quantise, tile<Pairs>, fine_dots<Pairs>};
 const ScreenTable kVnniScreenTable = {true, 48, kLatentCode, quantise, tile<Evex>, fine_dots<Evex>};
 #if GSF_AVX_VNNI
 const ScreenTable kVexScreenTable = {true, 48, kLatentCode, quantise, tile<Vex>, fine_dots<Vex>};

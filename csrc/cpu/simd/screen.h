@@ -29,12 +29,12 @@ struct QuantisedChunk {
   float y_squared[kGroupRows];      // |y|^2
   float p_squared[kGroupRows];      // |p|^2
   float error_squared[kGroupRows];  // |y - p|^2
-  float fine_squared[kGroupRows];   // |y - p - f / kFine|^2, f the fine codes
+  float fine_squared[kGroupRows];   // |y - p - f / fine_unit|^2, f the fine codes
   int32_t sum[kGroupRows];          // sum of the codes
 };
 
-// A fine code is round(kFine (y - p)): what the code left over, in int8 again.
-constexpr float kFine = 254.0f;
+// Fine codes to a code: round(fine_unit (y - p)) is what the code left over, no larger than a code again.
+constexpr float fine_unit(float largest) { return 2 * largest; }
 
 // Per latent of a block and per token of a tile: entry (i, j) is a candidate unless
 //   P = sum over chunks of scale_i scale_j sum_k p q  <=  base_j + limit_i slope_j - a_i alpha_j - b_i beta_j
@@ -81,7 +81,8 @@ struct ScreenTable {
   float token_code;
 
   // Quantises 16 rows given transposed, rows[k * 16 + r], k < count; d >= count is a multiple of kScreenUnit and what is
-  // missing is zero. No code is above `largest`. subtract and with [count] may be null. work: d * 16 floats; codes, and fine or null: d * 16 bytes;
+  // missing is zero. No code is above `largest`. subtract and with [count] may be null. work: d * 16 floats; codes, and fine
+  // or null: d * 16 bytes;
   // chunks: d / screen_chunk(d).
   void (*quantise)(const float* rows, int64_t count, int64_t d, float largest,
                    const float* subtract, const float* with, float* work, int8_t* codes,

@@ -20,16 +20,12 @@ static inline __m256i load_codes(const void* from) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(from));
 }
 
-// How products are summed. dot4: sum += w . x, four unsigned by signed bytes per lane. fine: sum - excess += (w - 128) . x.
+// How products are summed. dot4: sum += w . x, four unsigned by signed bytes per lane.
 // vpdpbusd as assembly for the reasons of screen_avx512.h; without a prefix an assembler takes the encoding of AVX-512.
 struct Evex {
   static constexpr int kRows = 4;
   static inline void dot4(__m256i& sum, __m256i w, __m256i x) {
     asm("vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
-  }
-  static inline void fine(__m256i& sum, __m256i& excess, __m256i w, __m256i x) {
-    dot4(sum, w, x);
-    dot4(excess, _mm256_set1_epi8(-128), x);
   }
 };
 
@@ -38,10 +34,6 @@ struct Vex {
   static constexpr int kRows = 4;
   static inline void dot4(__m256i& sum, __m256i w, __m256i x) {
     asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
-  }
-  static inline void fine(__m256i& sum, __m256i& excess, __m256i w, __m256i x) {
-    dot4(sum, w, x);
-    dot4(excess, _mm256_set1_epi8(-128), x);
   }
 };
 #endif
@@ -52,16 +44,6 @@ struct Pairs {
   static inline void dot4(__m256i& sum, __m256i w, __m256i x) {
     const __m256i pairs = _mm256_maddubs_epi16(w, x);
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-  }
-  static inline void fine(__m256i& sum, __m256i&, __m256i w, __m256i x) {
-    const __m256i codes = _mm256_xor_si256(w, _mm256_set1_epi8(-128));
-    const __m256i low = _mm256_madd_epi16(low16(codes), low16(x));
-    const __m256i high = _mm256_madd_epi16(high16(codes), high16(x));
-    sum = _mm256_add_epi32(sum, _mm256_add_epi32(low, high));
-  }
-  static inline __m256i low16(__m256i v) { return _mm256_cvtepi8_epi16(_mm256_castsi256_si128(v)); }
-  static inline __m256i high16(__m256i v) {
-    return _mm256_cvtepi8_epi16(_mm256_extracti128_si256(v, 1));
   }
 };
 
@@ -178,6 +160,7 @@ static inline void fine_pairs(const FinePair* pairs, int64_t count, int64_t d, f
     following[i] = pairs[kPairs + i < count ? kPairs + i : count - 1].x;
     acc[i] = _mm256_setzero_ps();
   }
+  const __m256i offset = _mm256_set1_epi8(-128);
   for (int64_t k = 0, c = 0; k < d; ++c) {
     __m256i sum[kPairs], excess[kPairs];
 #pragma GCC unroll 4
@@ -187,7 +170,8 @@ static inline void fine_pairs(const FinePair* pairs, int64_t count, int64_t d, f
       for (int i = 0; i < kPairs; ++i) {
         __builtin_prefetch(following[i] + k);
         const __m256i x = load_codes(own[i].x + k);
-        Sum::fine(sum[i], excess[i], load_codes(own[i].w + k), x);
+        Sum::dot4(sum[i], load_codes(own[i].w + k), x);
+        Sum::dot4(excess[i], offset, x);
       }
     }
 #pragma GCC unroll 4
