@@ -93,7 +93,6 @@ ScreenedTokens::ScreenedTokens(const float* x, int64_t x_stride, int64_t n, int6
     : table_(screens()),
       x_(x),
       x_stride_(x_stride),
-      n_(n),
       d_in_(d_in),
       d_(screened_width(d_in)),
       chunks_(screen_chunks(d_)),

@@ -76,7 +76,7 @@ class ScreenedTokens {
 
   const ScreenTable& table_;
   const float* x_;
-  int64_t x_stride_, n_, d_in_, d_, chunks_;
+  int64_t x_stride_, d_in_, d_, chunks_;
   const float* center_;
   double center_norm_ = 0;
   std::vector<int8_t> codes_, fine_codes_;  // the fine ones a contiguous row per token

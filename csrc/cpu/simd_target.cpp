@@ -10,7 +10,14 @@
 
 namespace gemmascope_fast {
 
-// By CPUID (leaf 7.1, EAX bit 4): a compiler whose assembler knows the instruction need not know the feature's name.
+#if defined(__x86_64__)
+// By CPUID what not every compiler that can assemble the instructions knows by name: F16C (Clang 14), AVX-VNNI (GCC 10).
+static bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx >> 29 & 1) != 0;
+}
+#endif
+
 bool has_avx_vnni() {
 #if defined(__x86_64__) && GSF_AVX_VNNI
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -34,8 +41,7 @@ bool simd_target_available(SimdTarget target) {
       return true;
 #if defined(__x86_64__)
     case SimdTarget::kAvx2:
-      return (__builtin_cpu_supports("avx2") != 0) && __builtin_cpu_supports("fma") &&
-             (__builtin_cpu_supports("f16c") != 0);
+      return (__builtin_cpu_supports("avx2") != 0) && __builtin_cpu_supports("fma") && has_f16c();
     case SimdTarget::kAvx2Vnni:
       return simd_target_available(SimdTarget::kAvx2) && (has_avx_vnni() || has_avx512_vnni());
     case SimdTarget::kAvx512:
