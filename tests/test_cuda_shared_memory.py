@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_cuda_host import build, output
+from cuda_host import build, missing, output
+
+if missing():
+    pytest.skip(missing(), allow_module_level=True)
 
 KIB = 1024
 DEVICES = {  # shared memory of a block and of a multiprocessor, bytes
