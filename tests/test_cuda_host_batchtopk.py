@@ -195,6 +195,20 @@ def test_all_entries_and_more(library: Any) -> None:
         assert_exact(batch, found, k)
 
 
+def test_where_all_bounds_are_kept_nothing_can_be_left_out(library: Any) -> None:
+    """The least of them is no limit then, though it exceeds most of what was decided."""
+    batch = draw(18, 300, margin=20.0)
+    batch.pre, batch.upper = np.abs(batch.pre), np.abs(batch.upper) + 4
+    pairs = batch.pre.size
+    for k, decided in ((150.0, pairs), (300.0, pairs), (149.0, 2 * 149 * 18 + 32)):
+        for guess in (0.0, 1e-4):
+            found = batch.encode(library, k, guess)
+            assert_exact(batch, found, k)
+            assert found.decided == decided
+            told = None if decided == pairs else "int8 codes leave the selection undecided"
+            assert found.why == told
+
+
 def test_ties_go_to_row_then_latent(library: Any) -> None:
     batch = draw(20, 600)
     batch.pre[:] = np.floor(batch.pre)

@@ -110,7 +110,8 @@ Outcome select(const Call& call, Screen& screen, float least, BatchBest& best, i
   entries = chosen.entries;
   if (least > 0 && chosen.threshold <= least) return Outcome::kWrongGuess;
   // What was left out is not above `most`; 0: not above `least`. Of bounds that are NaN those that come first were kept.
-  const float most = kept.threshold;
+  const bool all = screen.kept.room == call.n * call.d_sae;
+  const float most = all ? 0.0f : kept.threshold;
   const bool sure = most == 0 || chosen.threshold > most || std::isnan(chosen.threshold);
   return sure ? Outcome::kSure : Outcome::kUndecided;
 }
