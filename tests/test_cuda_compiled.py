@@ -98,6 +98,16 @@ def test_nothing_is_in_local_memory(architecture: str) -> None:
     assert local == {}
 
 
+@pytest.mark.skipif("sm_90a" not in ARCHITECTURES, reason="not built for sm_90a")
+@pytest.mark.parametrize("kernel", ["rescore_kernel", "decide_rows_kernel", "quantise_kernel"])
+def test_the_screened_encoders_leave_room_for_what_a_kernel_has_of_its_own(kernel: str) -> None:
+    header = (compiled.ROOT / "csrc" / "cuda" / "encode_screened.h").read_text()
+    left = int(re.findall(r"kScreenedOwnShared = (\d+);", header)[0])
+    reserved = 1024  # by the system; no part of what a launch may ask for
+    found = [r.shared for n, r in compiled.reports("sm_90a").items() if compiled.stem(n) == kernel]
+    assert len(found) == 2 and max(found) - reserved <= left
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_sum_depends_on_the_order_of_threads(architecture: str) -> None:
     atomic = re.compile(r"(RED|ATOM)\w*\..*\b(BF16|F16|F32|F64)")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
-from cuda_host import build, missing, output
+from cuda_host import CSRC, build, missing, output
 
 if missing():
     pytest.skip(missing(), allow_module_level=True)
@@ -113,3 +114,17 @@ def test_a_pass_keeps_the_blocks_that_registers_allow(program: Path) -> None:
     assert chosen[100] == [(3, 224, 4), (3, 224, 4)]
     assert chosen[80] == [(3, 224, 3), (3, 224, 2)]
     assert all(chosen[capability] == [(3, 224, 2), (3, 224, 2)] for capability in SMALL)
+
+
+def test_no_launch_lowers_the_limit_of_one_in_another_thread() -> None:
+    # A kernel has one limit on a device: it is the most there is, or a constant of the kernel's.
+    constant = re.compile(r"(\w+::)?k[A-Z]\w*|shared_bytes_")
+    found = {
+        (path.name, limit)
+        for path in (CSRC / "cuda").iterdir()
+        for limit in re.findall(
+            r"cudaFuncAttributeMaxDynamicSharedMemorySize,\s*([^;]*?)\)", path.read_text()
+        )
+    }
+    assert ("shared_limit.h", "per_block - own") in found and len(found) == 4
+    assert all(constant.fullmatch(limit) for name, limit in found if name != "shared_limit.h")

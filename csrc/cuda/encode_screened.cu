@@ -18,6 +18,7 @@
 #include "cuda/quantise_kernel.cuh"
 #include "cuda/rescore_kernel.cuh"
 #include "cuda/runtime.h"
+#include "cuda/shared_limit.h"
 
 namespace gemmascope_fast {
 inline namespace on_cuda {
@@ -179,8 +180,7 @@ void rescore(const char* op, const Tensor& x, const Tensor& W_enc, const Tensor&
   const int shared = static_cast<int>(rescore_shared(p.x.cols, wide));
   const void* kernel = wide ? reinterpret_cast<const void*>(&rescore_kernel<true>)
                             : reinterpret_cast<const void*>(&rescore_kernel<false>);
-  check_cuda(op, "shared memory of the rescoring",
-             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  check_cuda(op, "shared memory of the rescoring", raise_shared_limit(kernel, kScreenedOwnShared));
   const int64_t blocks = (count + kRescoreSpan - 1) / kRescoreSpan;
   void* arguments[] = {&p};
   check_cuda(op, "launch of the rescoring",
@@ -246,8 +246,7 @@ void quantise(const char* op, const QuantiseRows& p, cudaStream_t stream) {
   if (p.count == 0) return;
   const int shared = static_cast<int>(p.width) * 4;
   const void* kernel = reinterpret_cast<const void*>(&quantise_kernel<kLatents>);
-  check_cuda(op, "shared memory of the codes",
-             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+  check_cuda(op, "shared memory of the codes", raise_shared_limit(kernel, kScreenedOwnShared));
   quantise_kernel<kLatents>
       <<<blocks_of(p.count, 1), kQuantiseThreads, static_cast<size_t>(shared), stream>>>(p);
   check_launch(op);

@@ -23,6 +23,7 @@ inline namespace on_cuda {
 constexpr int64_t kScreenedMagic = 0x31306e7263736773;  // "gsscrn01"
 constexpr int64_t kScreenedAlign = 256;
 constexpr int64_t kMostScreenedWidth = 49152;  // a row as float32 lies in shared memory
+constexpr int kScreenedOwnShared = 2048;  // bytes that its kernels have without asking, at most
 
 struct ScreenedHeader {
   int64_t magic, d_in, d_sae;

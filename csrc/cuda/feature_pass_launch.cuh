@@ -4,28 +4,17 @@
 #include <cuda_runtime_api.h>
 
 #include "cuda/feature_pass_kernel.cuh"
+#include "cuda/shared_limit.h"
 
 namespace gemmascope_fast {
-
-// What dynamic shared memory a kernel may ask for. Always the most that any pass takes, as the limit is the kernel's:
-// another thread may launch it between the call and the launch.
-inline cudaError_t raise_shared_limit(const void* kernel) {
-  int device = 0, per_block = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status == cudaSuccess) {
-    status = cudaDeviceGetAttribute(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  }
-  if (status != cudaSuccess) return status;
-  const int own = static_cast<int>(sizeof(FeatureShared)) + kFinishShared;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, per_block - own);
-}
 
 template <class Parameters, class... More>
 cudaError_t launch_feature_kernel(void (*kernel)(Parameters, More...), int64_t blocks,
                                   const FeatureShape& shape, cudaStream_t stream,
                                   const Parameters& p, const More&... more) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  cudaError_t status = raise_shared_limit(function);
+  const int own = static_cast<int>(sizeof(FeatureShared)) + kFinishShared;
+  cudaError_t status = raise_shared_limit(function, own);
   if (status != cudaSuccess) return status;
   // Left to itself the driver may keep more of the memory for the L1 than several blocks leave over.
   status = cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,

@@ -11,6 +11,7 @@
 
 #include "cuda/operands.h"
 #include "cuda/runtime.h"
+#include "cuda/shared_limit.h"
 #include "cuda/topk_screened.h"
 #include "cuda/topk_screened_kernel.cuh"
 #include "cuda/upper_bounds.h"
@@ -98,7 +99,7 @@ void decide(const Call& call, const Screen& screen, const TopkCsr& out) {
   const void* kernel = wide ? reinterpret_cast<const void*>(&decide_rows_kernel<true>)
                             : reinterpret_cast<const void*>(&decide_rows_kernel<false>);
   check_cuda(call.op, "shared memory of the decisions",
-             cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
+             raise_shared_limit(kernel, kScreenedOwnShared));
   void* arguments[] = {&p};
   check_cuda(call.op, "launch of the decisions",
              cudaLaunchKernel(kernel, dim3(grid_for(call.n)), dim3(kRescoreThreads), arguments,
