@@ -47,11 +47,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, settings: Settings, path: Path) -> list[str]:
-    """Run the chosen parts that are not done; returns those that failed."""
+    """Run the chosen parts that are not done, as they were named; returns those that failed."""
     start = command_of(Path(__file__).resolve(), settings, path)
     began, failed = time.monotonic(), []
-    chosen = {*args.parts} | ({"environment"} if not Results(path).data["device"] else set())
-    for part in (p for p in PARTS if p in chosen):
+    first = [] if Results(path).data["device"] else ["environment"]
+    for part in (p for p in dict.fromkeys([*first, *args.parts]) if p in PARTS):
         results = Results(path, args.quick)
         if args.redo:
             results.forget(part)
@@ -90,7 +90,9 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="toy sizes")
     parser.add_argument(
-        "--parts", type=lambda text: text.split(","), default=[*PARTS], help=f"some of {names()}"
+        "--parts",
+        **{"type": lambda text: text.split(","), "default": [*PARTS]},
+        help=f"some of {names()}, in the order in which they are to run",
     )
     sizes = {"type": lambda text: tuple(int(t) for t in text.split(",")), "default": ()}
     parser.add_argument("--latents", **sizes, help="only dictionaries of these sizes")

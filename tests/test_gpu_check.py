@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -165,6 +166,10 @@ def test_modules_whose_imports_are_missing_are_not_collected(monkeypatch: Any) -
     names = {p.name for p in suite.device_modules(ROOT / "tests")}
     assert {"test_decode.py", "test_properties.py"} <= names and "test_gpu_check.py" not in names
     assert {"test_triton_decode.py", "test_triton_select.py"} <= names, "without the fixture"
+    own = {p.name for p in (ROOT / "tests").glob("test_*_device.py")}
+    assert (
+        own - names == {"test_gpu_check_device.py"} and "test_batchtopk_screened_device.py" in own
+    )
     find = lambda name: None if name == "hypothesis" else object()  # noqa: E731
     monkeypatch.setattr(suite.importlib.util, "find_spec", find)
     assert suite.missing_imports(ROOT / "tests" / "test_properties.py") == ["hypothesis"]
@@ -213,8 +218,10 @@ def gpu_check(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_program_runs_parts_and_resumes(tmp_path: Path) -> None:
-    first = gpu_check(tmp_path, "--parts", "build,sanitizer,decode", "--commit", "abc")
+    first = gpu_check(tmp_path, "--parts", "sanitizer,build,decode", "--commit", "abc")
     assert first.returncode == 0, first.stdout + first.stderr
+    begun = re.findall(r"^== (\w+)$", first.stdout, flags=re.M)
+    assert begun == ["environment", "sanitizer", "build", "decode"], "as they were named"
     data = json.loads((tmp_path / "gpu_check_cpu_quick.json").read_text())
     assert {k: v["status"] for k, v in data["parts"].items()} == dict.fromkeys(
         ("environment", "build", "sanitizer", "decode"), "done"

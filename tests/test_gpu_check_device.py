@@ -13,8 +13,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
-from gpu import dense, encoders, machine, smoke, suite, supervise, timing, train  # noqa: E402
+from gpu import dense, encoders, machine, passes, smoke, suite, supervise, timing, train  # noqa: E402
 from gpu.context import COMMIT, Context, Fatal, Settings, Shape, commit  # noqa: E402
+from gpu.problem import problem  # noqa: E402
 from gpu.state import Results  # noqa: E402
 
 CUDA = torch.device("cuda")
@@ -165,7 +166,7 @@ def test_a_graph_is_captured_and_its_replays_compared(
     compared: list[int] = []
     monkeypatch.setattr(smoke, "_same", lambda a, b: compared.append(len(a)) or len(a) == len(b))
     assert smoke._graph(on_cpu(tmp_path)) == "3 replays equal to eager calls"
-    assert compared == [4, 4, 4]
+    assert compared == [6, 6, 6]
 
 
 def test_the_device_is_described(gpu: Any, tmp_path: Path, monkeypatch: Any) -> None:
@@ -230,6 +231,21 @@ def test_a_dense_start_that_does_not_fit_is_a_finding(tmp_path: Path, monkeypatc
     shape = Shape(8, 16, 64, 32)
     found = train._dense_start(on_cpu(tmp_path), shape)
     assert found == {"status": "skipped", "reason": "does not fit"}
+
+
+def test_no_other_contender_writes_to_weights_that_have_codes(monkeypatch: Any) -> None:
+    """A step of torch's Adam makes codes old of whatever shares memory with its parameters."""
+    p = problem(Shape(8, 16, 64, 4), torch.device("cpu"))
+    modules: list[Any] = []
+    adam_step = passes.adam_step
+    monkeypatch.setattr(
+        passes, "adam_step", lambda sae, x: modules.append(sae) or adam_step(sae, x)
+    )
+    assert passes.screened_step(p) == "nothing on this machine would use the codes"
+    (sae,) = modules
+    assert sae.screened is not None and sae.W_dec.data_ptr() == p.W_dec.data_ptr()
+    assert sae.W_enc.data_ptr() != p.W_enc.data_ptr()
+    assert torch.equal(sae.W_enc, p.W_enc) and sae.W_enc.stride() == p.W_enc.stride()
 
 
 def test_clocks_are_read_while_the_device_is_warm(tmp_path: Path, monkeypatch: Any) -> None:

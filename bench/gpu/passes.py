@@ -272,8 +272,14 @@ def adam_step(sae: gsf.SAE, x: Tensor, max_nnz: int | None = None) -> Call:
 
 
 def screened_step(p: Problem) -> Call | str:
-    """`adam_step` on int8 codes that follow the weights, or why there are none."""
-    call = adam_step(module_of(p).screen(), p.x)
+    """`adam_step` on int8 codes that follow the weights, or why there are none.
+
+    Its W_enc is a copy: a step of torch's Adam on the same memory, another contender's, would make
+    all codes old.
+    """
+    sae = module_of(p).screen()
+    sae.W_enc = torch.nn.Parameter(p.W_enc.clone())
+    call = adam_step(sae, p.x)
     call()
     if gsf.explain().target != "cuda sm_90a":
         return "nothing on this machine would use the codes"

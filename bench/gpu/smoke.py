@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -169,26 +170,29 @@ def _side_stream(ctx: Context) -> str:
 
 
 def _two_streams(ctx: Context) -> str:
-    """Two steps at once must not share a workspace."""
+    """Two steps at once, a thread each, share neither a workspace nor where sizes are read back."""
     device = device_of(ctx)
     _cuda_only(device)
     problems = [_problem(ctx, seed) for seed in (0, 1)]
     expected = [_flat(sparse_step(p)) for p in problems]
     streams = [torch.cuda.Stream(device) for _ in problems]
     torch.cuda.synchronize(device)
-    for turn in range(10):
-        found = []
-        for stream, p in zip(streams, problems, strict=True):
-            with torch.cuda.stream(stream):
-                found.append(_flat(sparse_step(p)))
-        torch.cuda.synchronize(device)
-        for mine, theirs in zip(found, expected, strict=True):
-            assert _same(mine, theirs), f"turn {turn}: two streams disturb each other"
+
+    def step(stream: torch.cuda.Stream, p: Problem) -> list[Tensor]:
+        with torch.cuda.stream(stream):
+            return _flat(sparse_step(p))
+
+    with ThreadPoolExecutor(2) as pool:
+        for turn in range(10):
+            found = list(pool.map(step, streams, problems))
+            torch.cuda.synchronize(device)
+            for mine, theirs in zip(found, expected, strict=True):
+                assert _same(mine, theirs), f"turn {turn}: two streams disturb each other"
     return "10 turns"
 
 
 def _graph(ctx: Context) -> str:
-    """Encode with a fixed capacity, then decode, captured once and replayed on new tokens."""
+    """Encode with a fixed capacity, decode, TopK of few tokens: captured once, on new tokens."""
     device = device_of(ctx)
     _cuda_only(device)
     p = _problem(ctx)
@@ -197,7 +201,9 @@ def _graph(ctx: Context) -> str:
     def forward() -> tuple[Tensor, ...]:
         acts = gsf.jumprelu_encode(p.x, p.W_enc, p.b_enc, p.threshold, max_nnz=capacity)
         assert acts.needed is not None
-        return acts.offsets, acts.values, acts.needed, gsf.decode(acts, p.W_dec, p.b_dec)
+        few = gsf.topk_encode(p.x[:16], p.W_enc, p.b_enc, ctx.settings.l0s[0])
+        found = acts.offsets, acts.values, acts.needed, gsf.decode(acts, p.W_dec, p.b_dec)
+        return *found, few.indices, few.values
 
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))

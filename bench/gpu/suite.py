@@ -24,7 +24,7 @@ MODULE_SECONDS = 240
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 OPTIONAL = ("hypothesis", "transformers", "huggingface_hub", "matplotlib", "rich", "numpy")
 OWN_DEVICE = "GEMMASCOPE_FAST_TEST_DEVICE"
-"""Modules without the fixture that name it choose the device themselves."""
+"""Modules without the fixture that read it choose the device themselves, or take another's."""
 NO_TESTS = 5
 """pytest's exit status when the selection is empty."""
 
@@ -70,7 +70,9 @@ def _arguments(module: Path) -> set[str]:
 
 
 def _chooses(module: Path) -> bool:
-    return f'environ.get("{OWN_DEVICE}"' in module.read_text()
+    text = module.read_text()
+    taken = re.search(r"^from test_\w+ import .*\bDEVICE\b", text, flags=re.M)
+    return taken is not None or f'environ.get("{OWN_DEVICE}"' in text
 
 
 def _module(ctx: Context, module: Path) -> dict[str, Any]:

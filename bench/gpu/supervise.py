@@ -41,7 +41,7 @@ PARTS: dict[str, str] = {
     "train_1m": "train",
     "distributed": "distributed",
 }
-"""Part and the module whose function of that name it is, in the order they run."""
+"""Part and the module whose function of that name it is, in the order of a run of all."""
 
 Start = Callable[[str, float], list[str]]
 """Builds the command of a part from its name and its limit."""
