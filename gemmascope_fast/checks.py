@@ -119,10 +119,15 @@ def check_device(op: str, name: str, t: Tensor, like: Tensor) -> None:
         raise ValueError(f"{op}: {name} is on {t.device}, the weights are on {like.device}")
 
 
-def check_max_nnz(op: str, max_nnz: int | None) -> None:
-    """A capacity is None or an int >= 0."""
+def check_max_nnz(op: str, max_nnz: int | None, x: Tensor) -> None:
+    """A capacity is None or an int >= 0; not None while a CUDA graph is captured."""
     if max_nnz is not None:
         check_count(op, "max_nnz", max_nnz, kind="an int or None")
+    elif x.is_cuda and not torch.compiler.is_compiling():
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{op}: a CUDA graph cannot wait for the number of entries: pass max_nnz"
+            )
 
 
 def check_guess(op: str, guess: float | None) -> None:

@@ -48,7 +48,7 @@ def jumprelu_encode(
         b_enc: `[d_sae]`, used in float32.
         threshold: `[d_sae]`, used in float32.
         bandwidth: width of the window, in units of `pre`; > 0 when `threshold` requires grad.
-        max_nnz: fixed capacity of the entry arrays; None sizes them exactly.
+        max_nnz: fixed capacity of the entry arrays; None sizes them exactly, which waits for a GPU.
 
     Returns:
         `SparseActs` of shape `[*batch, d_sae]`.
@@ -58,6 +58,7 @@ def jumprelu_encode(
         ValueError: shapes or devices disagree, `bandwidth` is negative or not finite, or 0 while
             `threshold` requires grad.
         CapacityError: more than `max_nnz` entries (CPU; on CUDA see `SparseActs.check`).
+        RuntimeError: a CUDA graph is captured without `max_nnz`.
 
     Source: Rajamanoharan et al. 2024, arXiv 2407.14435, section 3.
     """
@@ -66,7 +67,7 @@ def jumprelu_encode(
     check_encoder(op, x, W_enc, b_enc)
     check_vector(op, "threshold", threshold, W_enc.shape[1], W_enc)
     bandwidth = check_number(op, "bandwidth", bandwidth)
-    check_max_nnz(op, max_nnz)
+    check_max_nnz(op, max_nnz, x)
     window = torch.is_grad_enabled() and threshold.requires_grad
     if window and bandwidth == 0:
         raise ValueError(
@@ -136,7 +137,7 @@ def batchtopk_encode(
         b_enc: `[d_sae]`, used in float32.
         k: mean entries per token, finite and >= 0; may be fractional.
         guess: expected threshold (the last batch's, say); changes the speed, never the result.
-        max_nnz: fixed capacity of the entry arrays; None sizes them exactly.
+        max_nnz: fixed capacity of the entry arrays; None sizes them exactly, which waits for a GPU.
 
     Returns:
         `SparseActs` of shape `[*batch, d_sae]`.
@@ -145,6 +146,7 @@ def batchtopk_encode(
         TypeError: an argument is not a floating-point tensor, or k is not a number.
         ValueError: shapes or devices disagree, or k is negative or not finite.
         CapacityError: more than `max_nnz` entries (CPU; on CUDA see `SparseActs.check`).
+        RuntimeError: a CUDA graph is captured without `max_nnz`.
 
     Source: Bussmann et al. 2024, arXiv 2412.06410, section 3.
     """
@@ -153,7 +155,7 @@ def batchtopk_encode(
     check_encoder(op, x, W_enc, b_enc)
     k = check_number(op, "k", k)
     check_guess(op, guess)
-    check_max_nnz(op, max_nnz)
+    check_max_nnz(op, max_nnz, x)
     args = encoder_args(x, W_enc, b_enc)
     transpose = weights_need_grad(W_enc, b_enc)
     codes = codes_of(packed, W_enc, args[1])

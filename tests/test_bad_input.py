@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from samples import jumprelu_entries, problem, samples
 
 import gemmascope_fast as gsf
-from gemmascope_fast import ops
+from gemmascope_fast import checks, ops
 
 OPS = tuple(ops.TABLE)
 
@@ -97,6 +98,17 @@ def test_batchtopk_k(k):
         gsf.batchtopk_encode(*P.encoder, k)
     with pytest.raises(ValueError, match="^batchtopk_encode: max_nnz must be >= 0, got -2"):
         gsf.batchtopk_encode(*P.encoder, 1, max_nnz=-2)
+
+
+def test_a_cuda_graph_needs_a_capacity(monkeypatch):
+    x = SimpleNamespace(is_cuda=True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    checks.check_max_nnz("jumprelu_encode", None, x)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    checks.check_max_nnz("jumprelu_encode", 0, x)
+    with pytest.raises(RuntimeError, match="^jumprelu_encode: a CUDA graph .*: pass max_nnz$"):
+        checks.check_max_nnz("jumprelu_encode", None, x)
+    assert gsf.jumprelu_encode(P.x, P.W_enc, P.b_enc, P.threshold).n == 5
 
 
 DECODE = {

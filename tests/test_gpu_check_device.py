@@ -13,7 +13,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
-from gpu import dense, encoders, machine, passes, smoke, suite, supervise, timing, train  # noqa: E402
+from gpu import (  # noqa: E402
+    dense,
+    encoders,
+    machine,
+    passes,
+    streams,
+    suite,
+    supervise,
+    timing,
+    train,
+)
 from gpu.context import COMMIT, Context, Fatal, Settings, Shape, commit  # noqa: E402
 from gpu.problem import problem  # noqa: E402
 from gpu.state import Results  # noqa: E402
@@ -133,25 +143,25 @@ def test_contenders_known_to_be_too_large_are_not_tried(gpu: Any) -> None:
     assert dense.fits(shape, CUDA, 2, 1) == ""
 
 
-@pytest.mark.parametrize("check", [smoke._side_stream, smoke._two_streams])
+@pytest.mark.parametrize("check", [streams.side_stream, streams.two_streams])
 def test_stream_checks_run_and_catch_other_bits(
     check: Any, gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(smoke, "_cuda_only", lambda device: None)
+    monkeypatch.setattr(streams, "_cuda_only", lambda device: None)
     assert check(on_cpu(tmp_path))
-    step = smoke.sparse_step
+    step = streams.sparse_step
     calls: list[int] = []
 
     def other_later(p: Any) -> Any:
         calls.append(1)
         recon, found, grads = step(p)
         return (
-            recon + (len(calls) > 2 or check is smoke._side_stream and len(calls) > 1),
+            recon + (len(calls) > 2 or check is streams.side_stream and len(calls) > 1),
             found,
             grads,
         )
 
-    monkeypatch.setattr(smoke, "sparse_step", other_later)
+    monkeypatch.setattr(streams, "sparse_step", other_later)
     with pytest.raises(AssertionError, match="stream"):
         check(on_cpu(tmp_path))
 
@@ -160,12 +170,12 @@ def test_a_graph_is_captured_and_its_replays_compared(
     gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The stand-in's replay does nothing: the comparison must notice."""
-    monkeypatch.setattr(smoke, "_cuda_only", lambda device: None)
+    monkeypatch.setattr(streams, "_cuda_only", lambda device: None)
     with pytest.raises(AssertionError, match="replay 0 differs"):
-        smoke._graph(on_cpu(tmp_path))
+        streams.captured_graph(on_cpu(tmp_path))
     compared: list[int] = []
-    monkeypatch.setattr(smoke, "_same", lambda a, b: compared.append(len(a)) or len(a) == len(b))
-    assert smoke._graph(on_cpu(tmp_path)) == "3 replays equal to eager calls"
+    monkeypatch.setattr(streams, "same", lambda a, b: compared.append(len(a)) or len(a) == len(b))
+    assert streams.captured_graph(on_cpu(tmp_path)) == "3 replays equal to eager calls"
     assert compared == [6, 6, 6]
 
 

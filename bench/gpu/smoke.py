@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -17,12 +16,21 @@ from torch import Tensor
 import gemmascope_fast as gsf
 from gemmascope_fast import doctor, ops
 
-from .context import ROOT, Context, Shape, Skip
+from .context import ROOT, Context
 from .encoders import device_of
 from .few import portable
 from .passes import sparse_step
-from .problem import Problem, problem
 from .sanitized import moved_to
+from .streams import (
+    captured_graph,
+    flat,
+    lossy_graph,
+    problem_of,
+    same,
+    side_stream,
+    sizeless_graph,
+    two_streams,
+)
 from .timing import alive, free
 
 
@@ -33,10 +41,11 @@ def smoke(ctx: Context) -> None:
     _check(ctx, "few tokens", lambda: _few_tokens(ctx))
     _check(ctx, "run-to-run bits", lambda: _bits(ctx))
     _check(ctx, "run-to-run bits, whole step", lambda: _step_bits(ctx))
-    _check(ctx, "side stream", lambda: _side_stream(ctx))
-    _check(ctx, "two streams", lambda: _two_streams(ctx))
-    _check(ctx, "CUDA graph", lambda: _graph(ctx))
-    _check(ctx, "CUDA graph with a loss", lambda: _lossy_graph(ctx))
+    _check(ctx, "side stream", lambda: side_stream(ctx))
+    _check(ctx, "two streams", lambda: two_streams(ctx))
+    _check(ctx, "CUDA graph", lambda: captured_graph(ctx))
+    _check(ctx, "CUDA graph with a loss", lambda: lossy_graph(ctx))
+    _check(ctx, "CUDA graph without a size", lambda: sizeless_graph(ctx))
     _check(ctx, "beyond 2^31 pairs", lambda: _many_pairs(ctx))
     _check(ctx, "beyond 2^31 weights", lambda: _many_weights(ctx))
 
@@ -51,11 +60,6 @@ def _check(ctx: Context, name: str, check: Callable[[], str]) -> None:
 
     ctx.row(name, measure, 5)
     free(device_of(ctx))
-
-
-def _cuda_only(device: torch.device) -> None:
-    if device.type != "cuda":
-        raise Skip("streams and graphs are a GPU's")
 
 
 def _self_test(name: str, device: torch.device) -> str:
@@ -88,9 +92,9 @@ def _few_tokens(ctx: Context) -> str:
                 for args in variants:
                     wanted = list(getattr(getattr(torch.ops, ops.REFERENCE), name)(*args))
                     op = getattr(getattr(torch.ops, ops.NAMESPACE), name)
-                    assert _same(list(op(*args)), wanted), f"{name}, n={n}, {dtype}"
+                    assert same(list(op(*args)), wanted), f"{name}, n={n}, {dtype}"
                     with portable():
-                        assert _same(list(op(*args)), wanted), f"{name}, n={n}, {dtype}, tiles"
+                        assert same(list(op(*args)), wanted), f"{name}, n={n}, {dtype}, tiles"
     return "equal to the reference on whole numbers, and so are the tiles"
 
 
@@ -110,7 +114,7 @@ def _bits(ctx: Context) -> str:
             for args in variants:
                 runs = [_outputs(name, args, device) for _ in range(3)]
                 for again in runs[1:]:
-                    assert _same(runs[0], again), f"{name} {dtype} gives other bits when run again"
+                    assert same(runs[0], again), f"{name} {dtype} gives other bits when run again"
                 calls += 1
     return f"{calls} calls"
 
@@ -125,127 +129,11 @@ def _outputs(name: str, args: list[Any], device: torch.device) -> list[Tensor]:
 
 def _step_bits(ctx: Context) -> str:
     """A step large enough that its programs run in another order each time."""
-    p = _problem(ctx)
-    first = _flat(sparse_step(p))
+    p = problem_of(ctx)
+    first = flat(sparse_step(p))
     for _ in range(4):
-        assert _same(first, _flat(sparse_step(p))), "the step gives other bits when run again"
+        assert same(first, flat(sparse_step(p))), "the step gives other bits when run again"
     return f"5 runs, {first[1].shape[0] - 1} tokens"
-
-
-def _flat(result: tuple[Tensor, list[Tensor], list[Tensor]]) -> list[Tensor]:
-    return [result[0], *result[1], *result[2]]
-
-
-def _same(a: list[Tensor], b: list[Tensor]) -> bool:
-    """Equal to the bit; NaN is equal to NaN."""
-    pairs = zip(a, b, strict=True)
-    return all(torch.equal(x.nan_to_num(7.5), y.nan_to_num(7.5)) for x, y in pairs)
-
-
-def _problem(ctx: Context, seed: int = 0) -> Problem:
-    s = ctx.settings
-    n, d, d_sae = (s.n, s.d, s.latents[0]) if s.quick else (2048, 640, 2**14)
-    return problem(Shape(n, d, d_sae, s.l0s[0], "log-normal"), device_of(ctx), seed=seed)
-
-
-# ---- streams and graphs
-
-
-def _side_stream(ctx: Context) -> str:
-    """Inputs that a slow side stream is still writing: an op on another stream reads garbage."""
-    device = device_of(ctx)
-    _cuda_only(device)
-    p = _problem(ctx)
-    expected = _flat(sparse_step(p))
-    late = Problem(torch.zeros_like(p.x), p.W_enc, p.b_enc, p.threshold, p.W_dec, p.b_dec)
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)  # about 0.1 s
-        late.x.copy_(p.x)
-        found = _flat(sparse_step(late))
-    stream.synchronize()
-    assert _same(expected, found), "an op did not run on the current stream"
-    return "equal to the default stream"
-
-
-def _two_streams(ctx: Context) -> str:
-    """Two steps at once, a thread each, share neither a workspace nor where sizes are read back."""
-    device = device_of(ctx)
-    _cuda_only(device)
-    problems = [_problem(ctx, seed) for seed in (0, 1)]
-    expected = [_flat(sparse_step(p)) for p in problems]
-    streams = [torch.cuda.Stream(device) for _ in problems]
-    torch.cuda.synchronize(device)
-
-    def step(stream: torch.cuda.Stream, p: Problem) -> list[Tensor]:
-        with torch.cuda.stream(stream):
-            return _flat(sparse_step(p))
-
-    with ThreadPoolExecutor(2) as pool:
-        for turn in range(10):
-            found = list(pool.map(step, streams, problems))
-            torch.cuda.synchronize(device)
-            for mine, theirs in zip(found, expected, strict=True):
-                assert _same(mine, theirs), f"turn {turn}: two streams disturb each other"
-    return "10 turns"
-
-
-def _graph(ctx: Context) -> str:
-    """Encode with a fixed capacity, decode, TopK of few tokens: captured once, on new tokens."""
-    device = device_of(ctx)
-    _cuda_only(device)
-    p = _problem(ctx)
-    capacity = 2 * ctx.settings.l0s[0] * p.x.shape[0]
-
-    def forward() -> tuple[Tensor, ...]:
-        acts = gsf.jumprelu_encode(p.x, p.W_enc, p.b_enc, p.threshold, max_nnz=capacity)
-        assert acts.needed is not None
-        few = gsf.topk_encode(p.x[:16], p.W_enc, p.b_enc, ctx.settings.l0s[0])
-        found = acts.offsets, acts.values, acts.needed, gsf.decode(acts, p.W_dec, p.b_dec)
-        return *found, few.indices, few.values
-
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side), torch.no_grad():
-        for _ in range(3):
-            forward()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.no_grad(), torch.cuda.graph(graph):
-        captured = forward()
-    for seed in range(3):
-        p.x.copy_(torch.randn(p.x.shape, device=device, generator=_seeded(device, seed)))
-        graph.replay()
-        with torch.no_grad():
-            expected = forward()
-        assert int(expected[2]) <= capacity, "the capacity is meant to suffice"
-        assert _same(list(captured), list(expected)), f"replay {seed} differs from the eager call"
-    return "3 replays equal to eager calls"
-
-
-def _lossy_graph(ctx: Context) -> str:
-    """Latents that rise overflow a chunk: eager calls scan again, a graph says so."""
-    device = device_of(ctx)
-    _cuda_only(device)
-    n, d_sae, k = 32, 65_536, 4
-    x = torch.ones(n, 16, device=device)
-    W = torch.arange(d_sae, device=device).float()[:, None].expand(-1, 16).contiguous()
-    bias = torch.zeros(d_sae, device=device)
-    with torch.no_grad():
-        acts = gsf.batchtopk_encode(x, W.t(), bias, k, max_nnz=k * n)
-        assert acts.indices.tolist() == [*range(d_sae - k, d_sae)] * n
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = gsf.batchtopk_encode(x, W.t(), bias, k, max_nnz=k * n)
-    graph.replay()
-    assert captured.needed is not None
-    assert bool(captured.values.isnan().all()) and int(captured.needed) > k * n
-    return "all values NaN, needed says so"
-
-
-def _seeded(device: torch.device, seed: int) -> torch.Generator:
-    return torch.Generator(device).manual_seed(100 + seed)
 
 
 # ---- beyond 2^31
