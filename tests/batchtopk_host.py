@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cuda_host import CSRC, build
+from cuda_host import build, translated
 
 PROGRAM = r"""
 #include <torch/csrc/stable/accelerator.h>
@@ -28,13 +28,6 @@ PROGRAM = r"""
 #include "cuda_runtime_api.h"
 // Behind the libraries: it brings CUDA's words for the compiler.
 #include "testing/cuda_on_cpu.h"
-enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone };
-inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus*) {
-  return cudaSuccess;
-}
-inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  return std::memset(to, value, bytes), cudaSuccess;
-}
 #include "batchtopk_scan.cu"
 #include "batchtopk_screened.cu"
 #include "batchtopk_encode.cu"
@@ -184,27 +177,16 @@ EXPORT int last_waits() { return waits; }
 """
 
 
-def translated(name: str, *changes: tuple[str, str]) -> str:
-    """A source as a C++ compiler reads it: launches are calls, nothing is registered with torch."""
-    text = (CSRC / "cuda" / name).read_text()
-    text = re.sub(
-        r"(\w+)<<<(.*?), (\w+), 0,\s*stream>>>\(", r"cuda_on_cpu::launch<\1>(\2, \3, 0, ", text
-    )
-    text = re.sub(r"STABLE_TORCH_LIBRARY_IMPL.*?\n}\n", "", text, flags=re.S)
-    assert "<<<" not in text
-    for old, new in changes:
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    return text
-
-
 def load(folder: Path) -> Any:
     """The encoders, compiled in this folder."""
     (folder / "cuda").mkdir()
     small = (("int64_t{1} << 22", "1"), ("int64_t{1} << 24", "int64_t{1} << 14"))
     (folder / "cuda/select_prefixes.h").write_text(translated("select_prefixes.h", *small))
     for name in ("batchtopk_scan.cu", "batchtopk_screened.cu", "batchtopk_encode.cu"):
-        (folder / name).write_text(translated(name))
+        unregistered = re.sub(
+            r"STABLE_TORCH_LIBRARY_IMPL.*?\n}\n", "", translated(name), flags=re.S
+        )
+        (folder / name).write_text(unregistered)
     sources = "testing/cuda_fibers.cpp", "testing/cuda_stacks.cpp", "cuda/runtime.cpp"
     made = build(
         folder, PROGRAM, *sources, options=("-shared", "-fPIC", "-O1", "-fvisibility=hidden")

@@ -109,51 +109,6 @@ SM90 = r"""
 #include <cstdio>
 #include <cstring>
 #include "cuda_runtime_api.h"
-struct cudaFuncAttributes {
-  int numRegs;
-};
-inline int registers = 168;
-inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, const void*) {
-  found->numRegs = registers;
-  return answer();
-}
-enum cudaDriverEntryPointQueryResult {
-  cudaDriverEntryPointSuccess,
-  cudaDriverEntryPointSymbolNotFound
-};
-enum { cudaEnableDefault };
-inline cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** found, int, int,
-                                                    cudaDriverEntryPointQueryResult* result) {
-  *found = found;
-  *result = cudaDriverEntryPointSuccess;
-  return answer();
-}
-struct cudaLaunchConfig_t {
-  dim3 gridDim, blockDim;
-  size_t dynamicSmemBytes;
-  void* stream;
-};
-inline cudaError_t cudaLaunchKernelExC(cudaLaunchConfig_t*, const void*, void**) {
-  return cudaSuccess;
-}
-using cuuint64_t = uint64_t;
-using cuuint32_t = uint32_t;
-enum CUtensorMapDataType {
-  CU_TENSOR_MAP_DATA_TYPE_UINT8,
-  CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-  CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-};
-enum {
-  CU_TENSOR_MAP_INTERLEAVE_NONE,
-  CU_TENSOR_MAP_SWIZZLE_128B,
-  CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-  CUDA_SUCCESS
-};
-struct CUtensorMap;
-int cuTensorMapEncodeTiled(CUtensorMap*, CUtensorMapDataType, int, void*, const cuuint64_t*,
-                           const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, int, int, int,
-                           int);
 #include "cuda/encode_sm90.cu"
 #include "cuda/sm90_device.cpp"
 using namespace gemmascope_fast;
