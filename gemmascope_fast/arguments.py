@@ -10,18 +10,23 @@ import torch
 INT64_END = 2**63
 
 
-def check_number(op: str, name: str, value: Any, *, positive: bool = False) -> float:
-    """Return `value`, a finite int or float >= 0 (> 0 when `positive`), as a float."""
+def check_number(
+    op: str, name: str, value: Any, *, positive: bool = False, negative: bool = False
+) -> float:
+    """Return `value`, a finite int or float >= 0, as a float.
+
+    Where it has to be `positive`, > 0; where it may be `negative`, any.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not 0 <= number < math.inf or (positive and number == 0):
-        raise ValueError(
-            f"{op}: {name} must be finite and {'>' if positive else '>='} 0, got {value}"
-        )
+    inside = negative or number > 0 or (number == 0 and not positive)
+    if not (inside and math.isfinite(number)):
+        wanted = "finite" if negative else f"finite and {'>' if positive else '>='} 0"
+        raise ValueError(f"{op}: {name} must be {wanted}, got {value}")
     return number
 
 

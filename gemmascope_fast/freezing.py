@@ -8,6 +8,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
+from .activations import Activation, check_activation
 from .checks import check_vector
 from .effective import effective
 from .packing import PackedEncoder, Precision, pack
@@ -15,9 +16,19 @@ from .screening import Screen
 
 
 class Freezable(nn.Module):
-    """A module whose encoder may be packed; whatever changes its weights drops the codes."""
+    """A module whose encoder may be packed; whatever changes its weights drops the codes.
 
+    Attributes:
+        activation: checked where it is assigned.
+    """
+
+    activation: Activation
     packed: Any = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "activation":
+            check_activation(type(self).__name__, value, cast("Any", self).d_sae)
+        super().__setattr__(name, value)
 
     def unfreeze(self) -> Self:
         """Drop the codes of `freeze`; parameters require gradients again."""

@@ -8,7 +8,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from .activations import Activation, BatchTopK, JumpReLU, TopK
+from .activations import Activation, BatchTopK, JumpReLU, TopK, check_activation
 from .checks import skip_input
 from .effective import decoded, encoded, folded
 from .freezing import Frozen
@@ -27,7 +27,7 @@ class SAE(Pretrained, Frozen):
     Args:
         d_in: width of x.
         d_sae: number of latents.
-        activation: `JumpReLU`, `TopK` or `BatchTopK`.
+        activation: `JumpReLU`, `TopK` or `BatchTopK`; the attribute may be assigned.
         d_out: width of the reconstruction; default `d_in`.
         device: of the parameters.
         dtype: of `W_enc` and `W_dec`; biases and threshold are float32 (float64 if this is).
@@ -74,19 +74,16 @@ class SAE(Pretrained, Frozen):
         for name, size in (("d_in", d_in), ("d_sae", d_sae), ("d_out", d_out)):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{type(self).__name__}: {name} must be an int >= 1, got {size!r}")
+        activation = JumpReLU() if activation is None else activation
+        check_activation(type(self).__name__, activation, d_sae)
         self.metadata = {}
-        self.activation = activation if activation is not None else JumpReLU()
-        if not isinstance(self.activation, (JumpReLU, TopK, BatchTopK)):
-            raise TypeError(
-                f"{type(self).__name__}: activation must be JumpReLU, TopK or BatchTopK, got "
-                f"{type(self.activation).__name__}"
-            )
         self.semantics = as_semantics(type(self).__name__, semantics)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.W_enc = nn.Parameter(torch.empty(d_sae, d_in, device=device, dtype=dtype).t())
         self.W_dec = nn.Parameter(torch.empty(d_sae, d_out, device=device, dtype=dtype))
         self.b_enc = nn.Parameter(torch.empty(d_sae, device=device, dtype=wide))
         self.b_dec = nn.Parameter(torch.empty(d_out, device=device, dtype=wide))
+        self.activation = activation
         if isinstance(self.activation, JumpReLU):
             self.threshold = nn.Parameter(torch.empty(d_sae, device=device, dtype=wide))
         else:

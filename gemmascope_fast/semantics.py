@@ -188,10 +188,16 @@ class Semantics:
         return torch.where(u.abs() < 1, shapes[self.kernel](u), 0.0) / bandwidth
 
     def stored(self, theta: float) -> float:
-        """The initial parameter of a threshold that starts at `theta`."""
+        """The initial parameter of a threshold that starts at `theta`.
+
+        Raises:
+            ValueError: theta has no logarithm, and is to be stored as that.
+        """
         if self.threshold == "exp":
             return -3.0
-        return math.log(theta) if self.threshold == "log" else theta
+        if self.threshold == "log":
+            return math.log(check_number("JumpReLU", "init_threshold", theta, positive=True))
+        return theta
 
     def moved(self, running: Tensor, smallest: Tensor) -> Tensor:
         """`decay * running + (1 - decay) * smallest`; `smallest` where running is negative."""

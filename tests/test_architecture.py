@@ -19,10 +19,10 @@ NAME = PACKAGE.name
 
 LAYERS = [
     (
-        *("reference", "autograd", "activations", "arguments", "costs", "triton_launchers"),
+        *("reference", "autograd", "arguments", "costs", "triton_launchers"),
         *("hook_points", "durable", "version"),
     ),
-    ("fakes",),
+    ("fakes", "activations"),
     ("ops",),
     ("entries",),
     ("sparse",),

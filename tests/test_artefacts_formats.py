@@ -79,6 +79,17 @@ def test_a_range_of_latents_in_another_dtype(format, name, tmp_path):
     assert torch.equal(found.b_enc, module.b_enc[3:17].float())
 
 
+def test_fewer_latents_than_k(tmp_path):
+    """A part decodes, and is a part of a mesh; alone it has too few to select from."""
+    SAELENS_MODULES["topk"].save_pretrained(tmp_path, format="saelens")
+    found = gsf.load(tmp_path, latents=slice(0, 4))
+    assert found.activation == gsf.TopK(5)
+    with pytest.raises(ValueError, match=r"topk_encode: k must be in \[0, d_sae=4\], got 5"):
+        found.encode(torch.zeros(1, 6))
+    with pytest.raises(ValueError, match=r"^SAE: k must be in \[0, d_sae=4\], got 5"):
+        found.activation = gsf.TopK(5)
+
+
 def test_tensors_and_config_of_saelens(tmp_path):
     module = SAELENS_MODULES["skip"]
     module.metadata = {"hf_hook_point_in": "model.layers.3.pre_feedforward_layernorm.output"}

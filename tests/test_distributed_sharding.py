@@ -222,9 +222,17 @@ def refused() -> None:
     sharded.activation = gsf.BatchTopK(3)
     with pytest.raises(ValueError, match="encode: max_nnz is for a JumpReLU"):
         sharded.encode(x, max_nnz=7)
-    sharded.activation = gsf.TopK(14)
-    with pytest.raises(ValueError, match=r"encode: k must be in \[0, d_sae=13\], got 14"):
-        sharded.encode(x)
+    with pytest.raises(ValueError, match=r"^ShardedSAE: k must be in \[0, d_sae=13\], got 14"):
+        sharded.activation = gsf.TopK(14)
+    every = gsf.TopK(13)  # more than a rank has
+    module.activation = sharded.activation = every
+
+    def read(latents: slice) -> Any:
+        return gsf.SAE(D, latents.stop - latents.start, gsf.TopK(1))
+
+    loaded = shard(gsf.SAE(D, 13, every, device="meta"), mesh, load=read)
+    for made in (sharded, loaded, shard(module, mesh)):
+        assert made.encode(x).gathered().nnz == 13 * len(x)
 
 
 def test_bad_arguments_are_named(ranks: Ranks) -> None:

@@ -80,6 +80,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "mean pull": {"preset": replace(FAST, per_token=False)},
     "topk": {"activation": "topk", "k": 4},
     "dead topk": {"activation": "topk", "k": 2, "d_sae": 253},
+    "topk of more than a rank has": {"activation": "topk", "k": 40, "steps": 3},
     "batchtopk": {"activation": "batchtopk", "k": 3.5},
     "matryoshka": {"matryoshka": [20, 30, 61]},
     "transcoder": {"kind": "transcoder", "affine": True},

@@ -170,6 +170,7 @@ def test_layouts_that_shapes_leave_open() -> None:
         ({"d_sae": "40"}, TypeError, "d_sae must be an int"),
         ({"activation": "topk"}, TypeError, "activation must be JumpReLU, TopK or BatchTopK, got"),
         ({"activation": gsf.JumpReLU()}, ValueError, "needs threshold"),
+        ({"activation": gsf.TopK(41)}, ValueError, r"^wrap: k must be in \[0, d_sae=40\], got 41"),
         ({"threshold": "limit"}, ValueError, "has no threshold"),
         ({"encoder_layout": "[F, D]"}, ValueError, "encoder_layout must be one of"),
         ({"encoder_layout": "[d_in, d_sae]"}, ValueError, r"decoder must be \[d_sae=12, d_out\]"),

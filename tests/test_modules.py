@@ -233,10 +233,41 @@ BAD: list[tuple[Any, type[Exception], str]] = [
         "jumprelu_encode: x must have shape [*batch, d_in=6], W_enc being [d_in, d_sae] = [6, 20]; "
         "got (3, 5)",
     ),
+    (lambda: TopK(-1), ValueError, "TopK: k must be >= 0, got -1"),
+    (lambda: TopK(2.0), TypeError, "TopK: k must be an int, got float"),
+    (lambda: BatchTopK(-0.5), ValueError, "BatchTopK: k must be finite and >= 0, got -0.5"),
+    (lambda: BatchTopK("3"), TypeError, "BatchTopK: k must be a number, got str"),
+    (lambda: JumpReLU(-1), ValueError, "JumpReLU: bandwidth must be finite and >= 0, got -1"),
     (
-        lambda: SAE(6, 20, TopK(21)).encode(torch.zeros(3, 6)),
+        lambda: JumpReLU(init_threshold=float("nan")),
         ValueError,
-        "topk_encode: k must be in [0, d_sae=20], got 21",
+        "JumpReLU: init_threshold must be finite, got nan",
+    ),
+    (
+        lambda: SAE(6, 20, JumpReLU(init_threshold=-1), semantics=gsf.Semantics(threshold="log")),
+        ValueError,
+        "JumpReLU: init_threshold must be finite and > 0, got -1",
+    ),
+    (lambda: SAE(6, 20, TopK(21)), ValueError, "SAE: k must be in [0, d_sae=20], got 21"),
+    (
+        lambda: SAE(1 << 30, 1 << 30, TopK(1 << 31)),  # before any memory is asked for
+        ValueError,
+        "SAE: k must be in [0, d_sae=1073741824], got 2147483648",
+    ),
+    (
+        lambda: gsf.Crosscoder(2, 6, 20, TopK(21)),
+        ValueError,
+        "Crosscoder: k must be in [0, d_sae=20], got 21",
+    ),
+    (
+        lambda: setattr(SAE(6, 20, TopK(2)), "activation", TopK(21)),
+        ValueError,
+        "SAE: k must be in [0, d_sae=20], got 21",
+    ),
+    (
+        lambda: setattr(gsf.Crosscoder(2, 6, 20, TopK(2)), "activation", "topk"),
+        TypeError,
+        "Crosscoder: activation must be JumpReLU, TopK or BatchTopK, got str",
     ),
     (
         lambda: SAE(6, 20, JumpReLU(bandwidth=0)).encode(torch.zeros(3, 6)),
@@ -272,6 +303,16 @@ BAD: list[tuple[Any, type[Exception], str]] = [
 def test_messages_name_what_is_wrong(call: Any, kind: type[Exception], text: str) -> None:
     with pytest.raises(kind, match=re.escape(text)):
         call()
+
+
+def test_a_refused_activation_is_not_taken() -> None:
+    sae = SAE(6, 20, TopK(20))
+    for bad in (TopK(21), "topk"):
+        with pytest.raises((TypeError, ValueError)):
+            sae.activation = bad  # type: ignore[assignment]
+    assert sae.activation == TopK(20) and sae.encode(torch.ones(2, 6)).nnz == 40
+    sae.activation = BatchTopK(1.5)
+    assert sae.encode(torch.ones(2, 6)).nnz <= 3
 
 
 def test_repr_shows_sizes_and_activation() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..activations import parts
 from ..modules import SAE, JumpReLU, Transcoder
 from ..multilayer import Crosscoder, CrossLayerTranscoder
 from .opening import Artefact
@@ -80,10 +81,11 @@ def _single(artefact: Artefact, latents: slice, dtype: torch.dtype, device: torc
     shape = (sizes.d_in, latents.stop - latents.start, artefact.activation)
     options: dict[str, Any] = {"d_out": sizes.d_out, "device": "meta", "dtype": dtype}
     options["semantics"] = artefact.semantics
-    if artefact.config["type"] == "transcoder":
-        module: SAE = Transcoder(*shape, affine=sizes.affine, **options)
-    else:
-        module = SAE(*shape, **options)
+    with parts():
+        if artefact.config["type"] == "transcoder":
+            module: SAE = Transcoder(*shape, affine=sizes.affine, **options)
+        else:
+            module = SAE(*shape, **options)
     for name in file.specs:
         like = getattr(module, PARAMETERS[name])  # on meta: shape, strides and dtype, no memory
         weight = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import local_map
 from torch.func import functional_call
 
-from ..activations import Activation
+from ..activations import Activation, check_activation, parts
 from ..checks import check_float_dtype
 from ..sparse import SparseActs
 from .acts import ShardedActs
@@ -95,7 +95,9 @@ class Sharded(nn.Module):
 
     @activation.setter
     def activation(self, activation: Activation) -> None:
-        self._local.activation = activation
+        check_activation(type(self).__name__, activation, self.d_sae)
+        with parts():
+            self._local.activation = activation
 
     @property
     def metadata(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from torch.distributed.device_mesh import DeviceMesh
 
 from .. import artefacts
+from ..activations import parts
 from ..modules import SAE, Transcoder
 from ..multilayer import Crosscoder, CrossLayerTranscoder
 from .base import Sharded
@@ -77,7 +78,8 @@ def shard(
             raise TypeError(
                 f"load returned a {type(found).__name__} and module is a {type(module).__name__}"
             )
-        found.activation = module.activation
+        with parts():
+            found.activation = module.activation
         return found
 
     return assembled("shard", mesh, module.d_sae, make, debug)

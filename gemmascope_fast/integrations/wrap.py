@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..activations import Activation, BatchTopK, JumpReLU, TopK
+from ..activations import Activation, JumpReLU, TopK, check_activation
 from ..effective import decoded, encoded
 from ..semantics import Semantics, as_semantics
 from ..sparse import SparseActs
@@ -199,10 +199,7 @@ def wrap(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"wrap: module must be a torch.nn.Module, got {type(module).__name__}")
-    if not isinstance(activation, (JumpReLU, TopK, BatchTopK)):
-        raise TypeError(
-            f"wrap: activation must be JumpReLU, TopK or BatchTopK, got {type(activation).__name__}"
-        )
+    check_activation("wrap", activation)
     if isinstance(activation, JumpReLU) != (threshold is not None):
         raise ValueError(
             f"wrap: {activation} {'needs' if threshold is None else 'has no'} threshold"
@@ -234,6 +231,7 @@ def wrap(
 def _check_shapes(made: Wrapped) -> None:
     """What the module holds fits together."""
     W_enc, W_dec, d_sae = made.W_enc, made.W_dec, made.d_sae
+    check_activation("wrap", made.activation, d_sae)
     if W_dec.shape[0] != d_sae:
         raise ValueError(
             f"wrap: decoder must be [d_sae={d_sae}, d_out] where encoder is {list(W_enc.shape)}, "

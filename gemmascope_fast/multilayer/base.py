@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..activations import Activation, BatchTopK, JumpReLU, TopK
+from ..activations import Activation, BatchTopK, JumpReLU, check_activation
 from ..checks import check_float
 from ..freezing import Freezable
 from ..functional import batchtopk_encode, jumprelu_encode, topk_encode
@@ -53,13 +53,9 @@ class MultiLayer(Pretrained, Freezable):
                 f"{kind}: packed must be a bool, or one for each of the {n_layers} layers, got "
                 f"{packed!r}"
             )
+        activation = JumpReLU() if activation is None else activation
+        check_activation(kind, activation, d_sae)
         self.metadata = {}
-        self.activation = activation if activation is not None else JumpReLU()
-        if not isinstance(self.activation, (JumpReLU, TopK, BatchTopK)):
-            raise TypeError(
-                f"{kind}: activation must be JumpReLU, TopK or BatchTopK, got "
-                f"{type(self.activation).__name__}"
-            )
         wide = torch.float64 if dtype == torch.float64 else torch.float32
 
         def empty(*shape: int, dtype: torch.dtype = wide) -> Tensor:
@@ -71,6 +67,7 @@ class MultiLayer(Pretrained, Freezable):
         self.b_enc = _parameters(empty(d_sae) for _ in layers)
         self.W_dec = _parameters(empty(d_sae, m, dtype=dtype) for m in columns)
         self.b_dec = nn.Parameter(empty(n_layers, d_model))
+        self.activation = activation
         jumps = isinstance(self.activation, JumpReLU)
         self.threshold = _parameters(empty(d_sae) for _ in layers) if jumps else None
         self.reset_parameters(generator)

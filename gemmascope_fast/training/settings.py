@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..activations import parts
 from ..arguments import check_count, check_number
 from ..checks import check_float_dtype
 from ..modules import SAE, Activation, BatchTopK, JumpReLU, TopK, Transcoder
@@ -158,7 +159,8 @@ class Settings:
         kind = Transcoder if self.kind == "transcoder" else SAE
         here = latents or slice(0, self.d_sae)
         sizes["generator"] = generator(self.seed, "weights")
-        module = kind(self.d_in, here.stop - here.start, self._function(), **sizes)
+        with parts():
+            module = kind(self.d_in, here.stop - here.start, self._function(), **sizes)
         if latents is not None:
             draw = generator(self.seed, "weights")
             around = {"before": here.start, "after": self.d_sae - here.stop}
