@@ -182,7 +182,11 @@ def test_arguments_that_do_not_fit() -> None:
         ((model, saes, ids), {"batch_size": 0}, ValueError, "batch_size must be >= 1, got 0"),
         ((model, saes, ids % 3), {}, ValueError, "a text token behind another, and hold none"),
         ((model, [sae], ids), {}, ValueError, "metadata of this SAE have no hf_hook_point_in"),
-        ((model, saes, ids, ids), {}, TypeError, "at most model, saes, tokens are positional"),
+        ((model, saes, ids, ids), {}, TypeError, "too many positional arguments: call evaluate"),
+        ((model, saes), {}, TypeError, "missing a required argument: 'tokens': call evaluate"),
+        ((model, saes, ids), {"mask": ids}, TypeError, "unexpected keyword argument 'mask': call"),
+        ((ids, sae), {}, TypeError, "comes first, got a Tensor: call evaluate"),
+        ((sae,), {}, TypeError, "missing a required argument: 'activations': call evaluate"),
         ((model.model, saes, ids), {}, TypeError, "model must return logits, got a BaseModelOut"),
         (
             (model, {RESID: sae, f"language_{RESID}": sae}, ids), {"together": True}, ValueError,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any, Literal, get_args, overload
 
 import torch
@@ -18,6 +19,7 @@ from .measuring import OP, Ablation, ModelEvaluation, evaluating, measure
 from .sites import Dictionaries, Key, Site, sites_of
 from .texts import Texts
 
+FORMS = "call evaluate(module, activations) or evaluate(model, saes, tokens)"
 Several = Sequence[Dictionary] | Mapping[Key, Dictionary]
 
 
@@ -107,14 +109,17 @@ def evaluate(*args: Any, **options: Any) -> Any:
         ValueError: shapes disagree, nothing is left to measure, a hook point is missing or names
             nothing in the model, or dictionaries that are spliced together share a place.
     """
-    names = ("model", "saes", "tokens")
     first = args[0] if args else options.get("module", options.get("model"))
     second = args[1] if len(args) > 1 else options.get("activations")
-    if isinstance(first, SAE) or isinstance(second, Tensor) or "module" in options:
-        return metrics.evaluate(*args, **options)
-    if len(args) > len(names):
-        raise TypeError(f"{OP}: at most {', '.join(names)} are positional, got {len(args)}")
-    return _evaluate_model(**dict(zip(names, args, strict=False)), **options)
+    if isinstance(first, Tensor):
+        raise TypeError(f"{OP}: a module or a model comes first, got a Tensor: {FORMS}")
+    alone = isinstance(first, SAE) or isinstance(second, Tensor) or "module" in options
+    form: Callable[..., Any] = metrics.evaluate if alone else _evaluate_model
+    try:
+        signature(form).bind(*args, **options)
+    except TypeError as error:
+        raise TypeError(f"{OP}: {error}: {FORMS}") from None
+    return form(*args, **options)
 
 
 def _evaluate_model(
