@@ -1,8 +1,10 @@
-"""Checks of single numbers: each message names op, argument, expectation and actual."""
+"""Checks of single values: each message names op, argument, expectation and actual."""
 
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,3 +45,29 @@ def check_count(
     if isinstance(value, int) and value >= INT64_END:
         raise ValueError(f"{op}: {name} must be below 2^63, got {value}")
     return value
+
+
+def as_device(op: str, device: Any) -> torch.device:
+    """The torch device that `device` names.
+
+    Raises:
+        ValueError: it names none.
+    """
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{op}: device must name a torch device, got {device!r}") from error
+
+
+def as_path(op: str, argument: str, value: Any) -> Path:
+    """`value` as a path.
+
+    Raises:
+        TypeError: it is no path, or one of bytes.
+        ValueError: it holds a NUL character.
+    """
+    if not isinstance(value, (str, os.PathLike)) or isinstance(os.fspath(value), bytes):
+        raise TypeError(f"{op}: {argument} must be a str or a path, got {type(value).__name__}")
+    if "\0" in os.fspath(value):
+        raise ValueError(f"{op}: {argument} must be a path, got a string with a NUL character")
+    return Path(value)

@@ -119,12 +119,21 @@ def test_the_estimate_names_its_parts() -> None:
     "options, error, text",
     [
         ({"d_sae": 0}, ValueError, "d_sae must be >= 1"),
-        ({"row": "live"}, TypeError, "estimate_memory: unknown arguments row"),
-        ({"matryoshka": 3}, TypeError, "estimate_memory: matryoshka must be a sequence"),
+        ({"d_sae": "16k"}, TypeError, "d_sae must be an int, got str"),
+        ({"d_out": 3}, ValueError, "an SAE's target must be as wide as x"),
+        ({"row": "live"}, TypeError, "unknown arguments row"),
+        ({"matryoshka": 3}, TypeError, "matryoshka must be a sequence"),
+        ({"matryoshka": [3, 2]}, ValueError, "matryoshka must be ascending sizes"),
+        ({"precision": "x"}, ValueError, "precision must be one of exact, screened, got 'x'"),
+        ({"preset": "x"}, ValueError, "preset must be one of gemma_scope_2"),
+        ({"dtype": torch.int8}, TypeError, "dtype must be float32"),
+        ({"target_l0": 1e9}, ValueError, "target_l0 must be below d_sae"),
+        ({"device": "gpu"}, ValueError, "device must name a torch device, got 'gpu'"),
+        ({"source_bytes": -1}, ValueError, "source_bytes must be >= 0, got -1"),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], error: type[Exception], text: str) -> None:
-    with pytest.raises(error, match=text):
+    with pytest.raises(error, match=f"^estimate_memory: {text}"):
         estimate(**options)
 
 

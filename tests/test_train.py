@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from gemmascope_fast.training.calibration import thresholds
 from gemmascope_fast.training.preset import GEMMA_SCOPE_2, GEMMA_SCOPE_2_LITERAL, find_preset
 from gemmascope_fast.training.schedules import decay, glide, warmup
 from gemmascope_fast.training.settings import Settings
-from gemmascope_fast.training.sources import TensorSource
+from gemmascope_fast.training.sources import Block, TensorSource
 from gemmascope_fast.training.trainer import Trainer
 
 FAST = gsf.Preset(lr=3e-3, bandwidth=0.1, frequency=0.0)
@@ -339,6 +340,11 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"checkpoint_every": 0}, ValueError, "checkpoint_every must be >= 1"),
     ({"preset": 3}, TypeError, "preset must be a name or a Preset"),
     ({"on_metrics": 3}, TypeError, "on_metrics must be callable"),
+    ({"out": 3}, TypeError, "train: out must be a str or a path, got int"),
+    ({"device": "gpu"}, ValueError, "train: device must name a torch device, got 'gpu'"),
+    ({"metadata": 3}, TypeError, "train: metadata must be a mapping, got int"),
+    ({"metadata": {"l0": "9"}}, ValueError, "out could not hold the result: .*l0 must be a number"),
+    ({"metadata": {"a": X}}, TypeError, "out could not hold the result: .*metadata must be plain"),
     ({"source": [1, 2, 3]}, TypeError, "source must be a tensor, a pair"),
     ({"source": (X, X)}, ValueError, "kind='sae' does not fit a source with a target"),
     ({"source": "no-such-folder"}, FileNotFoundError, "no-such-folder"),
@@ -362,3 +368,42 @@ def test_bad_input_is_refused_before_anything_happens(
         gsf.train(options.pop("source"), **options)
     assert not seen
     assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+class Counting(TensorSource):
+    """Rows that say whether anybody asked for them."""
+
+    asked = 0
+
+    def block(self, seed: int, index: int) -> Block:
+        self.asked += 1
+        return super().block(seed, index)
+
+
+def test_a_place_that_cannot_hold_the_result_is_told_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, link, other = tmp_path / "file", tmp_path / "link", tmp_path / "other"
+    file.write_text("mine")
+    link.symlink_to(tmp_path / "nowhere")
+    gsf.SAE(24, 96, gsf.TopK(3)).save_pretrained(other, format="sparsify")
+    (tmp_path / "folder" / "config.json").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").touch()
+    source = Counting(X)
+    cases = {
+        file: "train: out must be a folder, and .*file is a file",
+        file / "below": "train: out must be a folder, and .*file is a file",
+        link: "train: out must be a folder, and .*link is a link that leads nowhere",
+        tmp_path / "run": "train: out must be a folder, and .*checkpoints is a file",
+        other: "train: out could not hold the result: .*holds an artefact of sparsify",
+        tmp_path / "folder": "train: out could not hold the result: .*config.json is a folder",
+    }
+    before = sorted(path for path in tmp_path.rglob("*"))
+    for out, text in cases.items():
+        with pytest.raises(ValueError, match=text):
+            gsf.train(source, d_sae=96, target_l0=4, steps=2, out=out, progress=False)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(PermissionError, match="train: out cannot be written: no permission for"):
+        gsf.train(source, d_sae=96, target_l0=4, steps=2, out=tmp_path / "a", progress=False)
+    assert sorted(path for path in tmp_path.rglob("*")) == before and source.asked == 0

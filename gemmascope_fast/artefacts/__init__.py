@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, overload
 
 import torch
 
+from ..arguments import as_device, as_path
 from . import config as configs
 from . import files, folders, hub
 from .building import Module, build
@@ -151,7 +152,7 @@ def _read(
 
 def _located(source: Any, subfolder: str | None, revision: str | None) -> Path:
     """`source` as a path that exists, downloaded if need be."""
-    path = files.as_path("load", "source", source)
+    path = as_path("load", "source", source)
     for name, value in (("subfolder", subfolder), ("revision", revision)):
         if value is not None and (not isinstance(value, str) or not value):
             raise TypeError(f"load: {name} must be a non-empty str or None, got {value!r:.80}")
@@ -186,12 +187,7 @@ def _exists(path: Path) -> bool:
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    if device is None:
-        return torch.get_default_device()
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"load: device must name a torch device, got {device!r}") from error
+    return torch.get_default_device() if device is None else as_device("load", device)
 
 
 def open_source(

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ..arguments import as_path
 from ..sparse import SparseActs
 from . import files
 from .gemma_scope_2 import SafetensorsFile
@@ -78,7 +79,7 @@ def load_acts(path: str | os.PathLike[str]) -> SparseActs | list[SparseActs]:
         TypeError: `path` is no path.
         ValueError: the file is damaged, or its entries are not in order or out of range.
     """
-    target = files.existing(files.as_path(OP, "path", path), OP)
+    target = files.existing(as_path(OP, "path", path), OP)
     with SafetensorsFile(target, OP, {code: dtype for dtype, code in _CODES.items()}) as file:
         layers = _layers(target, set(file.specs))
         for layer in layers:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import Any
 
 CONFIG = "config.json"
 CONFIG_LIMIT = 64 << 10  # bytes; published ones have about 300
@@ -64,20 +63,6 @@ def config_bytes(folder: Path) -> bytes | None:
         return None
     with open(path, "rb") as file:
         return file.read(CONFIG_LIMIT + 1)
-
-
-def as_path(op: str, argument: str, value: Any) -> Path:
-    """`value` as a path.
-
-    Raises:
-        TypeError: it is no path, or one of bytes.
-        ValueError: it holds a NUL character.
-    """
-    if not isinstance(value, (str, os.PathLike)) or isinstance(os.fspath(value), bytes):
-        raise TypeError(f"{op}: {argument} must be a str or a path, got {type(value).__name__}")
-    if "\0" in os.fspath(value):
-        raise ValueError(f"{op}: {argument} must be a path, got a string with a NUL character")
-    return Path(value)
 
 
 def check_utf8(op: str, path: Path) -> None:

@@ -20,7 +20,9 @@ from typing import IO, Any
 
 import torch
 
+from ..arguments import as_path
 from ..durable import sync, sync_folder
+from ..modules import SAE
 from . import files, folders, layer_files, writing_gemma_scope_2, writing_saelens, writing_sparsify
 from .files import CONFIG, CONFIG_LIMIT
 from .gemma_scope_2 import CONFIG_KEY, PARAMS, REPLACES_KEY, digest
@@ -63,9 +65,23 @@ def save(
     check_dtype(OP, dtype)
     if format not in FORMATS:
         raise ValueError(f"{OP}: format must be one of {', '.join(FORMATS)}, got {format!r}")
-    folder = files.as_path(OP, "path", path)
+    folder = as_path(OP, "path", path)
     files.check_utf8(OP, folder)
     write_plan(folder, FORMATS[format](module, dtype, metadata))
+
+
+def check(folder: Path, metadata: Mapping[str, Any]) -> None:
+    """Raise what `save` of a single layer would raise of the folder and of the metadata.
+
+    Raises:
+        TypeError, ValueError: as `Pretrained.save_pretrained`.
+    """
+    files.check_utf8(OP, folder)
+    small = SAE(1, 1, device="cpu", generator=torch.Generator())
+    plan = writing_gemma_scope_2.plan(small, None, metadata)
+    _check_place(folder, plan)
+    if folder.is_dir():
+        _check_kind(folder, plan)
 
 
 def write_plan(folder: Path, plan: Plan, write: Writer = write_tensors) -> None:

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..artefacts import files, writing
+from ..arguments import as_path
+from ..artefacts import writing
 from ..artefacts.plans import Plan
 from ..artefacts.validate import check_dtype, finite, rows_per_block
 from ..artefacts.writing_gemma_scope_2 import plan
@@ -76,7 +77,7 @@ def write(
     slices, failure = _NOTHING, None
     try:
         check_dtype(OP, dtype)
-        folder = files.as_path(OP, "path", path)
+        folder = as_path(OP, "path", path)
         if layout.rank == 0 or layout.latents.start < layout.latents.stop:
             slices = plan(local, dtype, metadata, layout.d_sae)
     except Exception as error:

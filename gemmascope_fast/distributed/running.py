@@ -19,7 +19,8 @@ from ..activations import JumpReLU, TopK
 from ..training import checkpoint
 from ..training.memory import estimate
 from ..training.progress import bar
-from ..training.runs import CHECKPOINTS, NAMED, OnMetrics, run_steps
+from ..training.results import CHECKPOINTS, NAMED, check_out
+from ..training.runs import OnMetrics, run_steps
 from ..training.settings import OP, Settings
 from ..training.sources import Source
 from ..training.trainer import NonFiniteError
@@ -58,6 +59,8 @@ def train_on(
     place = None if folder is None or not first else folder / CHECKPOINTS
     with guarded(OP, alike=(NonFiniteError, RankError)):
         check_run(layout, source, settings)
+        if first:
+            check_out(folder, settings, source.metadata() | dict(metadata))
         if progress and first:
             _announce(source, settings, layout)
         with nullcontext() if place is None else checkpoint.held(place):

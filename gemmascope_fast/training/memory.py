@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 
+from ..arguments import as_device, check_count
 from ..packing import screened_width
 from ..reference import MOMENT_BLOCK
 from .calibration import ROWS, TILE_BYTES
 from .preset import find_preset
 from .settings import Settings, prefixes
 
+OP = "estimate_memory"
 GIB = 1 << 30
 OPTIONS = {
     *("preset", "rows", "moments", "fused", "init_l0", "matryoshka", "kind", "affine", "dtype"),
@@ -114,26 +116,30 @@ def estimate_memory(
         TypeError: an argument has the wrong type, or is none of `train`'s.
         ValueError: an argument is out of range.
     """
+    place = as_device(OP, device)
+    check_count(OP, "d_sae", d_sae)
+    check_count(OP, "source_bytes", source_bytes)
     if activation == "jumprelu":
         target_l0 = min(100.0, d_sae / 2) if target_l0 is None else target_l0
     elif k is None:
         k = min(100, d_sae)
     unknown = set(options) - OPTIONS
     if unknown:
-        raise TypeError(f"estimate_memory: unknown arguments {', '.join(sorted(unknown))}")
+        raise TypeError(f"{OP}: unknown arguments {', '.join(sorted(unknown))}")
     given = {name: value for name, value in options.items() if value is not None}
-    given["preset"] = find_preset(given.get("preset", "gemma_scope_2"))
+    given["preset"] = find_preset(given.get("preset", "gemma_scope_2"), OP)
     if "matryoshka" in given:
-        given["matryoshka"] = prefixes("estimate_memory", given["matryoshka"])
+        given["matryoshka"] = prefixes(OP, given["matryoshka"])
     settings = Settings(
         *(d_in, d_in if d_out is None else d_out, d_sae, steps),
         activation=activation,
         target_l0=target_l0,
         k=k,
         batch_size=batch_size,
+        op=OP,
         **given,
     )
-    return estimate(settings, torch.device(device), source_bytes, resume)
+    return estimate(settings, place, source_bytes, resume)
 
 
 def estimate(

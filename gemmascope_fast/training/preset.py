@@ -142,8 +142,8 @@ all latents fire for the first thousand steps."""
 PRESETS = {preset.name: preset for preset in (GEMMA_SCOPE_2, GEMMA_SCOPE_2_LITERAL)}
 
 
-def find_preset(preset: str | Preset) -> Preset:
-    """`preset` itself, or the one of that name.
+def find_preset(preset: str | Preset, op: str = "train") -> Preset:
+    """`preset` itself, or the one of that name; an argument of `op`.
 
     Raises:
         TypeError: it is neither.
@@ -152,7 +152,7 @@ def find_preset(preset: str | Preset) -> Preset:
     if isinstance(preset, Preset):
         return preset
     if not isinstance(preset, str):
-        raise TypeError(f"train: preset must be a name or a Preset, got {type(preset).__name__}")
+        raise TypeError(f"{op}: preset must be a name or a Preset, got {type(preset).__name__}")
     if preset not in PRESETS:
-        raise ValueError(f"train: preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+        raise ValueError(f"{op}: preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     return PRESETS[preset]

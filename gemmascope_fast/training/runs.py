@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from ..modules import SAE, JumpReLU, TopK
+from ..arguments import as_device
+from ..modules import SAE
 from . import checkpoint
 from .memory import estimate
 from .preset import Preset, find_preset
 from .progress import Shown, bar
+from .results import CHECKPOINTS, asked, check_out, finish
 from .settings import OP, Settings, prefixes
 from .shards import ShardSource
 from .sources import Source, TensorSource
@@ -28,11 +30,9 @@ from .trainer import Trainer
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-CHECKPOINTS = "checkpoints"
 LONGEST = 1000
 """Steps between checkpoints unless asked otherwise; a tenth of shorter runs."""
 NOTE_SECONDS = 0.5
-NAMED = ("l0", "model_name", "hf_hook_point_in", "hf_hook_point_out")
 
 OnMetrics = Callable[[dict[str, float]], object]
 Rows = Tensor | tuple[Tensor, Tensor] | str | os.PathLike[str] | Source
@@ -152,10 +152,11 @@ def train(
     )
     if on_metrics is not None and not callable(on_metrics):
         raise TypeError(f"{OP}: on_metrics must be callable, got {type(on_metrics).__name__}")
-    folder = None if out is None else Path(out)
+    folder, extra = asked(out, metadata)
     if mesh is not None:
         said = {"resume": resume, "on_metrics": on_metrics, "progress": progress}
-        return _on_mesh(mesh, rows_of, settings, folder, metadata=dict(metadata or {}), **said)
+        return _on_mesh(mesh, rows_of, settings, folder, metadata=extra, **said)
+    check_out(folder, settings, rows_of.metadata() | extra)
     if progress:
         held = rows_of.held_bytes(place)
         found = estimate(settings, place, held, resume=resume and folder is not None)
@@ -164,7 +165,7 @@ def train(
         trainer = _start(rows_of, settings, place, folder, resume)
         with bar(steps, progress) as shown:
             run_steps(trainer, folder, on_metrics, shown)
-        return _finish(trainer, folder, dict(metadata or {}))
+        return finish(trainer, folder, extra)
 
 
 @contextmanager
@@ -214,7 +215,7 @@ def as_source(source: Any, kind: str) -> Source:
 
 def _device(source: Any, device: torch.device | str | None) -> torch.device:
     if device is not None:
-        return torch.device(device)
+        return as_device(OP, device)
     first = source[0] if isinstance(source, (tuple, list)) else source
     if isinstance(first, Tensor):
         return first.device
@@ -281,20 +282,3 @@ def _plain(metrics: Mapping[str, Any], trainer: Trainer, began: float) -> dict[s
         "dead": trainer.dead(),
         "seconds": time.perf_counter() - began,
     }
-
-
-def _finish(trainer: Trainer, folder: Path | None, metadata: dict[str, Any]) -> SAE:
-    """The module for raw activations, saved where there is a folder and a format for it."""
-    x, _ = trainer.stream.next(trainer.settings.batch_size)
-    x = x.to(trainer.device)
-    scale, bandwidth = trainer.maps[0].scale, trainer.settings.preset.bandwidth
-    module = trainer.finish().eval()
-    with torch.no_grad():
-        l0 = float(module.encode(x).l0().mean())
-    module.metadata = {"l0": l0, **trainer.source.metadata(), **metadata}
-    if folder is not None and not isinstance(module.activation, TopK):
-        same = isinstance(module.activation, JumpReLU)
-        named: dict[str, Any] = {name: module.metadata.get(name) for name in NAMED}
-        plain = module if same else module.to_jumprelu(bandwidth=bandwidth / scale)
-        plain.save_pretrained(folder, **named)
-    return module

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import InitVar, asdict, dataclass
 from typing import Any
 
 import torch
@@ -27,6 +27,9 @@ OP = "train"
 @dataclass(frozen=True)
 class Settings:
     """One run; `gsf.train` documents the fields that are its arguments.
+
+    Args:
+        op: whose arguments they are, for messages.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -54,17 +57,18 @@ class Settings:
     autocast: torch.dtype | None = None
     precision: str = "exact"
     checkpoint_every: int | None = None
+    op: InitVar[str] = OP
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, op: str) -> None:
         for name in ("d_sae", "steps", "batch_size", "d_in", "d_out"):
-            if check_count(OP, name, getattr(self, name)) < 1:
-                raise ValueError(f"{OP}: {name} must be >= 1, got {getattr(self, name)}")
-        check_count(OP, "seed", self.seed)
+            if check_count(op, name, getattr(self, name)) < 1:
+                raise ValueError(f"{op}: {name} must be >= 1, got {getattr(self, name)}")
+        check_count(op, "seed", self.seed)
         if (
             self.checkpoint_every is not None
-            and check_count(OP, "checkpoint_every", self.checkpoint_every) < 1
+            and check_count(op, "checkpoint_every", self.checkpoint_every) < 1
         ):
-            raise ValueError(f"{OP}: checkpoint_every must be >= 1, got {self.checkpoint_every}")
+            raise ValueError(f"{op}: checkpoint_every must be >= 1, got {self.checkpoint_every}")
         for name, choices in (
             ("activation", ACTIVATIONS),
             ("rows", ROWS),
@@ -74,57 +78,57 @@ class Settings:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(
-                    f"{OP}: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                    f"{op}: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
         for name in ("fused", "affine"):
             if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{OP}: {name} must be a bool, got {getattr(self, name)!r}")
-        self._check_dtypes()
-        self._check_sparsity()
-        self._check_matryoshka()
-        self._check_kind()
+                raise TypeError(f"{op}: {name} must be a bool, got {getattr(self, name)!r}")
+        self._check_dtypes(op)
+        self._check_sparsity(op)
+        self._check_matryoshka(op)
+        self._check_kind(op)
 
-    def _check_dtypes(self) -> None:
+    def _check_dtypes(self, op: str) -> None:
         for name in ("dtype", "autocast"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, torch.dtype):
-                raise TypeError(f"{OP}: {name} must be a torch.dtype, got {value!r}")
+                raise TypeError(f"{op}: {name} must be a torch.dtype, got {value!r}")
             if value is not None:
-                check_float_dtype(OP, name, value)
+                check_float_dtype(op, name, value)
 
-    def _check_sparsity(self) -> None:
+    def _check_sparsity(self, op: str) -> None:
         if self.activation == "jumprelu":
             if self.target_l0 is None or self.k is not None:
-                raise ValueError(f"{OP}: jumprelu needs target_l0 (active latents per token), no k")
+                raise ValueError(f"{op}: jumprelu needs target_l0 (active latents per token), no k")
             for name in ("target_l0", "init_l0"):
                 value = getattr(self, name)
-                if value is not None and check_number(OP, name, value, positive=True) >= self.d_sae:
-                    raise ValueError(f"{OP}: {name} must be below d_sae={self.d_sae}, got {value}")
+                if value is not None and check_number(op, name, value, positive=True) >= self.d_sae:
+                    raise ValueError(f"{op}: {name} must be below d_sae={self.d_sae}, got {value}")
             return
         if self.k is None or self.target_l0 is not None or self.init_l0 is not None:
-            raise ValueError(f"{OP}: {self.activation} needs k, and neither target_l0 nor init_l0")
+            raise ValueError(f"{op}: {self.activation} needs k, and neither target_l0 nor init_l0")
         if self.activation == "topk":
-            check_count(OP, "k", self.k, self.d_sae, "d_sae")
-        if not 0 < check_number(OP, "k", self.k, positive=True) <= self.d_sae:
-            raise ValueError(f"{OP}: k must be in (0, d_sae={self.d_sae}], got {self.k}")
+            check_count(op, "k", self.k, self.d_sae, "d_sae")
+        if not 0 < check_number(op, "k", self.k, positive=True) <= self.d_sae:
+            raise ValueError(f"{op}: k must be in (0, d_sae={self.d_sae}], got {self.k}")
 
-    def _check_matryoshka(self) -> None:
+    def _check_matryoshka(self, op: str) -> None:
         sizes = self.matryoshka
         if sizes is None:
             return
         for size in sizes:
-            check_count(OP, "matryoshka", size, self.d_sae, "d_sae")
+            check_count(op, "matryoshka", size, self.d_sae, "d_sae")
         if not sizes or sizes[0] < 1 or any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
-            raise ValueError(f"{OP}: matryoshka must be ascending sizes >= 1, got {list(sizes)}")
+            raise ValueError(f"{op}: matryoshka must be ascending sizes >= 1, got {list(sizes)}")
         if sizes[-1] != self.d_sae:
-            raise ValueError(f"{OP}: matryoshka must end with d_sae={self.d_sae}, got {sizes[-1]}")
+            raise ValueError(f"{op}: matryoshka must end with d_sae={self.d_sae}, got {sizes[-1]}")
 
-    def _check_kind(self) -> None:
+    def _check_kind(self, op: str) -> None:
         if self.kind == "sae" and self.affine:
-            raise ValueError(f"{OP}: affine=True needs kind='transcoder'")
+            raise ValueError(f"{op}: affine=True needs kind='transcoder'")
         if self.kind == "sae" and self.d_in != self.d_out:
             raise ValueError(
-                f"{OP}: an SAE's target must be as wide as x, {self.d_in}, got {self.d_out}"
+                f"{op}: an SAE's target must be as wide as x, {self.d_in}, got {self.d_out}"
             )
 
     @property

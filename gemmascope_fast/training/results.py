@@ -1,0 +1,76 @@
+"""Where a run leaves what it makes: its folder before it begins, the artefact when it ends."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..arguments import as_path
+from ..modules import SAE, JumpReLU, TopK
+from .settings import OP, Settings
+from .trainer import Trainer
+
+CHECKPOINTS = "checkpoints"
+NAMED = ("l0", "model_name", "hf_hook_point_in", "hf_hook_point_out")
+
+
+def asked(out: Any, metadata: Any) -> tuple[Path | None, dict[str, Any]]:
+    """Arguments of `train`: where it writes, if anywhere, and what it says there.
+
+    Raises:
+        TypeError: one has the wrong type.
+    """
+    if not isinstance(metadata, (Mapping, type(None))):
+        raise TypeError(f"{OP}: metadata must be a mapping, got {type(metadata).__name__}")
+    return None if out is None else as_path(OP, "out", out), dict(metadata or {})
+
+
+def check_out(folder: Path | None, settings: Settings, metadata: Mapping[str, Any]) -> None:
+    """Raise, before any work, what would end a run that writes to `folder`.
+
+    Raises:
+        PermissionError: it cannot be written.
+        TypeError: metadata have no JSON form.
+        ValueError: it is no folder, holds something that the result does not replace, or the
+            metadata would not be read back.
+    """
+    if folder is None:
+        return
+    inside = folder / CHECKPOINTS
+    nearest = next(path for path in (inside, *inside.parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        kind = "a file" if nearest.exists() else "a link that leads nowhere"
+        raise ValueError(f"{OP}: out must be a folder, and {nearest} is {kind}")
+    for path in (nearest, folder):
+        if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(f"{OP}: out cannot be written: no permission for {path}")
+    if settings.activation == "topk":
+        return
+    from ..artefacts import writing
+
+    try:
+        writing.check(folder, metadata)
+    except (TypeError, ValueError) as error:
+        kinds = TypeError if isinstance(error, TypeError) else ValueError
+        raise kinds(f"{OP}: out could not hold the result: {error}") from error
+
+
+def finish(trainer: Trainer, folder: Path | None, metadata: Mapping[str, Any]) -> SAE:
+    """The module for raw activations, saved where there is a folder and a format for it."""
+    x, _ = trainer.stream.next(trainer.settings.batch_size)
+    x = x.to(trainer.device)
+    scale, bandwidth = trainer.maps[0].scale, trainer.settings.preset.bandwidth
+    module = trainer.finish().eval()
+    with torch.no_grad():
+        l0 = float(module.encode(x).l0().mean())
+    module.metadata = {"l0": l0, **trainer.source.metadata(), **metadata}
+    if folder is not None and not isinstance(module.activation, TopK):
+        same = isinstance(module.activation, JumpReLU)
+        named: dict[str, Any] = {name: module.metadata.get(name) for name in NAMED}
+        plain = module if same else module.to_jumprelu(bandwidth=bandwidth / scale)
+        plain.save_pretrained(folder, **named)
+    return module
