@@ -465,6 +465,22 @@ def test_ranks_that_are_to_train_other_things_are_named(ranks: Ranks) -> None:
     assert found == ["ValueError: train: batch_size must be at least dp=2, got 1"] * 4
 
 
+def placed_wrongly(out: str) -> str:
+    try:
+        on_mesh(1, 2, {"steps": 2, "out": out})
+    except (RuntimeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_every_rank_hears_that_the_result_has_no_place(ranks: Ranks, tmp_path: Path) -> None:
+    gsf.SAE(16, 61, gsf.TopK(3)).save_pretrained(tmp_path, format="sparsify")
+    mine, other = ranks.run(2, placed_wrongly, str(tmp_path))
+    text = f"train: out could not hold the result: save_pretrained: {tmp_path} holds an artefact of"
+    assert mine.startswith(f"ValueError: {text}")
+    assert other.startswith(f"RankError: train: rank 0 failed: ValueError: {text}")
+
+
 def test_slices_of_a_vector_that_were_touched_at_other_steps_become_one_row() -> None:
     """Adam's v decays by beta2 in every step, so that of step 3 has two steps more to go."""
     state = {"exp_avg_sq": torch.ones(3), "touched_at": torch.zeros(1, dtype=torch.int64)}

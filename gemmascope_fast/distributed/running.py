@@ -59,8 +59,7 @@ def train_on(
     place = None if folder is None or not first else folder / CHECKPOINTS
     with guarded(OP, alike=(NonFiniteError, RankError)):
         check_run(layout, source, settings)
-        if first:
-            check_out(folder, settings, source.metadata() | dict(metadata))
+        check_place(layout, settings, folder, source.metadata() | dict(metadata))
         if progress and first:
             _announce(source, settings, layout)
         with nullcontext() if place is None else checkpoint.held(place):
@@ -100,6 +99,28 @@ def check_run(layout: Layout, source: Source, settings: Settings) -> None:
         differ = sorted({rank for rank, _ in wrong})
         raise RankError(f"{OP}: the ranks are to train different things: {texts}", differ)
     check_slices(settings, layout)
+
+
+def check_place(
+    layout: Layout, settings: Settings, folder: Path | None, metadata: Mapping[str, Any]
+) -> None:
+    """`check_out` on rank 0, which writes the result; all ranks hear of it.
+
+    Raises:
+        Exception: as `check_out`, on rank 0.
+        RankError: on the others.
+    """
+    failure: Exception | None = None
+    try:
+        if dist.get_rank() == 0:
+            check_out(folder, settings, metadata)
+    except (OSError, TypeError, ValueError) as error:
+        failure = error
+    said = everyone(failure and f"{type(failure).__name__}: {failure}", layout)
+    if failure is not None:
+        raise failure
+    for text in filter(None, said):
+        raise RankError(f"{OP}: rank 0 failed: {text}", [0])
 
 
 def _announce(source: Source, settings: Settings, layout: Layout) -> None:

@@ -18,12 +18,14 @@ CHECKPOINTS = "checkpoints"
 NAMED = ("l0", "model_name", "hf_hook_point_in", "hf_hook_point_out")
 
 
-def asked(out: Any, metadata: Any) -> tuple[Path | None, dict[str, Any]]:
-    """Arguments of `train`: where it writes, if anywhere, and what it says there.
+def asked(out: Any, metadata: Any, on_metrics: Any) -> tuple[Path | None, dict[str, Any]]:
+    """The arguments of `train` that say where results go: its folder, if any, and metadata.
 
     Raises:
         TypeError: one has the wrong type.
     """
+    if on_metrics is not None and not callable(on_metrics):
+        raise TypeError(f"{OP}: on_metrics must be callable, got {type(on_metrics).__name__}")
     if not isinstance(metadata, (Mapping, type(None))):
         raise TypeError(f"{OP}: metadata must be a mapping, got {type(metadata).__name__}")
     return None if out is None else as_path(OP, "out", out), dict(metadata or {})

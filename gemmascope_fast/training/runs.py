@@ -150,9 +150,7 @@ def train(
         precision=precision,
         checkpoint_every=checkpoint_every,
     )
-    if on_metrics is not None and not callable(on_metrics):
-        raise TypeError(f"{OP}: on_metrics must be callable, got {type(on_metrics).__name__}")
-    folder, extra = asked(out, metadata)
+    folder, extra = asked(out, metadata, on_metrics)
     if mesh is not None:
         said = {"resume": resume, "on_metrics": on_metrics, "progress": progress}
         return _on_mesh(mesh, rows_of, settings, folder, metadata=extra, **said)
