@@ -89,9 +89,11 @@ def test_back_to_dense_and_bad_arguments():
         gsf.optim.set_grad_format(module, "csr")
     with pytest.raises(TypeError, match="^set_grad_format: module must be an SAE, got Linear"):
         gsf.optim.set_grad_format(nn.Linear(2, 2), "coo")
-    gsf.optim.Adam(module, 1e-3, fused=True)
+    optimizer = gsf.optim.Adam(module, 1e-3, fused=True)
     with pytest.raises(ValueError, match="^set_grad_format: the module has a fused optimizer"):
         gsf.optim.set_grad_format(module, "coo")
+    del optimizer
+    gsf.optim.set_grad_format(module, "coo")
 
 
 def test_loss_stays_dense():

@@ -293,6 +293,42 @@ def test_weights_changed_since_the_forward_pass_are_refused():
         optimizer.step()
 
 
+def test_a_module_whose_optimizer_is_gone_has_gradients_again():
+    """Else those of W_enc and W_dec would be kept for a step that nobody takes."""
+    module, twin = sae(), sae()
+    optimizer = gsf.optim.Adam(module, 1e-2, fused=True)
+    train(module, optimizer, 1)
+    twin.load_state_dict(module.state_dict())
+    del optimizer
+    assert module.deferred is None
+    for each in (module, twin):
+        each.zero_grad()
+        loss_of(each, batch(5)).backward()
+    for p, q in zip(module.parameters(), twin.parameters(), strict=True):
+        assert_same(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+@pytest.mark.parametrize("loss", [loss_of, lambda module, x: module.loss(x)[0]])
+@pytest.mark.parametrize("name", ["W_enc", "W_dec"])
+def test_weights_replaced_by_others_are_refused(name, loss, when):
+    module = sae(gsf.JumpReLU(0.2, 1.2))
+    optimizer = gsf.optim.Adam(module, 1e-2, fused=True)
+    if when == "between":
+        loss(module, batch(0)).backward()
+    setattr(module, name, torch.nn.Parameter(getattr(module, name).detach().clone()))
+    before = copy.deepcopy(module.state_dict())
+    if when == "before":
+        loss(module, batch(0)).backward()
+    with pytest.raises(RuntimeError, match=f"{name} was replaced after the optimizer was made"):
+        optimizer.step()
+    assert all(torch.equal(t, before[key]) for key, t in module.state_dict().items())
+    module.zero_grad()
+    again = gsf.optim.Adam(module, 1e-2, fused=True)
+    train(module, again, 2)
+    assert not torch.equal(module.W_enc, before["W_enc"])
+
+
 @pytest.mark.parametrize("how", ["clipped", "unscaled", "replaced"])
 @pytest.mark.parametrize("loss", [loss_of, lambda module, x: module.loss(x)[0]])
 def test_gradients_changed_before_the_step_are_refused(how, loss):
@@ -331,7 +367,7 @@ def test_gradients_of_steps_before_may_be_changed():
 
 def test_edited_activations_are_refused_with_gradients_and_served_without():
     module = sae()
-    gsf.optim.Adam(module, 1e-2, fused=True)
+    optimizer = gsf.optim.Adam(module, 1e-2, fused=True)
     acts = module.encode(batch(0))
     with pytest.raises(ValueError, match="decode needs the activations that .* unedited"):
         module.decode(acts.scale([1], 2.0))
@@ -339,13 +375,17 @@ def test_edited_activations_are_refused_with_gradients_and_served_without():
         assert_same(module.decode(acts.detach()), sae().decode(acts.detach()).detach())
     with pytest.raises(ValueError, match="x must not require grad"):
         module.encode(batch(0).requires_grad_())
+    optimizer.step()  # nothing is pending
+    assert not optimizer.state
 
 
 def test_construction_is_checked():
     module = sae()
-    gsf.optim.Adam(module, 1e-2, fused=True)
-    with pytest.raises(ValueError, match="has a fused optimizer already"):
+    optimizer = gsf.optim.Adam(module, 1e-2, fused=True)
+    with pytest.raises(ValueError, match="has a fused optimizer already: delete that first"):
         gsf.optim.Adam(module, 1e-2, fused=True)
+    del optimizer
+    gsf.optim.Adam(module, 1e-2, fused=True)
     frozen = sae()
     frozen.W_dec.requires_grad_(False)
     with pytest.raises(ValueError, match="W_dec must require grad"):
@@ -358,9 +398,9 @@ def test_construction_is_checked():
 
 def test_copies_and_files_of_the_module_have_no_optimizer():
     module = sae()
-    gsf.optim.Adam(module, 1e-2, fused=True)
+    optimizer = gsf.optim.Adam(module, 1e-2, fused=True)
     twin = copy.deepcopy(module)
-    assert twin.deferred is None and module.deferred is not None
+    assert twin.deferred is None and module.deferred is optimizer._deferred
     loss_of(twin, batch(0)).backward()
     assert twin.W_dec.grad is not None
     stream = io.BytesIO()

@@ -91,7 +91,7 @@ class Adam(torch.optim.Optimizer):
             super().__init__(listed, defaults | decoder)
         if fused:
             assert isinstance(params, SAE)
-            self._deferred = Deferred(params)
+            self._deferred = Deferred(params, self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own; everything is checked first."""
@@ -127,9 +127,10 @@ class Adam(torch.optim.Optimizer):
             TypeError: a gradient is sparse.
             RuntimeError: a fused gradient and a dense one of the same weights are both pending,
                 the weights changed since the fused forward pass, the other gradients since
-                `backward` (clipped, say), or a GradScaler calls. Nothing has been updated then.
+                `backward` (clipped, say), W_enc or W_dec is another parameter than a fused
+                optimizer was made with, or a GradScaler calls. Nothing has been updated then.
         """
-        refuse_scaler(self)
+        self._check_fused()
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -159,6 +160,16 @@ class Adam(torch.optim.Optimizer):
             p, group = held[at]
             requantise(p, screen, self.state[p], group)
         return result
+
+    def _check_fused(self) -> None:
+        """Nothing has happened that a fused step would not see."""
+        refuse_scaler(self)
+        name = None if self._deferred is None else self._deferred.replaced()
+        if name is not None:
+            raise RuntimeError(
+                f"{OP}(fused=True): {name} was replaced after the optimizer was made, by "
+                "load_state_dict(assign=True), say: make another optimizer"
+            )
 
     def _fused_step(self, groups: dict[Tensor, dict[str, Any]]) -> dict[Tensor, Tensor]:
         """Update W_enc and W_dec; return the gradients of b_enc and the threshold."""

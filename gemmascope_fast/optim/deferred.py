@@ -83,11 +83,13 @@ class Record:
 class Deferred:
     """What a fused optimizer puts into its module; `module.encode` and `decode` go through it.
 
+    It leaves the module with the optimizer: without one nobody would apply what it keeps.
+
     Attributes:
         pending: the record whose backward pass has run and whose step has not, or None.
     """
 
-    def __init__(self, module: SAE) -> None:
+    def __init__(self, module: SAE, optimizer: torch.optim.Optimizer) -> None:
         for name in ("W_enc", "W_dec"):
             p = getattr(module, name)
             rows = p.t() if name == "W_enc" else p
@@ -96,9 +98,12 @@ class Deferred:
             if rows.shape[1] > 1 and rows.stride(1) != 1:
                 raise ValueError(f"{OP}: {name} must have one contiguous row of memory per latent")
         check_semantics(OP, module)
-        if module.deferred is not None:
-            raise ValueError(f"{OP}: the module has a fused optimizer already")
+        old = module.deferred
+        if old is not None and not (isinstance(old, Deferred) and old.replaced()):
+            raise ValueError(f"{OP}: the module has a fused optimizer already: delete that first")
         self.module = module
+        self._weights = {name: weakref.ref(getattr(module, name)) for name in ("W_enc", "W_dec")}
+        self._optimizer = weakref.ref(optimizer, _leaver(weakref.ref(self)))
         self.pending: Record | None = None
         self._records: Any = WeakTensorKeyDictionary()
         self._left: dict[Tensor, tuple[Tensor, int]] = {}  # dense gradients as backward left them
@@ -119,6 +124,11 @@ class Deferred:
         """Forget the pending gradients."""
         self.pending = None
         self._left.clear()
+
+    def replaced(self) -> str | None:
+        """Which of the matrices is not the parameter any more that the optimizer has."""
+        own = self._weights.items()
+        return next((name for name, p in own if p() is not getattr(self.module, name)), None)
 
     def left(self, p: Tensor) -> None:
         """Note the gradient of `p` that a backward pass has just left there."""
@@ -235,6 +245,15 @@ def pending_parameters(p: Tensor) -> bool:
         owner = _owners.get(p)
     deferred = None if owner is None else owner()
     return deferred is not None and deferred.pending is not None
+
+
+def _leaver(owner: weakref.ref[Deferred]) -> Any:
+    def leave(_: Any) -> None:
+        deferred = owner()
+        if deferred is not None and deferred.module.deferred is deferred:
+            deferred.module.deferred = None
+
+    return leave
 
 
 def _noter(owner: weakref.ref[Deferred]) -> Any:
