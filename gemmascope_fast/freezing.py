@@ -112,6 +112,11 @@ class Frozen(Freezable):
         self.screened = Screen(center, check)
         return self
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self.screened is not None:  # torch swaps no parameter that a weak reference has
+            self.screened.drop()
+        return super()._apply(fn, recurse)
+
     def unscreen(self) -> Self:
         """Drop the codes of `screen`."""
         self.screened = None

@@ -94,6 +94,10 @@ class Screen:
         """Have all latents quantised again before the codes are used."""
         self._version = -1
 
+    def drop(self) -> None:
+        """Let go of codes and weights, which are about to be replaced."""
+        self._codes, self._checksums, self.weights = None, None, lambda: None
+
     def follow(self, W_enc: Tensor, touched_at: Tensor, step: int, tail: int) -> None:
         """Quantise the latents again that a step of Adam has moved.
 

@@ -7,6 +7,7 @@ weights have changed since would miss entries. `quantised` says what was quantis
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -493,3 +494,26 @@ def test_memory_of_the_codes() -> None:
     assert not plain.phases["step"]["codes"]
     there = gsf.estimate_memory(**sizes | {"device": "cpu"}, precision="screened")
     assert not there.phases["step"]["codes"]
+
+
+@pytest.fixture
+def swapping() -> Iterator[None]:
+    """Conversions swap the contents of parameters, which takes that nothing refers to them."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_conversions_that_swap_parameters(quantised: list[Any], swapping: None) -> None:
+    module = sae().screen()
+    assert_screened(module, batch(0))
+    module.to(torch.bfloat16)
+    assert module.W_enc.dtype == torch.bfloat16 and module.b_enc.dtype == torch.float32
+    assert_screened(module, batch(1, 20).bfloat16())
+    assert quantised == ["pack", "pack"]
+    module.freeze().to(torch.float32)
+    assert module.packed is None and module.W_enc.requires_grad
+    optimizer = gsf.optim.Adam(module, 1e-2, fused=True)
+    train(module, optimizer, 2)
+    del optimizer
+    assert_screened(module.to(torch.bfloat16), batch(1, 20).bfloat16())

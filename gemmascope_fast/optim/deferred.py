@@ -103,7 +103,8 @@ class Deferred:
             raise ValueError(f"{OP}: the module has a fused optimizer already: delete that first")
         self.module = module
         self._weights = {name: weakref.ref(getattr(module, name)) for name in ("W_enc", "W_dec")}
-        self._optimizer = weakref.ref(optimizer, _leaver(weakref.ref(self)))
+        leave = weakref.WeakMethod(self.leave)
+        self._optimizer = weakref.ref(optimizer, lambda _: (gone := leave()) and gone())
         self.pending: Record | None = None
         self._records: Any = WeakTensorKeyDictionary()
         self._left: dict[Tensor, tuple[Tensor, int]] = {}  # dense gradients as backward left them
@@ -119,6 +120,14 @@ class Deferred:
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of the module has no optimizer: copied and pickled as None."""
         return type(None), ()
+
+    def leave(self) -> None:
+        """Make the module and its parameters ordinary ones again."""
+        if self.module.deferred is self:
+            self.module.deferred = None
+        with _lock:
+            for p in self._weights.values():
+                _owners.pop(p(), None)
 
     def clear(self) -> None:
         """Forget the pending gradients."""
@@ -245,15 +254,6 @@ def pending_parameters(p: Tensor) -> bool:
         owner = _owners.get(p)
     deferred = None if owner is None else owner()
     return deferred is not None and deferred.pending is not None
-
-
-def _leaver(owner: weakref.ref[Deferred]) -> Any:
-    def leave(_: Any) -> None:
-        deferred = owner()
-        if deferred is not None and deferred.module.deferred is deferred:
-            deferred.module.deferred = None
-
-    return leave
 
 
 def _noter(owner: weakref.ref[Deferred]) -> Any:
