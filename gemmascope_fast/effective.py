@@ -95,7 +95,7 @@ def encode(module: SAE, x: Tensor, max_nnz: int | None = None) -> SparseActs:
         return straight_through(semantics, acts, encoder, threshold, bandwidth)
     if isinstance(activation, BatchTopK):
         acts = _batchtopk(module, screened, activation.k, max_nnz)
-        if module.training:
+        if module.training and module.ema_threshold is not None:
             module.observe(smallest_active(acts.values.detach(), acts.gate))
     else:
         acts = topk_encode(*screened, activation.k)
@@ -139,17 +139,23 @@ def packed_encode(
     return topk_encode(*encoder, activation.k)
 
 
+def deferred_of(module: Any) -> Any:
+    """What an optimizer put into the module, if it serves what is computed now."""
+    deferred = module.deferred
+    return deferred if deferred is not None and deferred.serves else None
+
+
 def encoded(module: SAE, x: Tensor, max_nnz: int | None) -> SparseActs:
     """`encode`, with the backward that an optimizer put into the module, if one did."""
-    acts = encode(module, x, max_nnz)
-    deferred = module.deferred if torch.is_grad_enabled() else None
+    acts, deferred = encode(module, x, max_nnz), deferred_of(module)
     return acts if deferred is None else deferred.encode(x, acts)
 
 
 def decoded(module: SAE, acts: SparseActs, dtype: torch.dtype | None) -> Tensor:
     """Reconstruction, without an affine skip, likewise."""
-    if module.deferred is not None and torch.is_grad_enabled():
-        return module.deferred.decode(acts, module.b_dec, dtype)  # type: ignore[no-any-return]
+    deferred = deferred_of(module)
+    if deferred is not None:
+        return deferred.decode(acts, module.b_dec, dtype)  # type: ignore[no-any-return]
     return decode(unscaled(module, acts), module.W_dec, module.b_dec, dtype=dtype)
 
 
@@ -213,12 +219,10 @@ def pass_zeros(acts: SparseActs, encoder: tuple[Tensor, Tensor, Tensor]) -> Spar
     return acts._replace(values=acts.values.index_add(0, at, pre - pre.detach()))
 
 
-def smallest_active(values: Tensor, gate: Tensor) -> Tensor | None:
-    """Smallest active value, or None where nothing is active or a value is NaN."""
-    active = values[gate > 0]
-    if active.numel() == 0 or bool(active.isnan().any()):
-        return None
-    return active.min()
+def smallest_active(values: Tensor, gate: Tensor) -> Tensor:
+    """Smallest active value, without waiting: inf where nothing is active, NaN where one is."""
+    active = torch.where(gate > 0, values, torch.inf)
+    return torch.cat([active, active.new_full((1,), torch.inf)]).amin()
 
 
 @torch.no_grad()

@@ -137,10 +137,15 @@ class SAE(Pretrained, Frozen):
 
     @torch.no_grad()
     def observe(self, smallest: Tensor | None) -> None:
-        """Move the running threshold towards a batch's smallest active value (None: no move)."""
+        """Move the running threshold towards a batch's smallest active value, if it is finite."""
         if self.ema_threshold is None or smallest is None:
             return
-        self.ema_threshold.copy_(self.semantics.moved(self.ema_threshold, smallest))
+        moved = self.semantics.moved(self.ema_threshold, smallest)
+        moved = torch.where(moved.isfinite(), moved, self.ema_threshold)
+        if torch.compiler.is_compiling():  # which loses writes to a float64 scalar on a CPU
+            self.ema_threshold = moved
+        else:
+            self.ema_threshold.copy_(moved)
 
     def to_jumprelu(self, *, bandwidth: float = 0.001) -> Self:
         """A JumpReLU of Gemma Scope's semantics that encodes and decodes as this evaluates.

@@ -79,6 +79,23 @@ def test_the_exactly_sized_form_compiles_too(kind: str) -> None:
     assert_compiled_equals_eager(kind, None, "aot_eager")
 
 
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_a_batchtopk_that_trains_compiles_to_one_graph(decay: float | None) -> None:
+    """Its running threshold moves inside the graph."""
+    semantics = gsf.Semantics(ema_decay=decay)
+    made = [gsf.SAE(23, 37, gsf.BatchTopK(4.5), semantics=semantics) for _ in range(2)]
+    made[1].load_state_dict(made[0].state_dict())
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = torch.compile(made[1], fullgraph=True, backend="aot_eager")
+        for _ in range(3):
+            x = torch.randn(13, 23)
+            assert_same(compiled(x).detach(), made[0](x).detach())
+    made[1].load_state_dict(made[1].state_dict())
+    assert (made[0].ema_threshold is None) == (decay is None)
+    for name, t in made[0].named_buffers():
+        assert float(t) > 0 and torch.equal(t, made[1].get_buffer(name))
+
+
 def test_inductor_compiles_a_step() -> None:
     assert_compiled_equals_eager("jumprelu", CAPACITY, "inductor")
 

@@ -293,6 +293,30 @@ def test_weights_changed_since_the_forward_pass_are_refused():
         optimizer.step()
 
 
+@pytest.mark.parametrize("loss", [loss_of, lambda module, x: module.loss(x)[0]])
+@pytest.mark.parametrize("what", ["module", "W_enc", "W_dec"])
+def test_what_is_frozen_meanwhile_does_not_move(what, loss):
+    """As under any optimizer: a weight that requires no gradient has none."""
+    runs = pair(gsf.JumpReLU(0.2, 1.2))
+    for module, optimizer in runs:
+        train(module, optimizer, 1)
+        optimizer.zero_grad()
+        if what == "module":
+            module.freeze()
+            assert not loss(module, batch(3)).requires_grad
+            optimizer.step()
+            module.unfreeze()
+        else:
+            module.get_parameter(what).requires_grad_(False)
+            before = module.get_parameter(what).clone()
+            loss(module, batch(3)).backward()
+            optimizer.step()
+            assert_same(module.get_parameter(what), before)
+            module.get_parameter(what).requires_grad_(True)
+        train(module, optimizer, 1, 4)
+    assert_equal_runs(*runs)
+
+
 def test_a_module_whose_optimizer_is_gone_has_gradients_again():
     """Else those of W_enc and W_dec would be kept for a step that nobody takes."""
     module, twin = sae(), sae()

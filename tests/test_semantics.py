@@ -254,6 +254,7 @@ def test_nothing_active_moves_nothing() -> None:
     made.ema_threshold.fill_(0.5)
     made.encode(torch.zeros(0, 23, dtype=torch.float64))
     made.encode(torch.full((2, 23), torch.nan, dtype=torch.float64))
+    made.loss(torch.full((2, 23), torch.nan, dtype=torch.float64))
     assert float(made.ema_threshold) == 0.5
 
 

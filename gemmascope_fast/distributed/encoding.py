@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import functional
 from ..activations import Activation, BatchTopK, TopK
 from ..arguments import check_count, check_number
-from ..effective import effective, encoded, pass_zeros, unscaled
+from ..effective import deferred_of, effective, encoded, pass_zeros, unscaled
 from ..functional import batchtopk_encode, topk_encode
 from ..multilayer import MultiLayer, multi_decode
 from ..operands import widen
@@ -51,7 +51,7 @@ def encode(view: Any, x: Tensor, layout: Layout, max_nnz: int | None = None) -> 
         view.observe(smallest[0])
     if view.semantics.zero_gradient and view.packed is None:
         acts = pass_zeros(acts, (given.x, given.W_enc, given.b_enc))
-    deferred = view.deferred if torch.is_grad_enabled() else None
+    deferred = deferred_of(view)
     return acts if deferred is None else deferred.encode(x, acts)
 
 
@@ -90,8 +90,9 @@ def decode(view: Any, acts: SparseActs, x: Tensor | None) -> tuple[Tensor, Tenso
     """
     W_dec, b_dec = view.W_dec, widen(view.b_dec)
     acc = torch.promote_types(torch.promote_types(W_dec.dtype, acts.dtype), b_dec.dtype)
-    if view.deferred is not None and torch.is_grad_enabled():
-        partial = view.deferred.decode(acts, torch.zeros_like(b_dec), acc)
+    deferred = deferred_of(view)
+    if deferred is not None:
+        partial = deferred.decode(acts, torch.zeros_like(b_dec), acc)
     else:
         partial = functional.decode(unscaled(view, acts), W_dec, None, dtype=acc)
     whole, size = b_dec.to(acc), (acts.n, b_dec.numel())

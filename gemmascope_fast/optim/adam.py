@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..arguments import check_number
 from ..modules import SAE
 from ..screening import current_screens
-from .deferred import Deferred, refuse_scaler
+from .deferred import Deferred
 from .rows import ROUNDING, as_rows, new_state, op_state, rates, requantise, rule, update
 
 OP = "Adam"
@@ -162,8 +162,13 @@ class Adam(torch.optim.Optimizer):
         return result
 
     def _check_fused(self) -> None:
-        """Nothing has happened that a fused step would not see."""
-        refuse_scaler(self)
+        """Raise where something has happened that a fused step would not see."""
+        held = [vars(self).pop(name, None) for name in ("grad_scale", "found_inf")]
+        if any(value is not None for value in held):  # a GradScaler's, for the length of a step
+            raise RuntimeError(
+                f"{OP}(fused=True): torch.amp.GradScaler unscales and checks gradients, and those "
+                "of W_enc and W_dec are never formed: use bfloat16, or fused=False"
+            )
         name = None if self._deferred is None else self._deferred.replaced()
         if name is not None:
             raise RuntimeError(

@@ -79,6 +79,11 @@ class CooGradients:
         """A copy of the module is dense again: the hooks are on these parameters."""
         return type(None), ()
 
+    @property
+    def serves(self) -> bool:
+        """Whether gradients are asked for."""
+        return torch.is_grad_enabled()
+
     def remove(self) -> None:
         """Take the hooks off the parameters."""
         for hook in self._hooks:

@@ -134,6 +134,12 @@ class Deferred:
         self.pending = None
         self._left.clear()
 
+    @property
+    def serves(self) -> bool:
+        """Whether gradients are asked for, of both matrices: not in a frozen module, say."""
+        asked = (getattr(self.module, name).requires_grad for name in self._weights)
+        return torch.is_grad_enabled() and all(asked)
+
     def replaced(self) -> str | None:
         """Which of the matrices is not the parameter any more that the optimizer has."""
         own = self._weights.items()
@@ -235,16 +241,6 @@ def check_semantics(op: str, module: SAE) -> None:
         raise ValueError(
             f"{op}: only the default semantics are served, got {s}: use fused=False and dense "
             "gradients"
-        )
-
-
-def refuse_scaler(optimizer: torch.optim.Optimizer) -> None:
-    """Raise where a GradScaler calls, which has set these attributes for the length of a step."""
-    held = [vars(optimizer).pop(name, None) for name in ("grad_scale", "found_inf")]
-    if any(value is not None for value in held):
-        raise RuntimeError(
-            f"{OP}: torch.amp.GradScaler unscales and checks gradients, and those of W_enc and "
-            "W_dec are never formed: use bfloat16, or fused=False"
         )
 
 

@@ -30,7 +30,7 @@ class Inputs:
         tokens: number of tokens of all of them.
         codes: those of W_enc, of a module that keeps some.
         screen: what keeps them.
-        smallest: the smallest active value of each block of a BatchTopK, None where none is.
+        smallest: the smallest active value of each block of a BatchTopK (`smallest_active`).
     """
 
     tensors: dict[str, Tensor]

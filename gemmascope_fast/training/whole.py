@@ -108,7 +108,7 @@ class Whole:
         return t
 
     def smallest_active(self, values: Tensor, gate: Tensor) -> Tensor | None:
-        """Smallest active value, None where nothing is active or a value is NaN."""
+        """Smallest active value; not finite, or None, where nothing is active or one is NaN."""
         return smallest_active(values, gate)
 
 
