@@ -100,7 +100,9 @@ def audit(
     if acts.shape != (*x.shape[:-1], W_enc.shape[1]):
         raise ValueError(f"{op}: acts has shape {acts.shape}, x and W_enc have other sizes")
     flat = x.reshape(-1, x.shape[-1])
-    chosen = torch.randperm(flat.shape[0], generator=torch.Generator().manual_seed(seed))[:tokens]
+    chosen = torch.randperm(
+        flat.shape[0], generator=torch.Generator().manual_seed(seed), device="cpu"
+    )[:tokens]
     rows = chosen.sort().values.to(x.device)
     stored, least = _stored(acts, rows, selected=threshold is None)
     limits = least if threshold is None else (threshold.double() - half)[None]

@@ -137,7 +137,7 @@ def explain() -> Explanation:
     """Say which path this thread's last encoder took, on a CPU or with codes on CUDA, and why."""
     if ops.NATIVE_MISSING:
         return Explanation(reason=ops.NATIVE_MISSING)
-    text = getattr(torch.ops, ops.NAMESPACE).encode_report(torch.empty(0))
+    text = getattr(torch.ops, ops.NAMESPACE).encode_report(torch.empty(0, device="cpu"))
     report: dict[str, Any] = json.loads(bytes(text.tolist()).decode())
     last = Explanation(**{k: v for k, v in report.items() if k != "at"})
     noted: _Note | None = getattr(_thread, "note", None)

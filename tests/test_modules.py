@@ -233,6 +233,11 @@ BAD: list[tuple[Any, type[Exception], str]] = [
         "jumprelu_encode: x must have shape [*batch, d_in=6], W_enc being [d_in, d_sae] = [6, 20]; "
         "got (3, 5)",
     ),
+    (
+        lambda: SAE(6, 20, device="meta").loss(torch.zeros(3, 6, device="meta")),
+        ValueError,
+        "loss: x must have values, and is on the meta device",
+    ),
     (lambda: TopK(-1), ValueError, "TopK: k must be >= 0, got -1"),
     (lambda: TopK(2.0), TypeError, "TopK: k must be an int, got float"),
     (lambda: BatchTopK(-0.5), ValueError, "BatchTopK: k must be finite and >= 0, got -0.5"),

@@ -317,6 +317,27 @@ def test_what_is_frozen_meanwhile_does_not_move(what, loss):
     assert_equal_runs(*runs)
 
 
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 20), (6, 1), (1, 1)])
+def test_one_input_and_one_latent(sizes, rule):
+    """A matrix of one row or column has both strides 1, and one row of state per latent."""
+    g = torch.Generator().manual_seed(0)
+    weights = gsf.SAE(*sizes, gsf.JumpReLU(0.2, 0.1), generator=g).state_dict()
+    runs = []
+    for fused in (True, False):
+        module = gsf.SAE(*sizes, gsf.JumpReLU(0.2, 0.1))
+        module.load_state_dict(weights)
+        optimizer = gsf.optim.Adam(module, 1e-2, **rule, fused=fused)
+        for step in range(5):
+            optimizer.zero_grad()
+            loss_of(module, batch(step)[:, : sizes[0]]).backward()
+            optimizer.step()
+        assert len(optimizer.state[module.W_enc]["touched_at"]) == sizes[1]
+        assert not torch.equal(module.W_enc, weights["W_enc"])
+        runs.append((module, optimizer))
+    assert_equal_runs(*runs)
+
+
 def test_a_module_whose_optimizer_is_gone_has_gradients_again():
     """Else those of W_enc and W_dec would be kept for a step that nobody takes."""
     module, twin = sae(), sae()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+import gemmascope_fast as gsf
 from gemmascope_fast.hook_points import resolve
 from gemmascope_fast.sources import (
     Block,
@@ -358,3 +360,19 @@ def test_a_folder_without_shards_is_named(tmp_path: Path) -> None:
     for folder in tmp_path, tmp_path / "nowhere":
         with pytest.raises(FileNotFoundError, match=f"train: source must be a folder .*{folder}"):
             ShardSource(folder)
+
+
+def test_a_full_disk_leaves_no_manifest(tmp_path: Path) -> None:
+    """Nothing reads what was not written to its end."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        with pytest.raises(
+            OSError, match=r"^write_shards: .*shard-00001.* was not written: .*large"
+        ):
+            write_shards(tmp_path, [numbered(4), numbered(4000)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with pytest.raises(FileNotFoundError):
+        gsf.train(tmp_path, d_sae=4, target_l0=1, steps=1, progress=False)
+    assert len(write_shards(tmp_path, [numbered(4)]).block(0, 0)) == 4

@@ -152,7 +152,7 @@ def _entries(file: SafetensorsFile, before: str) -> SparseActs:
     if nnz:
         low, high = (int(v) for v in torch.aminmax(indices))
         require(low >= 0 and high < sizes[-1], "indices", f"be in [0, d_sae={sizes[-1]})")
-        first = torch.zeros(nnz + 1, dtype=torch.bool)
+        first = torch.zeros(nnz + 1, dtype=torch.bool, device="cpu")
         first[offsets] = True  # where a token begins, the latent may be smaller than before
         falls = (indices[1:] <= indices[:-1]) & ~first[1:-1]
         require(not bool(falls.any()), "indices", "ascend inside each token")

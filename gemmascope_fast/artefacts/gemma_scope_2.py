@@ -140,7 +140,7 @@ class SafetensorsFile:
 
     def run(self, name: str, start: int, stop: int) -> Tensor:
         """`[stop - start]`: elements of a tensor in the order of the file."""
-        block = torch.empty(stop - start, dtype=self._dtype(name))
+        block = torch.empty(stop - start, dtype=self._dtype(name), device="cpu")
         self._read(block, self._starts[name] + start * block.element_size())
         return block
 
@@ -173,7 +173,7 @@ class SafetensorsFile:
         return dtype
 
     def _empty(self, name: str, rows: int, inner: tuple[int, ...]) -> Tensor:
-        return torch.empty((rows, *inner), dtype=self._dtype(name))
+        return torch.empty((rows, *inner), dtype=self._dtype(name), device="cpu")
 
     def _fill(self, block: Tensor, name: str, row: int, column: int = 0) -> None:
         """Read contiguous elements from the start of a row, or from a column of it."""

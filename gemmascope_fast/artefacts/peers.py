@@ -96,7 +96,7 @@ class PeerFile:
         """Pieces of a region: where they go in it, and their values until the next one."""
         if name in self._peer.zeros:
             shape = tuple(part.stop - part.start for part in region)
-            yield tuple(slice(0, size) for size in shape), torch.zeros(shape)
+            yield tuple(slice(0, size) for size in shape), torch.zeros(shape, device="cpu")
             return
         theirs = self._peer.names[name]
         if name not in self._peer.transposed:

@@ -52,7 +52,7 @@ def measure(module: Any, kind: str, path: Path) -> Measured:
     if x.n == 0 or x.batch != target.batch:
         raise ValueError(f"{path}: x and target must have the same tokens, at least one")
     found = target if not maps or target is not x else None
-    sums, error = Deviation(), torch.zeros((), dtype=torch.float64)
+    sums, error = Deviation(), torch.zeros((), dtype=torch.float64, device="cpu")
     counts: list[Tensor] = []
     for start in range(0, x.n, BLOCK):
         stop = min(start + BLOCK, x.n)
@@ -74,7 +74,7 @@ class Deviation:
     """Squared deviation from the mean of what is added, in one pass (Chan et al. 1979)."""
 
     def __init__(self) -> None:
-        self.n, self.mean, self.squares = 0, torch.zeros(()), torch.zeros(())
+        self.n, self.mean, self.squares = 0, *torch.zeros(2, device="cpu")
 
     def add(self, block: Tensor) -> None:
         """Add tokens `[m, *, d]`."""

@@ -71,9 +71,9 @@ class Spool:
         with open(self.folder / "result", "wb", opener=_inside) as file:
             file.write(acts_files.header(self._described(shapes), metadata))
             for layer, shape in enumerate(shapes):
-                file.write(_bytes(torch.zeros(1, dtype=torch.int64)))
+                file.write(_bytes(torch.zeros(1, dtype=torch.int64, device="cpu")))
                 self._copy(layer, "offsets", file)
-                file.write(_bytes(torch.tensor(shape, dtype=torch.int64)))
+                file.write(_bytes(torch.tensor(shape, dtype=torch.int64, device="cpu")))
             for name in ("indices", "values"):
                 for layer in range(len(shapes)):
                     self._copy(layer, name, file)

@@ -62,9 +62,11 @@ def layers(artefact: Artefact) -> list[Layer]:
 
 def _layer(file: TensorFile, source: int, d_sae: int) -> Layer:
     whole = slice(0, d_sae)
-    sums = {name: torch.zeros(d_sae, dtype=torch.float64) for name in ("w_enc", "w_dec")}
+    sums = {
+        name: torch.zeros(d_sae, dtype=torch.float64, device="cpu") for name in ("w_enc", "w_dec")
+    }
     vectors = {
-        name: torch.zeros(spec.shape, dtype=torch.float64)
+        name: torch.zeros(spec.shape, dtype=torch.float64, device="cpu")
         for name, spec in file.specs.items()
         if len(spec.shape) == 1
     }

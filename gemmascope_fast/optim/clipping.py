@@ -57,7 +57,7 @@ def clip_grad_norm_(
             p.grad = p.grad.coalesce()
         grads.append(p.grad._values() if p.grad.is_sparse else p.grad)
     if not grads:
-        return torch.tensor(0.0)
+        return torch.tensor(0.0, device="cpu")
     norms = [torch.linalg.vector_norm(g, norm_type, dtype=_wide(g)) for g in grads]
     kind = torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32
     total: Tensor = torch.linalg.vector_norm(

@@ -29,8 +29,8 @@ def as_rows(t: Tensor, like: Tensor) -> Tensor:
 
 
 def transposed(p: Tensor) -> bool:
-    """The columns of the matrix `p` are what is contiguous in memory."""
-    return p.dim() == 2 and p.stride(0) == 1 and p.stride(1) != 1
+    """The columns of the matrix `p` are what is contiguous in memory; an encoder's `[1, F]` too."""
+    return p.dim() == 2 and p.stride(0) == 1 and (p.stride(1) != 1 or p.shape[0] == 1)
 
 
 def new_state(p: Tensor, beta1: float, moments: str) -> dict[str, Any]:

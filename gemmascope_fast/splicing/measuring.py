@@ -128,7 +128,7 @@ def measure(
     """One result per site, or one of all together."""
     every = range(len(sites))
     groups = [Group(list(every))] if together else [Group([i]) for i in every]
-    constants = [torch.zeros(len(site.layers), 1) for site in sites]
+    constants = [torch.zeros(len(site.layers), 1, device="cpu") for site in sites]
     if ablation == "mean":
         constants = _means(model, sites, batches)
     fits, clean_sum, tokens = [Fit() for _ in sites], 0.0, 0

@@ -279,6 +279,8 @@ def sampled_density(
 def _strata(size: int, strata: int) -> Tensor:
     """One index from each of at most `strata` equal parts of `range(size)`, always the same."""
     width = math.ceil(size / strata)
-    begin = torch.arange(0, size, width)
-    hashed = (torch.arange(len(begin)) + 1) * 2654435761 % 2**32  # multiplicative hash
+    begin = torch.arange(0, size, width, device="cpu")
+    hashed = (
+        (torch.arange(len(begin), device="cpu") + 1) * 2654435761 % 2**32
+    )  # multiplicative hash
     return begin + hashed * torch.clamp(size - begin, max=width) // 2**32

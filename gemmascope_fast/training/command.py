@@ -174,6 +174,8 @@ def _live(
     whole = len(ids["input_ids"]) // max(width, 1) * width
     if width < 1 or whole < 1:
         raise ValueError(f"train: {path} must hold at least one sequence of {context} tokens")
-    rows = torch.tensor(ids["input_ids"][:whole]).view(-1, width)
-    rows = torch.cat([torch.tensor(first, dtype=rows.dtype).expand(len(rows), -1), rows], 1)
+    rows = torch.tensor(ids["input_ids"][:whole], device="cpu").view(-1, width)
+    rows = torch.cat(
+        [torch.tensor(first, dtype=rows.dtype, device="cpu").expand(len(rows), -1), rows], 1
+    )
     return ModelSource(network, rows, hook, target_hook_point=target_hook, tokenizer=tokenizer)

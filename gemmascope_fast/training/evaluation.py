@@ -76,7 +76,7 @@ class Inputs:
 
     def op(self, name: str) -> Any:
         """The op of the table that serves these dtypes."""
-        return ops.overload(name, torch.empty(0, dtype=self.acc))
+        return ops.overload(name, torch.empty(0, dtype=self.acc, device="cpu"))
 
     def wide(self, name: str) -> Tensor:
         """A weight in `acc`: itself, or one copy per evaluation of a 16-bit weight.

@@ -96,7 +96,7 @@ def left_out(op: str, model: nn.Module, tokenizer: Any, chosen: Iterable[int] | 
     ids: list[Any] = list(found) if isinstance(found, Iterable) else [None]
     if not all(isinstance(id, Integral) and not isinstance(id, bool) for id in ids):
         raise TypeError(f"{op}: special_tokens must be integers, got {chosen!r:.80}")
-    return torch.tensor(sorted(map(int, ids)), dtype=torch.int64)
+    return torch.tensor(sorted(map(int, ids)), dtype=torch.int64, device="cpu")
 
 
 class ModelSource(Source):
@@ -159,7 +159,7 @@ class ModelSource(Source):
         if not bool(self._keep.any()):
             raise ValueError("train: every token of input_ids is special or padding")
         self._per_block, self._per_batch = block_sequences, batch_sequences
-        widths = [part.shape[-1] for part in self._forward(torch.tensor([0]))]
+        widths = [part.shape[-1] for part in self._forward(torch.tensor([0], device="cpu"))]
         self.d_in, self.d_out = widths[0], widths[1] if target_hook_point else None
 
     def block(self, seed: int, index: int) -> Block:
@@ -180,7 +180,9 @@ class ModelSource(Source):
         """The sequences of the block, forward pass by forward pass."""
         per_pass = -(-len(self._ids) // self._per_block)
         passes, part = divmod(index, per_pass)
-        order = torch.randperm(len(self._ids), generator=generator(seed, "pass", passes))
+        order = torch.randperm(
+            len(self._ids), generator=generator(seed, "pass", passes), device="cpu"
+        )
         chosen = order[part * self._per_block : (part + 1) * self._per_block]
         return list(torch.split(chosen, self._per_batch))
 
@@ -191,14 +193,16 @@ class ModelSource(Source):
             keep = self._keep[rows]
             count = int(keep.sum())
             if number % ranks != rank:
-                places.append(torch.full((count,), -1))
+                places.append(torch.full((count,), -1, device="cpu"))
                 continue
             for held, found in zip(parts, self._forward(rows), strict=True):
                 held.append(found[keep.to(found.device)])
-            places.append(torch.arange(at, at + count))
+            places.append(torch.arange(at, at + count, device="cpu"))
             at += count
         made, order = [torch.cat(held) for held in parts], torch.cat(places)
-        shuffle = torch.randperm(len(order), generator=generator(seed, "block", index))
+        shuffle = torch.randperm(
+            len(order), generator=generator(seed, "block", index), device="cpu"
+        )
         return Block(made[0], made[1] if len(made) > 1 else None, order[shuffle])
 
     def identity(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class TokenStatistics:
     recon: Tensor
     target: Tensor
     l0: Tensor
-    deviation: Tensor = field(default_factory=lambda: torch.ones(()))
+    deviation: Tensor = field(default_factory=lambda: torch.ones((), device="cpu"))
     prefixes: dict[int, Tensor] = field(default_factory=dict)
 
 

@@ -25,6 +25,8 @@ from .whole import WHOLE, Whole
 def check_call(op: str, module: SAE, x: Tensor, target: Tensor | None, d_sae: int) -> Tensor:
     """Raise on arguments that do not fit; return the target."""
     check_encoder(op, x, module.W_enc, module.b_enc)
+    if x.is_meta:
+        raise ValueError(f"{op}: x must have values, and is on the meta device")
     _check_activation(op, module, d_sae)
     if target is None:
         if isinstance(module, Transcoder) or module.d_in != module.d_out:

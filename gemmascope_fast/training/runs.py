@@ -213,7 +213,10 @@ def as_source(source: Any, kind: str) -> Source:
 
 def _device(source: Any, device: torch.device | str | None) -> torch.device:
     if device is not None:
-        return as_device(OP, device)
+        found = as_device(OP, device)
+        if found.type == "meta":
+            raise ValueError(f"{OP}: device must have memory, got meta")
+        return found
     first = source[0] if isinstance(source, (tuple, list)) else source
     if isinstance(first, Tensor):
         return first.device

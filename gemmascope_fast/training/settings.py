@@ -95,6 +95,10 @@ class Settings:
                 raise TypeError(f"{op}: {name} must be a torch.dtype, got {value!r}")
             if value is not None:
                 check_float_dtype(op, name, value)
+        if self.dtype == torch.float16:
+            raise TypeError(f"{op}: dtype must not be float16, which has no room for the updates")
+        if self.dtype == torch.float64 and self.moments == "8bit":
+            raise ValueError(f'{op}: moments="8bit" is for float32 and bfloat16, got dtype float64')
 
     def _check_sparsity(self, op: str) -> None:
         if self.activation == "jumprelu":
@@ -155,7 +159,7 @@ class Settings:
 
     def make(self, device: torch.device, latents: slice | None = None) -> SAE:
         """The module with its initial weights, the same on every device; or some of its latents."""
-        sizes: dict[str, Any] = {"d_out": self.d_out, "dtype": self.dtype}
+        sizes: dict[str, Any] = {"d_out": self.d_out, "dtype": self.dtype, "device": "cpu"}
         if self.activation == "batchtopk":
             sizes["semantics"] = Semantics(ema_decay=self.preset.threshold_decay)
         if self.kind == "transcoder":

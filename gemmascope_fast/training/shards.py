@@ -65,7 +65,9 @@ class ShardSource(Source):
         self._folder = Path(folder)
         self._manifest, self._digest = _read_manifest(self._folder)
         self.d_in, self.d_out = self._manifest["d_in"], self._manifest["d_out"]
-        self._special = torch.tensor(self._manifest["special_tokens"], dtype=torch.int64)
+        self._special = torch.tensor(
+            self._manifest["special_tokens"], dtype=torch.int64, device="cpu"
+        )
         self._files = [self._folder / shard["file"] for shard in self._manifest["shards"]]
         rows = [shard["rows"] for shard in self._manifest["shards"]]
         if sum(rows) == 0:
@@ -110,7 +112,9 @@ class ShardSource(Source):
         """The runs of rows of a block, in the order of the shards."""
         per_pass = -(-len(self._chunks) // self._per_block)
         passes, part = divmod(index, per_pass)
-        order = torch.randperm(len(self._chunks), generator=generator(seed, "pass", passes))
+        order = torch.randperm(
+            len(self._chunks), generator=generator(seed, "pass", passes), device="cpu"
+        )
         chosen = order[part * self._per_block : (part + 1) * self._per_block].sort().values
         return [self._chunks[at] for at in chosen.tolist()]
 
@@ -119,7 +123,7 @@ class ShardSource(Source):
     ) -> Block:
         own = [at % ranks == rank for at in range(len(chosen))]
         x, target, kept = self._read(chosen, own)
-        shuffle = torch.randperm(len(kept), generator=generator(seed, "block", index))
+        shuffle = torch.randperm(len(kept), generator=generator(seed, "block", index), device="cpu")
         return Block(x, target, kept[shuffle])
 
     def _read(self, chunks: list[_Chunk], own: list[bool]) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -128,7 +132,7 @@ class ShardSource(Source):
         held: dict[str, Tensor] = {}
         kept, at, ours = [], 0, dict(zip(chunks, own, strict=True))
         for shard in dict.fromkeys(chunk.shard for chunk in chunks):
-            with safe_open(self._files[shard], framework="pt") as file:
+            with torch.device("cpu"), safe_open(self._files[shard], framework="pt") as file:
                 names = set(file.keys())
                 for chunk in (c for c in chunks if c.shard == shard):
                     span, count = slice(chunk.start, chunk.stop), chunk.stop - chunk.start
@@ -146,7 +150,7 @@ class ShardSource(Source):
         return held["x"], held.get("target"), torch.cat(kept)
 
     def _kept(self, part: Mapping[str, Tensor], rows: int) -> Tensor:
-        keep = torch.ones(rows, dtype=torch.bool)
+        keep = torch.ones(rows, dtype=torch.bool, device="cpu")
         if "mask" in part:
             keep &= part["mask"] != 0
         if "tokens" in part:
@@ -193,7 +197,10 @@ def write_shards(
         widths = found
         name = f"shard-{number:05d}.safetensors"
         contiguous = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
-        save_file(contiguous, root / name)
+        try:
+            save_file(contiguous, root / name)
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f"write_shards: {root / name} was not written: {error}") from error
         shards.append({"file": name, "rows": tensors["x"].shape[0]})
     if widths is None:
         raise ValueError("write_shards: parts must hold at least one part")

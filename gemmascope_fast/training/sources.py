@@ -122,18 +122,24 @@ class TensorSource(Source):
         self.target = None if target is None else target.detach()
         self.d_in = x.shape[1]
         self.d_out = None if target is None else target.shape[1]
-        self._kept = torch.arange(x.shape[0]) if mask is None else kept_rows(mask, x.shape[0])
+        self._kept = (
+            torch.arange(x.shape[0], device="cpu") if mask is None else kept_rows(mask, x.shape[0])
+        )
         if len(self._kept) == 0:
             raise ValueError(f"train: source must have at least one row to train on, of {len(x)}")
 
     def block(self, seed: int, index: int) -> Block:
         """Pass `index` over the kept rows."""
-        order = torch.randperm(len(self._kept), generator=generator(seed, "pass", index))
+        order = torch.randperm(
+            len(self._kept), generator=generator(seed, "pass", index), device="cpu"
+        )
         return Block(self.x, self.target, self._kept[order])
 
     def identity(self) -> dict[str, Any]:
         """Shape, dtype and a digest of up to 64 rows spread over the tensor."""
-        rows = torch.linspace(0, len(self._kept) - 1, min(64, len(self._kept)), dtype=torch.float64)
+        rows = torch.linspace(
+            0, len(self._kept) - 1, min(64, len(self._kept)), dtype=torch.float64, device="cpu"
+        )
         rows = self._kept[rows.long()].to(self.x.device)
         digest = hashlib.sha256(repr(self._kept.shape).encode())
         for t in (self.x, self.target):
@@ -250,5 +256,7 @@ def kept_rows(mask: Tensor, rows: int) -> Tensor:
 
 def _check_rows(name: str, t: Any) -> None:
     check_float("train", name, t)
+    if t.is_meta:
+        raise ValueError(f"train: {name} must have values, and is on the meta device")
     if t.dim() != 2 or 0 in t.shape:
         raise ValueError(f"train: {name} must have shape [N >= 1, d >= 1], got {tuple(t.shape)}")
