@@ -26,7 +26,9 @@ def check_float(op: str, name: str, t: Any) -> None:
 def check_float_dtype(op: str, name: str, dtype: torch.dtype) -> None:
     """A supported dtype."""
     if dtype not in FLOATS:
-        raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {dtype}")
+        raise TypeError(
+            f"{op}: {name} must be float32, bfloat16, float16 or float64, got {dtype!r}"
+        )
 
 
 def check_encoder(op: str, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import Activation, BatchTopK, JumpReLU, TopK, check_activation
-from .checks import skip_input
+from .checks import check_float_dtype, skip_input
 from .effective import decoded, encoded, folded
 from .freezing import Frozen
 from .initial import unit_rows_
@@ -76,6 +76,7 @@ class SAE(Pretrained, Frozen):
                 raise ValueError(f"{type(self).__name__}: {name} must be an int >= 1, got {size!r}")
         activation = JumpReLU() if activation is None else activation
         check_activation(type(self).__name__, activation, d_sae)
+        check_float_dtype(type(self).__name__, "dtype", dtype)
         self.metadata = {}
         self.semantics = as_semantics(type(self).__name__, semantics)
         wide = torch.float64 if dtype == torch.float64 else torch.float32

@@ -253,6 +253,16 @@ BAD: list[tuple[Any, type[Exception], str]] = [
         ValueError,
         "JumpReLU: init_threshold must be finite and > 0, got -1",
     ),
+    (
+        lambda: SAE(6, 20, dtype=torch.int8),
+        TypeError,
+        "SAE: dtype must be float32, bfloat16, float16 or float64, got torch.int8",
+    ),
+    (
+        lambda: gsf.Crosscoder(2, 6, 20, dtype="float32"),
+        TypeError,
+        "Crosscoder: dtype must be float32, bfloat16, float16 or float64, got 'float32'",
+    ),
     (lambda: SAE(6, 20, TopK(21)), ValueError, "SAE: k must be in [0, d_sae=20], got 21"),
     (
         lambda: SAE(1 << 30, 1 << 30, TopK(1 << 31)),  # before any memory is asked for

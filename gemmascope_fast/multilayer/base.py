@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import Activation, BatchTopK, JumpReLU, check_activation
-from ..checks import check_float
+from ..checks import check_float, check_float_dtype
 from ..freezing import Freezable
 from ..functional import batchtopk_encode, jumprelu_encode, topk_encode
 from ..initial import unit_rows_
@@ -55,6 +55,7 @@ class MultiLayer(Pretrained, Freezable):
             )
         activation = JumpReLU() if activation is None else activation
         check_activation(kind, activation, d_sae)
+        check_float_dtype(kind, "dtype", dtype)
         self.metadata = {}
         wide = torch.float64 if dtype == torch.float64 else torch.float32
 
