@@ -113,7 +113,14 @@ class Entries:
         return self
 
     def latent_range(self, start: int, end: int) -> Self:
-        """`[*batch, end - start]`: the entries of latents `start <= j < end`, counted from 0."""
+        """`[*batch, end - start]`: the entries of latents `start <= j < end`, counted from 0.
+
+        Raises:
+            TypeError: an end is no int.
+            ValueError: `0 <= start <= end <= d_sae` does not hold.
+        """
+        check_count("latent_range", "end", end, self.d_sae, "d_sae")
+        check_count("latent_range", "start", start, end, "end")
         latents = self.latents()
         source = ((latents >= start) & (latents < end)).nonzero()[:, 0]
         offsets = row_offsets(self.tokens()[source], self.n)
@@ -139,6 +146,18 @@ class Entries:
     def _entries(self, source: Tensor, offsets: Tensor, shape: tuple[int, ...]) -> Self:
         indices, values, gate = (t[source] for t in (self.indices, self.values, self.gate))
         return type(self)(offsets, indices, values, gate, shape, threshold=self.threshold)
+
+    def _spread(self, op: str, name: str, given: Any, shape: tuple[int, ...]) -> Tensor:
+        """`given`, a number or a tensor, broadcast to `shape`."""
+        t = torch.as_tensor(given, dtype=self.dtype, device=self.device)
+        fits = t.dim() <= len(shape) and all(
+            mine in (1, size) for mine, size in zip(t.shape[::-1], shape[::-1], strict=False)
+        )
+        if not fits:
+            raise ValueError(
+                f"{op}: {name} must be a number or broadcast to {shape}, got {tuple(t.shape)}"
+            )
+        return t.expand(shape)
 
     def _with_entries(self, mine: Tensor, new: Tensor, value: Tensor) -> Self:
         """Entries `mine` (self's keys) and `new` (disjoint) merged into canonical order.

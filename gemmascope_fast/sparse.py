@@ -185,7 +185,8 @@ class SparseActs(Entries):
 
         Raises:
             TypeError: `latents` are neither integers nor a mask.
-            ValueError: a latent is out of range or named twice, or a token selected twice.
+            ValueError: a latent is out of range or named twice, a token selected twice, or `value`
+                has another shape.
         """
         chosen = latent_ids("set", latents, self.d_sae, self.device)
         every = torch.arange(self.n, device=self.device).reshape(self.shape[:-1])
@@ -195,9 +196,8 @@ class SparseActs(Entries):
         kept = self._keep(pad_mask(~torch.isin(mine, new), self.indices.shape[0]))
         if not isinstance(value, Tensor) and value == 0:
             return kept
-        filled = torch.as_tensor(value, dtype=self.dtype, device=self.device)
-        filled = filled.expand(tokens.shape[0], chosen.shape[0]).reshape(-1)
-        return kept._with_entries(kept._keys(), new, filled)
+        filled = self._spread("set", "value", value, (tokens.shape[0], chosen.shape[0]))
+        return kept._with_entries(kept._keys(), new, filled.reshape(-1))
 
     def ablate(self, latents: Any, value: float | Tensor = 0.0) -> SparseActs:
         """Replace `latents` by `value` on every token: zero or mean ablation."""
@@ -208,12 +208,12 @@ class SparseActs(Entries):
 
         Raises:
             TypeError: `latents` are neither integers nor a mask.
-            ValueError: a latent is out of range or named twice.
+            ValueError: a latent is out of range or named twice, or `factor` has another shape.
         """
         chosen = latent_ids("scale", latents, self.d_sae, self.device)
         factors = self.values.new_ones(self.d_sae + 1)
-        given = torch.as_tensor(factor, dtype=self.dtype, device=self.device)
-        factors = factors.scatter(0, chosen, given.expand(chosen.shape[0]))
+        given = self._spread("scale", "factor", factor, (chosen.shape[0],))
+        factors = factors.scatter(0, chosen, given)
         return self._replace(values=self.values * factors[self.latents()])
 
     def detach(self) -> SparseActs:

@@ -255,3 +255,22 @@ def test_copies_and_files(case: Case) -> None:
         read = torch.load(buffer, weights_only=False)
         for other in (copied, pickle.loads(pickle.dumps(acts)), read):
             assert_fields_same(other, acts)
+
+
+def test_shapes_that_do_not_fit_are_named() -> None:
+    acts = make((5, 7)).acts
+    wrong = r"must be a number or broadcast to \({}\), got \({}\)"
+    with pytest.raises(ValueError, match="^scale: factor " + wrong.format("2,", "3,")):
+        acts.scale([1, 2], torch.ones(3))
+    with pytest.raises(ValueError, match="^set: value " + wrong.format("5, 2", "5,")):
+        acts.set([1, 2], torch.ones(5))
+    with pytest.raises(ValueError, match="^set: value " + wrong.format("5, 2", "1, 5, 2")):
+        acts.set([1, 2], torch.ones(1, 5, 2))
+    for start, end, text in (
+        (5, 3, r"start must be in \[0, end=3\], got 5"),
+        (0, 8, r"end must be in \[0, d_sae=7\], got 8"),
+        (-1, 3, r"start must be in \[0, end=3\], got -1"),
+    ):
+        with pytest.raises(ValueError, match=f"^latent_range: {text}"):
+            acts.latent_range(start, end)
+    assert acts.latent_range(3, 3).shape == (5, 0) and acts.latent_range(0, 7).nnz == acts.nnz
