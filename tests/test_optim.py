@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from oracle import assert_all_same, assert_same
@@ -239,6 +240,8 @@ def test_a_copy_of_the_optimizer_goes_on():
 OPTIONS = [
     ({"lr": -1.0}, ValueError, "lr must be finite and >= 0, got -1.0"),
     ({"lr": math.nan}, ValueError, "lr must be finite"),
+    ({"lr": "1e-3"}, TypeError, "lr must be a number, got str"),
+    ({"lr": None}, TypeError, "lr must be a number, got NoneType"),
     ({"betas": (0.0, 1.0)}, ValueError, r"betas\[1\] must be in \[0, 1\), got 1.0"),
     ({"betas": (-0.1, 0.9)}, ValueError, r"betas\[0\] must be finite and >= 0"),
     ({"betas": 0.9}, ValueError, "betas must be two numbers, got 0.9"),
@@ -254,6 +257,35 @@ OPTIONS = [
 def test_bad_options(options, kind, message):
     with pytest.raises(kind, match=f"^Adam: {message}"):
         gsf.optim.Adam(sae(), **({"lr": 1e-3} | options))
+
+
+def test_names_and_learning_rates_as_other_optimizers_take_them():
+    x, runs = batch(0), []
+    for parameters, lr in (
+        (lambda m: m.parameters(), 1e-2),
+        (lambda m: m.named_parameters(), torch.tensor(1e-2, dtype=torch.float64)),
+        (lambda m: [{"params": m.named_parameters()}], np.float64(1e-2)),
+    ):
+        module = sae()
+        optimizer = gsf.optim.Adam(parameters(module), lr)
+        loss_of(module, x).backward()
+        optimizer.step()
+        runs.append(module.state_dict())
+    assert set(optimizer.param_groups[0]["param_names"]) == set(runs[0])
+    for state in runs[1:]:
+        assert all(torch.equal(t, runs[0][name]) for name, t in state.items())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_computed_weights_are_no_parameters(fused):
+    module = sae()
+    torch.nn.utils.parametrizations.weight_norm(module, "W_dec", dim=0)
+    with pytest.raises(ValueError, match="^Adam: W_dec of the module is computed from other"):
+        gsf.optim.Adam(module, 1e-3, fused=fused)
+    optimizer, before = gsf.optim.Adam(module.parameters(), 1e-2), module.W_dec.detach()
+    loss_of(module, batch(0)).backward()
+    optimizer.step()
+    assert not torch.equal(module.W_dec, before)
 
 
 def test_bad_parameters_and_gradients_change_nothing():

@@ -80,6 +80,7 @@ class Adam(torch.optim.Optimizer):
         self._seed = seed
         self._deferred: Deferred | None = None
         if isinstance(params, SAE):
+            _check_leaves(params)
             plain = dict.fromkeys(decoder, False)
             others = [p for p in params.parameters() if p is not params.W_dec and p.requires_grad]
             groups: list[dict[str, Any]] = [{"params": others} | plain, {"params": [params.W_dec]}]
@@ -98,7 +99,8 @@ class Adam(torch.optim.Optimizer):
         given = param_group["params"]
         listed = [given] if isinstance(given, Tensor) else list(given)
         checked = {**param_group, "params": listed}
-        check_group({**self.defaults, **checked}, listed)
+        unnamed = [p[1] if isinstance(p, tuple) else p for p in listed]
+        check_group({**self.defaults, **checked}, unnamed)
         super().add_param_group(checked)
 
     @property
@@ -233,9 +235,20 @@ class Adam(torch.optim.Optimizer):
                 self.state[p][name] = value
 
 
+def _check_leaves(module: SAE) -> None:
+    """The matrices are parameters, not computed from others."""
+    for name in ("W_enc", "W_dec"):
+        if not isinstance(getattr(module, name), nn.Parameter):
+            raise ValueError(
+                f"{OP}: {name} of the module is computed from other parameters, by a "
+                "parametrization, say: pass module.parameters()"
+            )
+
+
 def check_group(group: dict[str, Any], parameters: list[Tensor]) -> None:
     """Options of one group, and the dtypes of its parameters."""
-    check_number(OP, "lr", float(group["lr"]))
+    lr = group["lr"]
+    check_number(OP, "lr", lr.item() if hasattr(lr, "item") else lr)  # of torch, of numpy
     check_number(OP, "eps", group["eps"])
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
