@@ -160,10 +160,10 @@ def encode(**changes):
         (lambda: gsf.topk_encode(X, W, B, 3).topk(True), TypeError, "topk: k must be an int"),
         (lambda: gsf.topk_encode(X, W, B, 3).union(X), TypeError, "other must be a SparseActs"),
         (lambda: gsf.topk_encode(X, W, B, 3).to(torch.int32), TypeError, "dtype must be floating"),
-        (lambda: gsf.SAE(20, 40, gsf.TopK(True)).loss(X), TypeError, "loss: k must be an int"),
-        (lambda: gsf.SAE(20, 40, gsf.TopK(2.5)).loss(X), TypeError, "loss: k must be an int"),
-        (lambda: gsf.SAE(20, 40, gsf.BatchTopK(True)).loss(X), TypeError, "k must be a number"),
-        (lambda: gsf.SAE(20, 40, gsf.JumpReLU("a")).loss(X), TypeError, "bandwidth must be a numb"),
+        (lambda: gsf.TopK(True), TypeError, "TopK: k must be an int"),
+        (lambda: gsf.TopK(2.5), TypeError, "TopK: k must be an int"),
+        (lambda: gsf.BatchTopK(True), TypeError, "BatchTopK: k must be a number"),
+        (lambda: gsf.JumpReLU("a"), TypeError, "JumpReLU: bandwidth must be a number"),
     ],
 )
 def test_errors_name_op_argument_and_expectation(call, error, match):

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..arguments import check_count, check_number
+from ..arguments import check_count
 from ..checks import check_device, check_encoder, check_float, check_vector
 from ..effective import effective, weights_of
 from ..losses.sparsity import check_totals
-from ..modules import SAE, Activation, BatchTopK, JumpReLU, TopK, Transcoder
+from ..modules import SAE, Activation, JumpReLU, TopK, Transcoder
 from ..operands import autocast, widen
 from ..packing import unpacked
 from .evaluation import Inputs
@@ -47,12 +47,9 @@ def _check_activation(op: str, module: SAE, d_sae: int) -> None:
     activation = module.activation
     if isinstance(activation, TopK):
         check_count(op, "k", activation.k, d_sae, "d_sae")
-    if isinstance(activation, BatchTopK):
-        check_number(op, "k", activation.k)
     if not isinstance(activation, JumpReLU) or module.threshold is None:
         return
     check_vector(op, "threshold", module.threshold, module.d_sae, module.W_enc)
-    check_number(op, "bandwidth", activation.bandwidth)
     if activation.bandwidth == 0 and torch.is_grad_enabled() and module.threshold.requires_grad:
         raise ValueError(
             f"{op}: threshold requires grad but the activation's bandwidth is 0: use "
