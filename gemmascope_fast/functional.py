@@ -201,8 +201,10 @@ def decode(
     operands = [t for t in (values, W_dec, bias) if t is not None]
     wide = dtype != torch.float64 or any(t.dtype == torch.float64 for t in operands)
     entries = (acts.offsets, acts.indices, values, W_dec, bias, *transpose)
-    recon = ops.overload("decode", *operands)(*entries, dtype if wide else torch.float32)
-    return recon.to(dtype).reshape(*acts.shape[:-1], W_dec.shape[1])  # type: ignore[no-any-return]
+    serve = ops.overload("decode", *operands)
+    recon = ops.call(serve, *entries, dtype if wide else torch.float32)
+    recon = recon.to(dtype)
+    return recon if len(acts.shape) == 2 else recon.reshape(*acts.shape[:-1], W_dec.shape[1])
 
 
 def decode_(recon: Tensor, acts: SparseActs, W_dec: Tensor) -> Tensor:
@@ -258,7 +260,7 @@ def _call(op: str, W_enc: Tensor, serve: Callable[..., Any], *args: Any) -> tupl
     if torch.compiler.is_compiling():
         return serve(*args)  # type: ignore[no-any-return]
     try:
-        result = serve(*args)
+        result = ops.call(serve, *args)
         note_encode(op, serve, args[0], args[1], W_enc)
         return result  # type: ignore[no-any-return]
     except RuntimeError as error:

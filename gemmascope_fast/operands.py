@@ -10,7 +10,7 @@ from torch import Tensor
 
 def encoder_args(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x as `[n, d_in]`, the weights as autocast wants them, the bias in float32."""
-    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     flat, W_enc = autocast(flat, W_enc)
     return flat, W_enc, widen(b_enc)
 
@@ -22,7 +22,7 @@ def codes_of(packed: Tensor | None, W_enc: Tensor, used: Tensor) -> Tensor | Non
 
 def widen(t: Tensor) -> Tensor:
     """`t` in float32, or float64 if it is that."""
-    return t if t.dtype == torch.float64 else t.float()
+    return t if t.dtype in (torch.float32, torch.float64) else t.float()
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -268,10 +268,23 @@ def overload(name: str, *tensors: Tensor) -> Any:
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def call(serve: Callable[..., Any], *args: Any) -> Any:
+    """Call an overload.
+
+    Without gradients below autograd's dispatch key: its kernel would pass everything to Python and
+    back, which takes 9 us.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return serve(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return serve(*args)
+
+
 def _is_dual(t: Tensor) -> bool:
     return forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
 
 
+@functools.cache
 def implementation(name: str, device_type: str) -> str:
     """Name what serves op `name` on a device type: "native", "triton", "reference" or "none"."""
     key = {"cpu": "CPU", "cuda": "CUDA"}[device_type]

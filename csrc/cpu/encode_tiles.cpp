@@ -15,6 +15,7 @@ constexpr int64_t kLanes = 16;
 // A block of w takes less than half of a 512 KiB L2: the rest is for x, the lanes' state and the
 // next block's prefetch.
 constexpr int64_t kBlockBytes = 192 * 1024;
+constexpr int64_t kSmallBytes = 2 * kBlockBytes;
 // A row block of x stays in a shared L3.
 constexpr int64_t kRowBlockBytes = 8 * 1024 * 1024;
 constexpr int64_t kMaxRowBlock = 1024;
@@ -123,6 +124,12 @@ void EncodeTiles::partition() {
   const int64_t ranges = divide_up(wanted, std::max<int64_t>(row_blocks_, 1));
   range_ = std::min(round_up(divide_up(d_sae_, ranges), block_), kMaxSide / block_ * block_);
   ranges_ = range_ == 0 ? 0 : divide_up(d_sae_, range_);
+  // Each core's L2 holds all of a small W_enc, which tasks of few rows then read again at no cost.
+  const bool small = why_direct_ != nullptr && d_sae_ * row_bytes <= kSmallBytes;
+  if (small && tasks() > 0 && tasks() < wanted) {
+    row_block_ = round_up(divide_up(n_, divide_up(wanted, ranges_)), unit);
+    row_blocks_ = divide_up(n_, row_block_);
+  }
   slots_ = parallel_slots(tasks());
   scratch_.resize(static_cast<size_t>(slots_));
   for (Scratch& scratch : scratch_) {

@@ -264,7 +264,8 @@ def sampled_density(
     """Share of `pre > limit` in a strided sample of x `[n, d_in]` and of the latents."""
     if W_enc.shape[1] == 0:
         return 0.0
-    rows = _strata(x.shape[0], sample_rows).to(x.device)
+    if x.shape[0] > sample_rows:
+        x = x[_strata(x.shape[0], sample_rows).to(x.device)]
     if W_enc.shape[1] > SAMPLE_LATENTS:  # else all of them, without a copy
         latents = _strata(W_enc.shape[1], SAMPLE_LATENTS).to(x.device)
         if W_enc.stride(1) == 1:  # along the rows of memory, and by index_select, which copies them
@@ -272,7 +273,7 @@ def sampled_density(
         else:
             W_enc = W_enc.t().index_select(0, latents).t()
         b_enc, limit = b_enc[latents], limit[latents]
-    pre = x[rows].to(W_enc.dtype) @ W_enc + b_enc
+    pre = x.to(W_enc.dtype) @ W_enc + b_enc
     return float(torch.gt(pre, limit, out=pre).mean(dtype=torch.float32))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,7 +77,8 @@ class Inputs:
 
     def op(self, name: str) -> Any:
         """The op of the table that serves these dtypes."""
-        return ops.overload(name, torch.empty(0, dtype=self.acc, device="cpu"))
+        serve = ops.overload(name, torch.empty(0, dtype=self.acc, device="cpu"))
+        return functools.partial(ops.call, serve)
 
     def wide(self, name: str) -> Tensor:
         """A weight in `acc`: itself, or one copy per evaluation of a 16-bit weight.

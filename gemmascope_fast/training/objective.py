@@ -88,11 +88,13 @@ class Objective:
         target = target.to(self._inputs.acc)
         d_recons, d_target, d_l0 = self._differentiate(recons, target, l0)
         error = F.mse_loss(recons[-1], target, reduction="sum")
-        self.sums[-2] += error.double()
-        self.sums[-1] += l0.sum().double()
+        self.sums[-2].add_(error)
+        self.sums[-1].add_(l0.sum())
         if self.residual is not None:
             torch.sub(target, recons[-1], out=self.residual[rows])
-        gradients.write("target", rows, torch.zeros_like(target) if d_target is None else d_target)
+        if "target" in self._inputs.needs:
+            none = d_target is None
+            gradients.write("target", rows, torch.zeros_like(target) if none else d_target)
         return torch.zeros_like(recons) if d_recons is None else d_recons, d_l0
 
     def _differentiate(self, recons: Tensor, target: Tensor, l0: Tensor) -> Sequence[Tensor | None]:
@@ -111,7 +113,7 @@ class Objective:
             for at, term in enumerate(self._terms):
                 if isinstance(term, Term):
                     value = _per_token(term, statistics).sum()
-                    self.sums[at] += value.detach().double()
+                    self.sums[at].add_(value.detach())
                     total = total + value
             total = total / self._inputs.tokens
         if not total.requires_grad:
@@ -145,7 +147,7 @@ class Objective:
             total = values.new_zeros(())
             for at, term in terms:
                 value = term.per_entry(leaf * mine if term.by_norm else leaf).sum()
-                self.sums[at] += value.detach().double()
+                self.sums[at].add_(value.detach())
                 total = total + value / self._inputs.tokens
         if not total.requires_grad:
             return None
