@@ -65,6 +65,7 @@ bench-cpu: build
 	$(BENCH) decode --shapes named --out bench/results/cpu_decode.json $(ARGS)
 	$(BENCH) backward --shapes named --out bench/results/cpu_backward.json $(ARGS)
 	$(BENCH) step --shapes named --out bench/results/cpu_step.json $(ARGS)
+	$(BENCH) small --shapes named --out bench/results/cpu_small.json $(ARGS)
 	$(BENCH) --sweep -k step --out bench/results/cpu_sweep_step.json $(ARGS)
 	$(BENCH) --sweep -k "not step" --out bench/results/cpu_sweep.json $(ARGS)
 	$(BENCH) --update-readme

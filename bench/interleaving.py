@@ -70,6 +70,7 @@ class Case:
         facts: what else was found out (entries, touched latents, candidates).
         targets: that speak of this case.
         stages: of contenders that time their own parts.
+        repeats: calls that are timed together, where one is too short for the clock.
     """
 
     op: str
@@ -83,6 +84,7 @@ class Case:
     facts: Mapping[str, Any] = field(default_factory=dict)
     targets: tuple[Target, ...] = ()
     stages: Mapping[str, Stages] = field(default_factory=dict)
+    repeats: int = 1
 
 
 class Stages:
@@ -198,7 +200,7 @@ def measure(case: Case, budget_s: float, fewest: int, most: int, keep: bool) -> 
         call(0)  # threads, code, first buffers
         memory[name] = memory_of(call)
         keep_freed_memory(keep)
-        once += seconds_of(call, 1)  # makes the kept memory resident
+        once += case.repeats * seconds_of(call, 1, case.repeats)  # makes the kept memory resident
     rounds = max(fewest, min(most, int(budget_s / max(once, 1e-9))))
     samples: dict[str, list[float]] = {name: [] for name in names}
     speeds: dict[str, list[float]] = {name: [] for name in case.ceilings}
@@ -207,22 +209,23 @@ def measure(case: Case, budget_s: float, fewest: int, most: int, keep: bool) -> 
     for turn in range(rounds):
         for place in range(len(names)):
             name = names[(turn + place) % len(names)]
-            samples[name].append(seconds_of(case.calls[name], turn + place))
+            samples[name].append(seconds_of(case.calls[name], turn + place, case.repeats))
         for name, ceiling in case.ceilings.items():
             speeds[name].append(ceiling(turn))
     return Measured(case, samples, speeds, memory)
 
 
-def seconds_of(call: Call, turn: int) -> float:
-    """Duration of one call, its result dropped, without the garbage collector."""
+def seconds_of(call: Call, turn: int, repeats: int = 1) -> float:
+    """Duration of one call of `repeats`, results dropped, without the garbage collector."""
     collecting = gc.isenabled()
     gc.disable()
     began = time.perf_counter()
-    call(turn)
+    for _ in range(repeats):
+        call(turn)
     taken = time.perf_counter() - began
     if collecting:
         gc.enable()
-    return taken
+    return taken / repeats
 
 
 # ---- for pytest-benchmark

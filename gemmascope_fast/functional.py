@@ -202,8 +202,7 @@ def decode(
     wide = dtype != torch.float64 or any(t.dtype == torch.float64 for t in operands)
     entries = (acts.offsets, acts.indices, values, W_dec, bias, *transpose)
     serve = ops.overload("decode", *operands)
-    recon = ops.call(serve, *entries, dtype if wide else torch.float32)
-    recon = recon.to(dtype)
+    recon: Tensor = ops.call(serve, *entries, dtype if wide else torch.float32).to(dtype)
     return recon if len(acts.shape) == 2 else recon.reshape(*acts.shape[:-1], W_dec.shape[1])
 
 

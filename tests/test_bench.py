@@ -65,6 +65,16 @@ def test_rounds_interleave_contenders_and_ceilings_and_begin_with_another(
     assert measured.speeds == {"copy": [2.0, 2.0, 2.0]}
 
 
+def test_calls_too_short_for_the_clock_are_timed_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ticks = iter([10.0, 13.0])
+    monkeypatch.setattr(interleaving.time, "perf_counter", lambda: next(ticks))
+    said: list[int] = []
+    assert interleaving.seconds_of(said.append, 7, repeats=6) == 0.5
+    assert said == [7] * 6
+
+
 def measured_case(**more: Any) -> Measured:
     samples = {OURS: [1.0, 3.0, 2.0], "dense": [8.0, 20.0, 9.0], "ours, direct": [4.0, 4.0, 4.0]}
     sizes = {name: Memory(3 << 20, 1 << 20) for name in samples}
@@ -238,6 +248,7 @@ def test_a_run_writes_every_op_and_the_report_shows_it(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("COLUMNS", "150")
     chosen = "topk-n33 or n1-192 or (fp32 and (uniform or trace)) or training-n32 or step"
+    chosen += " or small-forward"
     out = tmp_path / "cpu.json"
     command = ["bench", "--shapes", "toy", "--rounds", "1", "-k", chosen, "--out", str(out)]
     assert cli.main(command) == 0
@@ -247,6 +258,7 @@ def test_a_run_writes_every_op_and_the_report_shows_it(
     assert found["command"].startswith("python -m gemmascope_fast bench --shapes toy --rounds 1 -k")
     measured = rows.cpu_rows(found)
     ops = {"jumprelu_encode", "topk_encode", "batchtopk_encode", "decode", "training", "step"}
+    ops.add("forward")
     assert {row["op"] for row in measured} == ops | set(bench_backward.ROWS)
     for row in measured:
         assert row["of_floor"] > 0 and min(row["rates"].values()) > 0

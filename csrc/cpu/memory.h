@@ -61,9 +61,9 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> size
   int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   return try_tensor(numel, size_in_bytes(dtype), [&] {
     AtenTensorHandle made = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
-        like.get(), sizes.begin(), static_cast<int64_t>(sizes.size()), &type, nullptr, nullptr, 0,
-        nullptr, &made));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.begin(),
+                                                     static_cast<int64_t>(sizes.size()), &type,
+                                                     nullptr, nullptr, 0, nullptr, &made));
     return Tensor(made);
   });
 }

@@ -26,6 +26,7 @@ TITLES = {
     "topk_encode": "encode, TopK",
     "batchtopk_encode": "encode, BatchTopK",
     "decode": "decode",
+    "forward": "encode + decode",
     "training": "loss + gradients",
     "step": "training step",
 }

@@ -93,8 +93,8 @@ class Objective:
         if self.residual is not None:
             torch.sub(target, recons[-1], out=self.residual[rows])
         if "target" in self._inputs.needs:
-            none = d_target is None
-            gradients.write("target", rows, torch.zeros_like(target) if none else d_target)
+            d_target = torch.zeros_like(target) if d_target is None else d_target
+            gradients.write("target", rows, d_target)
         return torch.zeros_like(recons) if d_recons is None else d_recons, d_l0
 
     def _differentiate(self, recons: Tensor, target: Tensor, l0: Tensor) -> Sequence[Tensor | None]:
