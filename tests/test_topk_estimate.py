@@ -1,4 +1,4 @@
-"""Screened TopK: the latents seen so far estimate each row's limit, which is proved in the end.
+"""Screened TopK and BatchTopK: what was seen estimates the limit, which is proved in the end.
 
 `gsf.explain()` counts a block once where the estimates held and twice where they did not.
 """
@@ -29,17 +29,24 @@ def packed(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)
 
 
+@pytest.fixture(params=["topk", "batchtopk"])
+def op(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
-def passes(packed: bool, monkeypatch: pytest.MonkeyPatch) -> Callable[..., float]:
+def passes(op: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> Callable[..., float]:
     """How often a block was looked at, after comparing the result with the direct one."""
 
     def run(data: Data, k: int = 6) -> float:
         x, W, b, _ = data
+        encode = getattr(torch.ops.gemmascope_fast, f"{op}_encode")
+        arguments = (k,) if op == "topk" else (k, None, None)
         monkeypatch.setenv("GEMMASCOPE_FAST_SCREEN", "never")
-        expected = torch.ops.gemmascope_fast.topk_encode(x, W, b, k, True, None)
+        expected = encode(x, W, b, *arguments, True, None)
         monkeypatch.setenv("GEMMASCOPE_FAST_SCREEN", "always")
         codes = torch.ops.gemmascope_fast.pack_encoder(W, None) if packed else None
-        found = torch.ops.gemmascope_fast.topk_encode(x, W, b, k, True, codes)
+        found = encode(x, W, b, *arguments, True, codes)
         assert_bits(found, expected, "screened")
         said = gsf.explain()
         return (said.screened_blocks + said.direct_blocks) / -(-W.shape[1] // BLOCK)

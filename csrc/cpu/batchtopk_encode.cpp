@@ -5,16 +5,19 @@
 //   x [n, d_in], W_enc [d_in, d_sae], b_enc [d_sae]
 //
 // Source: BatchTopK sparse autoencoders, arXiv 2412.06410, section 3.
-// Algorithm: one pool of candidates, cut to the count best whenever it is a quarter larger; the
-// worst of those is from then on a lower bound for all tasks, even when stale. The order (value,
-// row, latent) is total, so the outcome is the same whatever the schedule. A guess only starts the
-// bound; if it leaves too few entries, the pass is repeated.
+// Algorithm: one pool of candidates; whenever it is a quarter larger its r-th best becomes a lower bound for all tasks, valid
+// even when stale. r is count, or where entries are screened the most of the count best that the part of the latents seen so
+// far may hold, but for luck: n times TopK's rank (sample_ranks.h), for a latent has at most n of them, and sums of weights in
+// [0, 1] obey the Chernoff bound of as many whole ones. count entries that reach the last bound prove it, else the pass is
+// repeated without estimates. The order (value, row, latent) is total, so the outcome is the same whatever the schedule. A
+// guess starts the bound, and is proved in the same way.
 // Bound: the dot products (fma ports); at n = 1 the read of W_enc.
 #include <torch/csrc/stable/library.h>
 
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <mutex>
 #include <tuple>
@@ -22,13 +25,16 @@
 #include "cpu/encode_output.h"
 #include "cpu/encode_tiles.h"
 #include "cpu/parallel.h"
+#include "cpu/sample_ranks.h"
 
 namespace gemmascope_fast {
 namespace {
 
 constexpr char kOp[] = "batchtopk_encode";
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-constexpr size_t kFlush = 2048;
+// Entries that a thread gathers before it adds them to the pool: few beside those to select, as they come without a bound.
+constexpr int64_t kFewest = 32, kMost = 512;
+constexpr int64_t kFew = 16;  // latents per selected one, from which a part of them tells enough
 
 struct Entry {
   float value;  // > 0 or the one NaN above
@@ -50,43 +56,69 @@ bool better(const Entry& a, const Entry& b) {
 
 class Pool {
  public:
-  Pool(int64_t count, float bound)
-      : count_(static_cast<size_t>(count)),
-        capacity_(count_ + std::max<size_t>(count_ / 4, 8192)),
+  // rank: of the best entries so far, which one's value is the next bound, 0 < rank() <= count.
+  Pool(int64_t count, float bound, std::function<int64_t()> rank)
+      : count_(count),
+        share_(std::clamp(count / 32, kFewest, kMost)),
+        next_(share_),
+        rank_(std::move(rank)),
         bound_(bound) {}
 
-  // Nothing below the bound can be selected.
+  int64_t share() const { return share_; }
+
+  // Nothing below the bound can be selected, if `finish` finds count entries.
   float bound() const { return bound_.load(std::memory_order_relaxed); }
 
   void add(std::vector<Entry>& entries) {
     std::lock_guard<std::mutex> lock(mutex_);
     for (const Entry& entry : entries) {
-      if (cut_once_ && !better(entry, worst_)) continue;
+      if (entry.value < bound() || (cut_once_ && !better(entry, worst_))) continue;
       entries_.push_back(entry);
-      if (entries_.size() >= capacity_) cut();
+      if (size() >= next_) raise();
     }
     entries.clear();
   }
 
-  // The count best, unordered.
+  // The count best, unordered; fewer where fewer reach the bound.
   std::vector<Entry>& finish() {
-    if (entries_.size() > count_) cut();
+    cut();
     return entries_;
   }
 
  private:
+  int64_t size() const { return static_cast<int64_t>(entries_.size()); }
+
   void cut() {
-    std::nth_element(entries_.begin(), entries_.begin() + static_cast<int64_t>(count_ - 1),
-                     entries_.end(), better);
-    entries_.resize(count_);
+    if (size() <= count_) return;
+    select(count_);
+    entries_.resize(static_cast<size_t>(count_));
     worst_ = entries_.back();
     cut_once_ = true;
-    const float value =
-        std::isnan(worst_.value) ? std::numeric_limits<float>::infinity() : worst_.value;
-    bound_.store(value, std::memory_order_relaxed);
   }
 
-  size_t count_, capacity_;
+  void raise() {
+    cut();
+    // Under the lock: what others have added they had counted as visited.
+    const int64_t rank = rank_();
+    if (rank <= size()) {
+      const float value = select(rank).value;
+      const float limit = std::isnan(value) ? std::numeric_limits<float>::infinity() : value;
+      if (limit > bound()) bound_.store(limit, std::memory_order_relaxed);
+      const auto below = [&](const Entry& entry) { return entry.value < limit; };
+      entries_.erase(std::remove_if(entries_.begin() + rank, entries_.end(), below),
+                     entries_.end());
+    }
+    next_ = size() + std::max(size() / 4, share_);
+  }
+
+  // Puts the rank best first and returns the last of them.
+  const Entry& select(int64_t rank) {
+    std::nth_element(entries_.begin(), entries_.begin() + rank - 1, entries_.end(), better);
+    return entries_[static_cast<size_t>(rank - 1)];
+  }
+
+  int64_t count_, share_, next_;
+  std::function<int64_t()> rank_;
   std::atomic<float> bound_;
   std::mutex mutex_;
   std::vector<Entry> entries_;
@@ -103,30 +135,51 @@ float limit_of(const Pool& pool) {
 void collect(EncodeTiles& tiles, const float* bias, Pool& pool) {
   std::vector<std::vector<Entry>> found(static_cast<size_t>(tiles.slots()));
   const EncodeLimits limits = {bias, nullptr, [&](int64_t) { return limit_of(pool); }};
+  const int64_t row_blocks = tiles.tasks() / std::max<int64_t>(tiles.ranges(), 1);
   parallel_tasks(tiles.tasks(), tiles.slots(), [&](int64_t t, int64_t slot) {
     std::vector<Entry>& own = found[static_cast<size_t>(slot)];
+    // All row blocks of a range before the next one, so that they have seen about the same part of the latents.
     tiles.run(
-        tiles.task(t), slot, limits,
+        tiles.task(t % row_blocks * tiles.ranges() + t / row_blocks), slot, limits,
         [&](int64_t row, int64_t latent, int64_t count, const int32_t* position, const float* pre) {
           for (int64_t i = 0; i < count; ++i) {
             const float value = std::isnan(pre[i]) ? kNaN : pre[i];
             own.push_back({value, static_cast<int32_t>(latent) + position[i], row});
           }
-          if (own.size() >= kFlush) pool.add(own);
+          if (static_cast<int64_t>(own.size()) >= pool.share()) pool.add(own);
         });
     pool.add(own);
   });
 }
 
+// The part of the latents that the row blocks have seen at most.
+int64_t visited(const EncodeTiles& tiles) {
+  int64_t most = 0;
+  for (int64_t row = 0; row < tiles.rows(); row += tiles.row_block()) {
+    most = std::max(most, tiles.visited(row));
+  }
+  return most;
+}
+
 std::vector<Entry> select(EncodeTiles& tiles, const float* bias, int64_t count,
                           std::optional<double> guess) {
   if (count == 0) return {};
+  const auto all = [=] { return count; };
+  const auto full = [=](Pool& pool) { return static_cast<int64_t>(pool.finish().size()) == count; };
   if (guess && *guess > 0 && std::isfinite(static_cast<float>(*guess))) {
-    Pool pool(count, static_cast<float>(*guess));
+    Pool pool(count, static_cast<float>(*guess), all);
     collect(tiles, bias, pool);
-    if (static_cast<int64_t>(pool.finish().size()) == count) return std::move(pool.finish());
+    if (full(pool)) return std::move(pool.finish());
   }
-  Pool pool(count, 0.0f);
+  const int64_t n = tiles.rows(), k = (count + n - 1) / n;
+  if (tiles.screened() && k <= tiles.latents() / kFew) {
+    tiles.shuffle();
+    const SampleRanks ranks(k, tiles.latents());
+    Pool pool(count, 0.0f, [&] { return std::min(count, n * ranks.rank(visited(tiles))); });
+    collect(tiles, bias, pool);
+    if (full(pool) || pool.bound() == 0) return std::move(pool.finish());
+  }
+  Pool pool(count, 0.0f, all);
   collect(tiles, bias, pool);
   return std::move(pool.finish());
 }
