@@ -28,21 +28,27 @@ def main(options: dict) -> dict:
     d_in, tokens = options.pop("d_in"), options.pop("tokens", 4096)
     preset = gsf.Preset(calibration_tokens=1024, **options.pop("preset", {}))
     options["dtype"] = getattr(torch, options.get("dtype", "float32"))
+    if "autocast" in options:
+        options["autocast"] = getattr(torch, options["autocast"])
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, d_in, generator=generator) * torch.linspace(3, 0.1, d_in)
+    d_out = options.pop("d_out", None)
+    y = None if d_out is None else torch.randn(tokens, d_out, generator=generator)
+    source = x if y is None else (x, y)
     small = {"d_sae": 64, "batch_size": 64, "steps": 2, "progress": False}
-    kept = {k: v for k, v in options.items() if k in ("activation", "fused", "moments", "dtype")}
+    names = ("activation", "fused", "moments", "dtype", "kind", "affine", "autocast")
+    kept = {k: v for k, v in options.items() if k in names}
     sparsity = {"k": 4} if "k" in options else {"target_l0": 4}
-    gsf.train(x, **small, **kept, **sparsity)  # threads, code, their first buffers
+    gsf.train(source, **small, **kept, **sparsity)  # threads, code, their first buffers
     resume = (Path(options.get("out", "")) / "checkpoints").exists()
     ctypes.CDLL(None).malloc_trim(0)  # what the small run left must not be used again
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    gsf.train(x, progress=False, preset=preset, **options)
+    gsf.train(source, progress=False, preset=preset, **options)
     measured = resident("VmHWM") - before
     for name in ("steps", "out"):
         options.pop(name, None)
-    sizes = {"d_in": d_in, "source_bytes": 16 * tokens, "resume": resume}
+    sizes = {"d_in": d_in, "d_out": d_out, "source_bytes": 16 * tokens, "resume": resume}
     found = gsf.estimate_memory(**sizes, preset=preset, **options)
     return {"measured": measured, "estimated": found.peak_bytes, "parts": str(found)}
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from screening import threads
 from torch import Tensor
 
 import gemmascope_fast as gsf
@@ -147,3 +148,13 @@ def test_tracing_takes_no_note() -> None:
     graph(x, W, b_enc)
     encode(x, W, b_enc)
     assert explaining._thread.note.reference.op == "topk_encode"
+
+
+def test_tokens_of_a_small_dictionary_are_cut_for_all_threads() -> None:
+    """A block holds all its latents: cut by latents alone, one thread would have all the work."""
+    W_enc, blocks = torch.randn(256, 64).t(), []
+    with threads(2):
+        for n in (1, 1000):
+            gsf.topk_encode(torch.randn(n, 64), W_enc, torch.zeros(256), 4)
+            blocks.append(gsf.explain().direct_blocks)
+    assert blocks[0] == 1 and 8 <= blocks[1] <= 16

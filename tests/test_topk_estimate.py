@@ -147,9 +147,10 @@ def test_a_second_pass_begins_anew(passes: Callable[..., float]) -> None:
     raise AssertionError("no order of the blocks misleads the estimate")
 
 
-def test_ties_everywhere(passes: Callable[..., float]) -> None:
+@pytest.mark.parametrize("k", [6, 64])
+def test_ties_everywhere(passes: Callable[..., float], k: int) -> None:
     x, W = torch.ones(256, 64), torch.ones(32_768, 64)
-    assert passes((x, W.t(), torch.zeros(32_768), torch.zeros(32_768))) == 1
+    assert passes((x, W.t(), torch.zeros(32_768), torch.zeros(32_768)), k=k) == 1
 
 
 def test_less_than_k_positive_entries(passes: Callable[..., float]) -> None:

@@ -189,6 +189,31 @@ except TypeError as error:
     )
 
 
+# ---- calls
+
+
+def test_autograd_is_passed_by_where_no_gradient_can_be_wanted() -> None:
+    """And nowhere else: a tensor whose graph a transform hides does not say that it has one."""
+    key = torch._C.DispatchKey.AutogradFunctionality
+
+    def skipped() -> bool:
+        return torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+
+    with torch.no_grad():
+        assert ops.call(skipped) and not skipped()
+    with torch.inference_mode():
+        assert ops.call(skipped)
+    assert not ops.call(skipped)
+
+    def hidden(x: Tensor) -> Tensor:
+        values = torch.func.vmap(lambda row: gemmascope_fast.topk_encode(row, W, b, 2).values)(x)
+        return values.sum()
+
+    x, W, b = torch.randn(3, 1, 8), torch.randn(8, 16), torch.zeros(16)
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(hidden)(x)
+
+
 def copied_package(folder: Path) -> Path:
     """The package's Python files in `folder`, without what was built."""
     ignored = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__", "demo")

@@ -28,9 +28,13 @@ OPTIONS = {
     *("preset", "rows", "moments", "fused", "init_l0", "matryoshka", "kind", "affine", "dtype"),
     *("autocast", "precision"),
 }
-ROW_COPIES, GROUP_COPIES, AUX_COPIES = 5, 6, 5
-"""Matrices of a batch that exist at once: raw, scaled, reconstruction, its error and gradient; for
-every prefix of a Matryoshka run but the whole; and for AuxK. Measured."""
+BATCH_COPIES, ROW_COPIES, GROUP_COPIES, AUX_COPIES = 1, 4, 6, 5
+"""Matrices that exist at once, for x and as many for the target: of the batch; of a block of rows,
+reconstruction, error, gradient and what the allocator keeps of freed ones; for every prefix of a
+Matryoshka run but the whole; and for AuxK. Measured."""
+
+LARGE_BYTES, LARGE_COPIES = 32 << 20, 2.25
+"""glibc returns a freed matrix from this size on at once: then so many of a block. Measured."""
 
 MARGIN, MARGIN_BYTES = 0.02, 8 << 20
 """What allocators hold beyond what was asked for: a share, and a constant. Measured."""
@@ -153,9 +157,10 @@ def estimate(
     skip = s.d_in * s.d_out if s.affine else 0
     weights = (matrix + skip) * s.dtype.itemsize + vectors
     moments = optimizer_bytes(s)
+    tiles = 2 * min(TILE_BYTES, wide * s.preset.calibration_tokens * s.d_sae)
     start = {
         "sample": 3 * wide * s.preset.calibration_tokens * max(s.d_in, s.d_out),
-        "quantiles": 2 * TILE_BYTES if s.start_l0 is not None else 0,
+        "quantiles": tiles if s.start_l0 is not None else 0,
     }
     codes = s.d_sae * (screened_width(s.d_in) + 8)
     kept = s.precision == "screened" and device.type == "cuda"
@@ -172,21 +177,25 @@ def _step(s: Settings, device: torch.device, matrix: int, vectors: int) -> dict[
     from .blocked import CROSSOVER, DEFAULT_LIMITS, ENTRY_BYTES  # it imports sympy
 
     wide = max(s.dtype.itemsize, 4)
-    rows = s.batch_size * (s.d_in + s.d_out)
-    held = {"batch": ROW_COPIES * wide * rows, "vectors": 4 * vectors}
+    spans = s.batch_size if s.activation != "jumprelu" else DEFAULT_LIMITS.span_rows
+    rows = min(s.batch_size, spans)
+    held = {"batch": _batch(s, device, rows), "vectors": 4 * vectors}
     others = len(s.matryoshka or (s.d_sae,)) - 1
-    held["prefixes"] = GROUP_COPIES * others * wide * s.batch_size * s.d_out
+    held["prefixes"] = GROUP_COPIES * others * wide * rows * s.d_out
+    cast = s.autocast not in (None, s.dtype)
+    held["cast"] = matrix * s.autocast.itemsize if cast and s.autocast is not None else 0
     density = _density(s)
-    if density > CROSSOVER.get(device.type, 0.0) and s.activation == "jumprelu":
-        tile = min(DEFAULT_LIMITS.tile_bytes, s.batch_size * s.d_sae * wide)
+    crossover = CROSSOVER.get(device.type, 0.0) if wide == 4 else 0.0
+    if density > crossover and s.activation == "jumprelu":
+        tile = min(DEFAULT_LIMITS.tile_bytes, rows * s.d_sae * wide)
         held["dense tiles"] = 4 * tile  # two of numbers, three of booleans, one of the library's
         held["gradients"] = matrix * wide
         held["widened"] = matrix * wide if s.dtype.itemsize < wide else 0
         return held
-    entries = int(s.batch_size * density * s.d_sae * ENTRY_BYTES)
-    blocks = 1
+    entries = int(rows * density * s.d_sae * ENTRY_BYTES)
+    blocks = -(-s.batch_size // rows)
     if s.activation != "batchtopk":
-        blocks = -(-entries // DEFAULT_LIMITS.entry_bytes)
+        blocks *= -(-entries // DEFAULT_LIMITS.entry_bytes)
         entries = min(entries, DEFAULT_LIMITS.entry_bytes)
     held["entries"] = entries
     if s.activation != "jumprelu" and s.preset.auxk > 0:
@@ -194,7 +203,17 @@ def _step(s: Settings, device: torch.device, matrix: int, vectors: int) -> dict[
         held["auxk"] = _auxk(s, matrix, entries)
     elif not s.fused or blocks > 1:
         held["gradients"] = matrix * s.dtype.itemsize * (1 if blocks == 1 else 2)
+    else:
+        held["gradients"] = wide * s.d_in * s.d_out * s.affine
     return held
+
+
+def _batch(s: Settings, device: torch.device, rows: int) -> int:
+    """Matrices of the batch, and of a block of `rows` of it."""
+    width = max(s.dtype.itemsize, 4) * (s.d_in + s.d_out)
+    large = device.type == "cpu" and width * rows // 2 >= LARGE_BYTES
+    copies = LARGE_COPIES if large else ROW_COPIES
+    return int(BATCH_COPIES * width * s.batch_size + copies * width * rows)
 
 
 def _auxk(s: Settings, matrix: int, entries: int) -> int:
