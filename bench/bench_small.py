@@ -42,8 +42,7 @@ SIZES = {
     "small": [Size(1, 64, 256), Size(8, 256, 1024)],
     "named": [
         *(Size(n, 64, 256) for n in (1, 64, 1024)),
-        *(Size(n, 256, 1024) for n in (8, 64)),
-        *(Size(n, 768, 2048) for n in (1, 64)),
+        *(Size(8, 256, 1024), Size(64, 768, 2048)),
     ],
 }
 HALF = {"named": [Size(64, 64, 256), Size(64, 768, 2048)]}

@@ -37,6 +37,14 @@ RUNS: dict[str, dict[str, Any]] = {
         **{"d_in": 1152, "d_sae": 16384, "batch_size": 2048, "steps": 6},
         **{"activation": "topk", "k": 4},
     },
+    "more tokens than a span": {
+        **{"d_in": 1152, "d_sae": 4096, "batch_size": 12288, "target_l0": 32, "steps": 2},
+        "tokens": 12288,
+    },
+    "transcoder, autocast": {
+        **{"d_in": 1152, "d_out": 768, "d_sae": 16384, "batch_size": 1024, "target_l0": 32},
+        **{"steps": 2, "kind": "transcoder", "affine": True, "autocast": "bfloat16"},
+    },
     "matryoshka": {
         **{"d_in": 1152, "d_sae": 16384, "batch_size": 4096, "target_l0": 50, "steps": 4},
         "matryoshka": [2048, 8192, 16384],
@@ -98,6 +106,8 @@ def test_what_saves_memory_is_seen() -> None:
     assert estimate(dtype=torch.bfloat16, moments="8bit") < 0.6 * base
     assert estimate(preset="gemma_scope_2_literal") > base + 3 * 512 * 65536 * 4 / 2
     assert estimate(batch_size=8192) > base and estimate(d_out=512, kind="transcoder") > base
+    assert estimate(batch_size=8193) - estimate(batch_size=8192) > 4 * 2 * 256 * 65536
+    assert estimate(autocast=torch.bfloat16) - base > 2 * 2 * 256 * 65536
     assert estimate(source_bytes=10**9) - base == pytest.approx(1.02e9)
     assert estimate(resume=True) > base
 

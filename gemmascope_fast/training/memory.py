@@ -36,6 +36,10 @@ Matryoshka run but the whole; and for AuxK. Measured."""
 LARGE_BYTES, LARGE_COPIES = 32 << 20, 2.25
 """glibc returns a freed matrix from this size on at once: then so many of a block. Measured."""
 
+REFERENCE_COPIES, REFERENCE_TILES = 6, 4
+"""What the reference, which serves float64, holds of a matrix of weights in the optimizer's step,
+and of `[n, d_sae]` where a TopK or BatchTopK has to be dense. Measured."""
+
 MARGIN, MARGIN_BYTES = 0.02, 8 << 20
 """What allocators hold beyond what was asked for: a share, and a constant. Measured."""
 
@@ -179,11 +183,13 @@ def _step(s: Settings, device: torch.device, matrix: int, vectors: int) -> dict[
     wide = max(s.dtype.itemsize, 4)
     spans = s.batch_size if s.activation != "jumprelu" else DEFAULT_LIMITS.span_rows
     rows = min(s.batch_size, spans)
-    held = {"batch": _batch(s, device, rows), "vectors": 4 * vectors}
+    whole, block = _batch(s, device, rows)
+    held = {"batch": whole + block, "vectors": 4 * vectors}
     others = len(s.matryoshka or (s.d_sae,)) - 1
     held["prefixes"] = GROUP_COPIES * others * wide * rows * s.d_out
     cast = s.autocast not in (None, s.dtype)
     held["cast"] = matrix * s.autocast.itemsize if cast and s.autocast is not None else 0
+    held["reference"] = _reference(s, matrix) if wide == 8 else 0
     density = _density(s)
     crossover = CROSSOVER.get(device.type, 0.0) if wide == 4 else 0.0
     if density > crossover and s.activation == "jumprelu":
@@ -202,18 +208,26 @@ def _step(s: Settings, device: torch.device, matrix: int, vectors: int) -> dict[
         held["gradients"] = matrix * wide
         held["auxk"] = _auxk(s, matrix, entries)
     elif not s.fused or blocks > 1:
-        held["gradients"] = matrix * s.dtype.itemsize * (1 if blocks == 1 else 2)
+        part = matrix * s.dtype.itemsize
+        held["gradients"] = part  # a further one comes when half of its block is gone
+        held["a block's gradients"] = 0 if blocks == 1 else max(part - block // 2, 0)
     else:
         held["gradients"] = wide * s.d_in * s.d_out * s.affine
     return held
 
 
-def _batch(s: Settings, device: torch.device, rows: int) -> int:
-    """Matrices of the batch, and of a block of `rows` of it."""
+def _reference(s: Settings, matrix: int) -> int:
+    """What the plain PyTorch of the ops holds, in float64."""
+    tiles = 0 if s.activation == "jumprelu" else REFERENCE_TILES * s.batch_size * s.d_sae
+    return 8 * (REFERENCE_COPIES * matrix // 2 + tiles)
+
+
+def _batch(s: Settings, device: torch.device, rows: int) -> tuple[int, int]:
+    """Bytes of a batch's matrices, and of those of `rows` of it that are a block."""
     width = max(s.dtype.itemsize, 4) * (s.d_in + s.d_out)
     large = device.type == "cpu" and width * rows // 2 >= LARGE_BYTES
     copies = LARGE_COPIES if large else ROW_COPIES
-    return int(BATCH_COPIES * width * s.batch_size + copies * width * rows)
+    return BATCH_COPIES * width * s.batch_size, int(copies * width * rows)
 
 
 def _auxk(s: Settings, matrix: int, entries: int) -> int:
