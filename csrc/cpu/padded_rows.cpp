@@ -15,12 +15,18 @@ extern const DotTable kDotTable;
 namespace avx512 {
 extern const DotTable kDotTable;
 }
+#elif defined(__aarch64__)
+namespace neon {
+extern const DotTable kDotTable;
+}
 #endif
 
 const DotTable& dot_table(SimdTarget target) {
 #if defined(__x86_64__)
   if (target == SimdTarget::kAvx512) return avx512::kDotTable;
   if (is_avx2(target)) return avx2::kDotTable;
+#elif defined(__aarch64__)
+  if (target == SimdTarget::kNeon) return neon::kDotTable;
 #endif
   (void)target;
   return generic::kDotTable;

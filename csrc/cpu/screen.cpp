@@ -18,6 +18,10 @@ extern const ScreenTable kScreenTable, kVnniScreenTable, kVexScreenTable;
 namespace avx512 {
 extern const ScreenTable kScreenTable, kVnniScreenTable;
 }
+#elif defined(__aarch64__)
+namespace neon {
+extern const ScreenTable kScreenTable, kSdotScreenTable;
+}
 #endif
 
 const ScreenTable& screen_table(SimdTarget target) {
@@ -32,6 +36,11 @@ const ScreenTable& screen_table(SimdTarget target) {
 #endif
   if (target == SimdTarget::kAvx2Vnni) return avx2::kVnniScreenTable;
   if (target == SimdTarget::kAvx2) return avx2::kScreenTable;
+#elif defined(__aarch64__)
+  if (target == SimdTarget::kNeon) {
+    static const bool sdot = has_sdot();
+    return sdot ? neon::kSdotScreenTable : neon::kScreenTable;
+  }
 #endif
   (void)target;
   return generic::kScreenTable;

@@ -2,6 +2,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #include <cstdlib>
@@ -35,6 +39,19 @@ bool has_avx512_vnni() {
 #endif
 }
 
+// FEAT_DotProd, which Armv8.2 has as an option and every Armv8.4 processor.
+bool has_sdot() {
+#if defined(__aarch64__) && defined(__linux__)
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#elif defined(__aarch64__) && defined(__APPLE__)
+  int found = 0;
+  size_t size = sizeof(found);
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &found, &size, nullptr, 0) == 0 && found != 0;
+#else
+  return false;
+#endif
+}
+
 bool simd_target_available(SimdTarget target) {
   switch (target) {
     case SimdTarget::kGeneric:
@@ -49,6 +66,10 @@ bool simd_target_available(SimdTarget target) {
              (__builtin_cpu_supports("avx512bw") != 0) && __builtin_cpu_supports("avx512vl") &&
              (__builtin_cpu_supports("avx512dq") != 0);
 #endif
+#if defined(__aarch64__)
+    case SimdTarget::kNeon:
+      return true;  // part of the architecture
+#endif
     default:
       return false;
   }
@@ -62,6 +83,8 @@ const char* simd_target_name(SimdTarget target) {
       return "avx2_vnni";
     case SimdTarget::kAvx512:
       return "avx512";
+    case SimdTarget::kNeon:
+      return "neon";
     default:
       return "generic";
   }
@@ -69,7 +92,7 @@ const char* simd_target_name(SimdTarget target) {
 
 static SimdTarget choose() {
   const SimdTarget all[] = {SimdTarget::kAvx512, SimdTarget::kAvx2Vnni, SimdTarget::kAvx2,
-                            SimdTarget::kGeneric};
+                            SimdTarget::kNeon, SimdTarget::kGeneric};
   const char* wanted = std::getenv("GEMMASCOPE_FAST_CPU");
   for (SimdTarget target : all) {
     if (wanted != nullptr && *wanted != '\0') {
@@ -81,7 +104,7 @@ static SimdTarget choose() {
     if (simd_target_available(target)) return target;
   }
   throw std::runtime_error(std::string("GEMMASCOPE_FAST_CPU=") + wanted +
-                           ": expected generic, avx2, avx2_vnni or avx512");
+                           ": expected generic, avx2, avx2_vnni, avx512 or neon");
 }
 
 SimdTarget simd_target() {

@@ -226,7 +226,8 @@ PYBIND11_MODULE(_testing, m) {
       .value("generic", SimdTarget::kGeneric)
       .value("avx2", SimdTarget::kAvx2)
       .value("avx2_vnni", SimdTarget::kAvx2Vnni)
-      .value("avx512", SimdTarget::kAvx512);
+      .value("avx512", SimdTarget::kAvx512)
+      .value("neon", SimdTarget::kNeon);
   m.def("simd_target", &simd_target);
   m.def("simd_target_available", &simd_target_available);
   m.def("simd_target_name", &simd_target_name);

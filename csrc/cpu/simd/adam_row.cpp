@@ -202,12 +202,18 @@ extern const AdamRowTable kAdamRowTable;
 namespace avx512 {
 extern const AdamRowTable kAdamRowTable;
 }
+#elif defined(__aarch64__)
+namespace neon {
+extern const AdamRowTable kAdamRowTable;
+}
 #endif
 
 const AdamRowTable& adam_row_table(SimdTarget target) {
 #if defined(__x86_64__)
   if (target == SimdTarget::kAvx512) return avx512::kAdamRowTable;
   if (is_avx2(target)) return avx2::kAdamRowTable;
+#elif defined(__aarch64__)
+  if (target == SimdTarget::kNeon) return neon::kAdamRowTable;
 #endif
   (void)target;
   return generic::kAdamRowTable;

@@ -17,10 +17,12 @@
 #endif
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(GSF_NEON)
+#include <arm_neon.h>
 #endif
 
 #ifndef GSF_TARGET
-#error "GSF_TARGET must name the target namespace (generic, avx2, avx512)"
+#error "GSF_TARGET must name the target namespace (generic, avx2, avx512, neon)"
 #endif
 
 namespace gemmascope_fast {
@@ -93,6 +95,67 @@ static inline F16x load_fp16(const uint16_t* p) {
           _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
 }
 static inline __m256 fold8(F16x a) { return _mm256_add_ps(a.lo, a.hi); }
+
+#elif defined(GSF_NEON)
+
+using F4 = float32x4_t;
+struct F16x {
+  F4 a, b, c, d;
+};
+static inline F4 fma(F4 x, F4 y, F4 z) { return vfmaq_f32(z, x, y); }
+static inline F4 add(F4 x, F4 y) { return vaddq_f32(x, y); }
+static inline F4 sub(F4 x, F4 y) { return vsubq_f32(x, y); }
+static inline F4 mul(F4 x, F4 y) { return vmulq_f32(x, y); }
+static inline void store(float* p, F4 x) { vst1q_f32(p, x); }
+
+static inline F16x zero() {
+  const F4 v = vdupq_n_f32(0);
+  return {v, v, v, v};
+}
+static inline F16x broadcast(float s) {
+  const F4 v = vdupq_n_f32(s);
+  return {v, v, v, v};
+}
+static inline F16x load(const float* p) {
+  return {vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)};
+}
+static inline void store(float* p, F16x x) {
+  store(p, x.a);
+  store(p + 4, x.b);
+  store(p + 8, x.c);
+  store(p + 12, x.d);
+}
+static inline F16x fma(F16x x, F16x y, F16x z) {
+  return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b), fma(x.c, y.c, z.c), fma(x.d, y.d, z.d)};
+}
+static inline F16x add(F16x x, F16x y) {
+  return {add(x.a, y.a), add(x.b, y.b), add(x.c, y.c), add(x.d, y.d)};
+}
+static inline F16x sub(F16x x, F16x y) {
+  return {sub(x.a, y.a), sub(x.b, y.b), sub(x.c, y.c), sub(x.d, y.d)};
+}
+static inline F16x mul(F16x x, F16x y) {
+  return {mul(x.a, y.a), mul(x.b, y.b), mul(x.c, y.c), mul(x.d, y.d)};
+}
+static inline F16x div(F16x x, F16x y) {
+  return {vdivq_f32(x.a, y.a), vdivq_f32(x.b, y.b), vdivq_f32(x.c, y.c), vdivq_f32(x.d, y.d)};
+}
+static inline F16x sqrt(F16x x) {
+  return {vsqrtq_f32(x.a), vsqrtq_f32(x.b), vsqrtq_f32(x.c), vsqrtq_f32(x.d)};
+}
+static inline F4 widen_bf16(uint16x4_t h) { return vreinterpretq_f32_u32(vshll_n_u16(h, 16)); }
+static inline F16x load_bf16(const uint16_t* p) {
+  const uint16x8_t lo = vld1q_u16(p), hi = vld1q_u16(p + 8);
+  return {widen_bf16(vget_low_u16(lo)), widen_bf16(vget_high_u16(lo)), widen_bf16(vget_low_u16(hi)),
+          widen_bf16(vget_high_u16(hi))};
+}
+static inline F4 widen_fp16(uint16x4_t h) { return vcvt_f32_f16(vreinterpret_f16_u16(h)); }
+static inline F16x load_fp16(const uint16_t* p) {
+  const uint16x8_t lo = vld1q_u16(p), hi = vld1q_u16(p + 8);
+  return {widen_fp16(vget_low_u16(lo)), widen_fp16(vget_high_u16(lo)), widen_fp16(vget_low_u16(hi)),
+          widen_fp16(vget_high_u16(hi))};
+}
+static inline F4 fold4(F16x x) { return add(add(x.a, x.c), add(x.b, x.d)); }
 
 #else
 
@@ -172,6 +235,9 @@ static inline float reduce(F16x a) {
   __m128 s4 = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
   __m128 s2 = _mm_add_ps(s4, _mm_movehl_ps(s4, s4));
   return _mm_cvtss_f32(_mm_add_ss(s2, _mm_shuffle_ps(s2, s2, 1)));
+#elif defined(GSF_NEON)
+  const F4 s4 = fold4(a);
+  return vpadds_f32(vadd_f32(vget_low_f32(s4), vget_high_f32(s4)));
 #else
   for (int width = 8; width >= 1; width /= 2) {
     for (int l = 0; l < width; ++l) a.v[l] += a.v[l + width];

@@ -5,7 +5,7 @@
 #include <string.h>
 
 #ifndef GSF_TARGET
-#error "GSF_TARGET must name the target namespace (generic, avx2, avx512)"
+#error "GSF_TARGET must name the target namespace (generic, avx2, avx512, neon)"
 #endif
 
 namespace gemmascope_fast {

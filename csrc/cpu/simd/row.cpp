@@ -124,6 +124,7 @@ static void gather(RowSource source, const int32_t* indices, const float* coef, 
   }
 }
 
+// Sums that a loop addresses by number, if only in the tail, live in memory: the tails are unrolled for the loops before them.
 template <typename Type, int R>
 static void dot_group(const Group<Type>& group, int64_t d, const float* g, float* out) {
   F16x sum[R];
@@ -136,6 +137,7 @@ static void dot_group(const Group<Type>& group, int64_t d, const float* g, float
   }
   if (k < d) {
     const F16x b = load_tail(g + k, d - k);
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) sum[r] = fma(at_tail<Type>(group.row[r] + k, d - k), b, sum[r]);
   }
   for (int r = 0; r < R; ++r) out[r] = reduce(sum[r]);
@@ -187,6 +189,7 @@ static void sweep(const float* const* rows, const float* coef, bool first, int64
   if (k < d) {
     F16x a = first ? zero() : load_tail(acc + k, d - k);
     const F16x b = kDot ? load_tail(w + k, d - k) : zero();
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const F16x x = load_tail(rows[r] + k, d - k);
       if (kDot) sum[r] = fma(b, x, sum[r]);
@@ -195,6 +198,7 @@ static void sweep(const float* const* rows, const float* coef, bool first, int64
     store_tail(acc + k, a, d - k);
   }
   if (kDot) {
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) dots[r] = reduce(sum[r]);
   }
 }
@@ -273,12 +277,18 @@ extern const RowTable kRowTable;
 namespace avx512 {
 extern const RowTable kRowTable;
 }
+#elif defined(__aarch64__)
+namespace neon {
+extern const RowTable kRowTable;
+}
 #endif
 
 const RowTable& row_table(SimdTarget target) {
 #if defined(__x86_64__)
   if (target == SimdTarget::kAvx512) return avx512::kRowTable;
   if (is_avx2(target)) return avx2::kRowTable;
+#elif defined(__aarch64__)
+  if (target == SimdTarget::kNeon) return neon::kRowTable;
 #endif
   (void)target;
   return generic::kRowTable;

@@ -12,7 +12,7 @@
 #endif
 
 #ifndef GSF_TARGET
-#error "GSF_TARGET must name the target namespace (generic, avx2, avx512)"
+#error "GSF_TARGET must name the target namespace (generic, avx2, avx512, neon)"
 #endif
 
 namespace gemmascope_fast {

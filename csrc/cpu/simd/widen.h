@@ -65,6 +65,20 @@ static inline void transpose8(const float* s, int64_t stride, float* t, int64_t 
 }
 #endif
 
+#if defined(GSF_NEON)
+// Four rows of four, `stride` floats apart, written transposed.
+static inline void transpose4(const float* s, int64_t stride, float* t, int64_t target_stride) {
+  const F4 a = vld1q_f32(s), b = vld1q_f32(s + stride);
+  const F4 c = vld1q_f32(s + 2 * stride), d = vld1q_f32(s + 3 * stride);
+  const F4 ac0 = vzip1q_f32(a, c), ac1 = vzip2q_f32(a, c);
+  const F4 bd0 = vzip1q_f32(b, d), bd1 = vzip2q_f32(b, d);
+  vst1q_f32(t, vzip1q_f32(ac0, bd0));
+  vst1q_f32(t + target_stride, vzip2q_f32(ac0, bd0));
+  vst1q_f32(t + 2 * target_stride, vzip1q_f32(ac1, bd1));
+  vst1q_f32(t + 3 * target_stride, vzip2q_f32(ac1, bd1));
+}
+#endif
+
 #if defined(__AVX512F__)
 // Sixteen rows of sixteen. A row's cache line is read once and whole: no staging needed, whatever the stride.
 static inline void transpose16(const float* s, int64_t stride, float* t, int64_t target_stride) {
@@ -157,6 +171,12 @@ static void transpose(const void* source, int64_t source_stride, int dtype, int6
       for (; height == kLanes && c + 8 <= width; c += 8) {
         transpose8(&staged[0][c], kStage + kLanes, out + c * target_stride, target_stride);
         transpose8(&staged[8][c], kStage + kLanes, out + c * target_stride + 8, target_stride);
+      }
+#elif defined(GSF_NEON)
+      for (; height == kLanes && c + 4 <= width; c += 4) {
+        for (int64_t r = 0; r < kLanes; r += 4) {
+          transpose4(&staged[r][c], kStage + kLanes, out + c * target_stride + r, target_stride);
+        }
       }
 #endif
       for (; c < width; ++c) {
