@@ -33,7 +33,7 @@ class Explanation:
         path: "screened" (int8 candidates, float32 decisions), "direct" (the plain product) or
             "reference" (plain PyTorch).
         reason: why the path is not "screened"; empty when it is.
-        target: instruction set of the kernels: "generic", "avx2", "avx2_vnni", "avx512"
+        target: instruction set of the kernels: "generic", "avx2", "avx2_vnni", "avx512", "neon"
             or "cuda sm_90a".
         int8: whether the processor multiplies int8 much faster than float32.
         layout: of W_enc on a CPU: "feature-major" (`W_enc.t()` has contiguous rows), "row-major"

@@ -17,7 +17,7 @@ PLAIN: dict[str, Any] = {
     "install": {"path": "/site/gemmascope_fast", "checkout": False, "missing": "", "elsewhere": ""},
     "cpu": {
         "machine": "x86_64",
-        "features": sorted(machine.SIMD_FLAGS["avx512"] | {machine.INT8_FLAG}),
+        "features": sorted(machine.SIMD_FLAGS["avx512"] | {machine.INT8_FLAGS["avx512"]}),
         "simd_target": "avx512",
         "simd_best": "avx512",
         "int8": True,
@@ -34,6 +34,12 @@ PLAIN: dict[str, Any] = {
 """A report of which nothing follows."""
 
 AVX2 = sorted(machine.SIMD_FLAGS["avx2"])
+ARM = {
+    "machine": "aarch64",
+    "features": ["asimd", "asimddp"],
+    "simd_target": "neon",
+    "simd_best": "neon",
+}
 H100, A100 = ({"name": "GPU", "capability": c} for c in ("9.0", "8.0"))
 NO_LIBRARY = {"missing": "the compiled library is not built"}
 WITH_GPU = {"nvidia_driver": True, "torch_cuda": "13.0", "devices": [H100]}
@@ -73,7 +79,17 @@ ADVICE: dict[str, tuple[dict[str, Any], str, str]] = {
         "slow",
         "GEMMASCOPE_FAST_CPU=avx2, where the avx512 code would run",
     ),
-    "portable": ({"cpu": {"machine": "aarch64", "int8": False}}, "note", "no other for aarch64"),
+    "portable": ({"cpu": {"machine": "riscv64", "int8": False}}, "note", "no other for riscv64"),
+    "neon without int8": (
+        {"cpu": ARM | {"features": ["asimd"], "int8": False}},
+        "note",
+        "the processor lacks asimddp: without int8 dot products",
+    ),
+    "neon not built": (
+        {"cpu": ARM | {"simd_target": "generic", "simd_best": "generic", "int8": False}},
+        "note",
+        "the generic code serves: no other was built",
+    ),
     "avx2": (
         {"cpu": {"simd_target": "avx2", "simd_best": "avx2", "features": AVX2}},
         "note",
@@ -134,6 +150,7 @@ def changed(change: dict[str, Any]) -> dict[str, Any]:
 
 def test_of_a_plain_report_nothing_follows() -> None:
     assert doctor.advise(PLAIN) == []
+    assert changed({"cpu": ARM})["advice"] == []
     for gpus in [A100], [H100, A100], [{"name": "GPU", "capability": "8.6"}]:
         found = changed({"gpu": WITH_GPU | {"devices": gpus}})
         assert found["advice"] == [], gpus

@@ -8,7 +8,7 @@ from conftest import native_absent
 
 OPS = ("decode_backward", "encode_backward")
 N, L0 = 48, 24
-VARIANTS = ("generic", "avx2", "avx512")
+VARIANTS = ("generic", "avx2", "avx512", "neon")
 SHAPES = {torch.float32: (4100, 1030), torch.bfloat16: (8200, 1051), torch.float16: (8200, 1024)}
 """More than 16 MiB; rows of 4120 and 2102 bytes begin at any place of a line, those of 2048 at
 its start."""

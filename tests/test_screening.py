@@ -351,7 +351,7 @@ print(digest.hexdigest(), screening.gsf.explain().path)
 
 def test_targets_and_threads_agree(run_python: Callable[..., str]) -> None:
     found = {}
-    for target in filter(available, ("generic", "avx2", "avx2_vnni", "avx512")):
+    for target in filter(available, ("generic", "avx2", "avx2_vnni", "avx512", "neon")):
         for count in (1, 2, 3) if target != "generic" else (2,):
             env = {"GEMMASCOPE_FAST_CPU": target, "GEMMASCOPE_FAST_SCREEN": "always"}
             found[target, count] = run_python(SCRIPT.format(threads=count), **env)

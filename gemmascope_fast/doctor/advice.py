@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from .machine import SIMD_FLAGS
+from .machine import INT8_FLAGS, SIMD_FLAGS
 
 TESTED_TORCH = ("2.11", "2.13")
 """Versions of torch that this release ran with: on an H200, and on CPUs."""
+
+MOST = {"x86_64": "avx512", "AMD64": "avx512", "aarch64": "neon", "arm64": "neon"}
+"""The target with the widest vectors, by `platform.machine()`."""
 
 Level = Literal["problem", "slow", "note"]
 Report = dict[str, Any]
@@ -127,18 +130,18 @@ def _processor(found: Report) -> Iterator[Advice]:
             f"GEMMASCOPE_FAST_CPU={target}, where the {best} code would run",
             "unset it: the results are the same bits",
         )
-    elif cpu["machine"] not in ("x86_64", "AMD64"):
+    elif cpu["machine"] not in MOST:
         yield Advice("note", f"the portable code serves: there is no other for {cpu['machine']}")
-    elif target != "avx512":
-        better = "avx2" if target == "generic" else "avx512"
+    elif target != (most := MOST[cpu["machine"]]):
+        better = "avx2" if (target, most) == ("generic", "avx512") else most
         lacks = sorted(SIMD_FLAGS[better] - set(cpu["features"]))
         why = f"the processor lacks {', '.join(lacks)}" if lacks else "no other was built"
         yield Advice("note", f"the {target} code serves: {why}")
     elif not cpu["int8"]:
         yield Advice(
             "note",
-            "the processor lacks avx512_vnni: without int8 dot products encoders compute float32 "
-            "products throughout, and gsf.pack brings nothing",
+            f"the processor lacks {INT8_FLAGS[most]}: without int8 dot products encoders compute "
+            "float32 products throughout, and gsf.pack brings nothing",
         )
 
 

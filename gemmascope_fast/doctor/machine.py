@@ -21,12 +21,13 @@ SIMD_FLAGS = {
     "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"},
     "avx2_vnni": {"avx2", "fma", "f16c", "avx_vnni"},
     "avx2": {"avx2", "fma", "f16c"},
+    "neon": {"asimd"},
     "generic": set[str](),
 }
 """Processor flags (as in /proc/cpuinfo) that each SIMD target needs, best target first."""
 
-INT8_FLAG = "avx512_vnni"
-"""Flag of the int8 dot products that the avx512 target wants: AVX-512 began without them."""
+INT8_FLAGS = {"avx512": "avx512_vnni", "neon": "asimddp"}
+"""Flag of the int8 dot products that a target wants: AVX-512 and NEON began without them."""
 
 BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 """Variables that bind a process's first thread, and so hide what the others may use."""
@@ -77,7 +78,8 @@ def _built_elsewhere() -> str:
 def cpu() -> dict[str, Any]:
     """Instruction sets, and threads beside the cores and processors that they have."""
     flags = _cpu_flags()
-    shown = [f for f in sorted(flags) if f in SIMD_FLAGS["avx512"] or "vnni" in f or "amx" in f]
+    known = SIMD_FLAGS["avx512"] | SIMD_FLAGS["neon"] | set(INT8_FLAGS.values())
+    shown = [f for f in sorted(flags) if f in known or "vnni" in f or "amx" in f]
     target = simd_target(flags)
     cores, processors = _cores()
     return {
@@ -85,7 +87,7 @@ def cpu() -> dict[str, Any]:
         "features": shown,
         "simd_target": target,
         "simd_best": _best_target(flags),
-        "int8": target.startswith("avx2") or (target == "avx512" and INT8_FLAG in flags),
+        "int8": target.startswith("avx2") or INT8_FLAGS.get(target) in flags,
         "threads": torch.get_num_threads(),
         "cores": cores,
         "processors": processors,
