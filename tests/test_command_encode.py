@@ -94,6 +94,7 @@ def killed(call, module, name, at):
     """A process that does `call` ends at call number `at` of `module.<name>`."""
     pid = os.fork()
     if pid == 0:
+        torch.set_num_threads(1)  # a forked child has none of its parent's threads
         count, real = iter(range(10**6)), getattr(module, name)
         setattr(module, name, lambda *a: os._exit(9) if next(count) == at else real(*a))
         try:

@@ -16,6 +16,8 @@ constexpr int64_t kLanes = 16;
 // next block's prefetch.
 constexpr int64_t kBlockBytes = 192 * 1024;
 constexpr int64_t kSmallBytes = 2 * kBlockBytes;
+// Multiply-adds, 3 us of them, below which waking other threads costs more than they save.
+constexpr int64_t kSmallWork = 1 << 18;
 // A row block of x stays in a shared L3.
 constexpr int64_t kRowBlockBytes = 8 * 1024 * 1024;
 constexpr int64_t kMaxRowBlock = 1024;
@@ -126,7 +128,8 @@ void EncodeTiles::partition() {
   ranges_ = range_ == 0 ? 0 : divide_up(d_sae_, range_);
   // Each core's L2 holds all of a small W_enc, which tasks of few rows then read again at no cost.
   const bool small = why_direct_ != nullptr && d_sae_ * row_bytes <= kSmallBytes;
-  if (small && tasks() > 0 && tasks() < wanted) {
+  const bool worth = n_ * d_sae_ >= kSmallWork / std::max<int64_t>(x_rows_.padded_cols(), 1);
+  if (small && worth && tasks() > 0 && tasks() < wanted) {
     row_block_ = round_up(divide_up(n_, divide_up(wanted, ranges_)), unit);
     row_blocks_ = divide_up(n_, row_block_);
   }
