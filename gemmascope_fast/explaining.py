@@ -35,7 +35,7 @@ class Explanation:
         reason: why the path is not "screened"; empty when it is.
         target: instruction set of the kernels: "generic", "avx2", "avx2_vnni", "avx512", "neon"
             or "cuda sm_90a".
-        int8: whether the processor multiplies int8 much faster than float32.
+        int8: whether the processor multiplies int8 faster than float32.
         layout: of W_enc on a CPU: "feature-major" (`W_enc.t()` has contiguous rows), "row-major"
             (W_enc has) or "strided".
         packed: whether the weights' codes came from `pack`.

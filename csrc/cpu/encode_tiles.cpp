@@ -15,8 +15,9 @@ constexpr int64_t kLanes = 16;
 // A block of w takes less than half of a 512 KiB L2: the rest is for x, the lanes' state and the
 // next block's prefetch.
 constexpr int64_t kBlockBytes = 192 * 1024;
+// A W_enc that each core's L2 holds whole.
 constexpr int64_t kSmallBytes = 2 * kBlockBytes;
-// Multiply-adds, 3 us of them, below which waking other threads costs more than they save.
+// Multiply-adds, 4 us at a core's peak, below which other threads are not woken for a few rows.
 constexpr int64_t kSmallWork = 1 << 18;
 // A row block of x stays in a shared L3.
 constexpr int64_t kRowBlockBytes = 8 * 1024 * 1024;
@@ -126,7 +127,7 @@ void EncodeTiles::partition() {
   const int64_t ranges = divide_up(wanted, std::max<int64_t>(row_blocks_, 1));
   range_ = std::min(round_up(divide_up(d_sae_, ranges), block_), kMaxSide / block_ * block_);
   ranges_ = range_ == 0 ? 0 : divide_up(d_sae_, range_);
-  // Each core's L2 holds all of a small W_enc, which tasks of few rows then read again at no cost.
+  // Tasks of few rows then read it again at no cost.
   const bool small = why_direct_ != nullptr && d_sae_ * row_bytes <= kSmallBytes;
   const bool worth = n_ * d_sae_ >= kSmallWork / std::max<int64_t>(x_rows_.padded_cols(), 1);
   if (small && worth && tasks() > 0 && tasks() < wanted) {

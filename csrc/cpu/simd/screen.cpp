@@ -21,8 +21,8 @@
 namespace gemmascope_fast {
 namespace GSF_TARGET {
 
-// Making the codes costs 1.4 cycles a weight in 512-bit registers and 2 in 256-bit ones, against n / 16 of the float32 product; on
-// NEON about 6 vector instructions of which the float32 product takes n / 4, counted and not measured.
+// Making the codes costs 1.4 cycles a weight in 512-bit registers and 2 in 256-bit ones, against n / 16 of the float32 product;
+// on NEON about 6 vector instructions of which the float32 product takes n / 4, counted and not measured.
 extern const ScreenTable kScreenTable, kVnniScreenTable, kVexScreenTable, kSdotScreenTable;
 
 #if defined(__AVX512F__)

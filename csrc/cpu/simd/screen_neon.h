@@ -1,4 +1,4 @@
-// The tile of screen.cpp, and its second stage, for processors with FEAT_DotProd (sdot: Armv8.2 and later).
+// The screening tile, and the second stage, for processors with FEAT_DotProd (sdot: Armv8.2 and later).
 //
 // Algorithm: four tokens' quads are one register, of which sdot picks a lane; four latents' quads another, whose top bits are
 // flipped: codes + 128 become codes. 8 tokens x 12 latents at a time keep 24 of 32 registers as accumulators, and the 48
@@ -14,16 +14,21 @@
 namespace gemmascope_fast {
 namespace GSF_TARGET {
 
+// Lets the assembler take sdot: it wants an architecture with the extension. A compiler set to a newer one must not lose that.
+#if defined(__ARM_FEATURE_DOTPROD)
+#define GSF_SDOT "sdot"
+#else
+#define GSF_SDOT ".arch armv8.2-a+dotprod\n\tsdot"
+#endif
+
 // sum += w . x, four by four bytes per lane, x those of one lane. Not intrinsics, which want a translation unit of their own
 // for the processors that have the instruction.
 template <int kLane>
 static inline void dot_lane(int32x4_t& sum, int8x16_t w, int8x16_t x) {
-  asm(".arch armv8.2-a+dotprod\n\tsdot %0.4s, %1.16b, %2.4b[%c3]"
-      : "+w"(sum)
-      : "w"(w), "w"(x), "i"(kLane));
+  asm(GSF_SDOT " %0.4s, %1.16b, %2.4b[%c3]" : "+w"(sum) : "w"(w), "w"(x), "i"(kLane));
 }
 static inline void dot4(int32x4_t& sum, int8x16_t w, int8x16_t x) {
-  asm(".arch armv8.2-a+dotprod\n\tsdot %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(w), "w"(x));
+  asm(GSF_SDOT " %0.4s, %1.16b, %2.16b" : "+w"(sum) : "w"(w), "w"(x));
 }
 
 static inline int8x16_t load_codes(const uint8_t* p) {
@@ -80,7 +85,7 @@ static inline void sum_turn(const ScreenTile& t, int turn, int32x4_t (&acc)[kRow
   }
 }
 
-// As candidates() of screen.cpp, four latents at a time.
+// As candidates() of screen_portable.h, four latents at a time.
 static inline uint64_t passing(const float* products, const ScreenLatents& latents,
                                const ScreenTokens& tokens, int64_t r) {
   static const uint32_t kBits[4] = {1, 2, 4, 8};
