@@ -154,7 +154,7 @@ def test_more_slices_take_less_memory_and_products() -> None:
         ({"l0": 65}, "l0 must be at most the 64 latents, got 65"),
         ({"d_in": "8"}, "d_in must be an int, got str"),
         ({"kind": "clt", "batch_size": 0}, "batch_size must be >= 1, got 0"),
-        ({"dtype": "bf16"}, "dtype must be float32, bfloat16, float16 or float64, got bf16"),
+        ({"dtype": "bf16"}, "dtype must be float32, bfloat16, float16 or float64, got 'bf16'"),
         ({"kind": "clt", "moments": "fp8"}, "moments must be one of fp32, 8bit, got 'fp8'"),
         ({"l0": 8, "touched": 65}, "touched must be in \\[0, latents of a rank=64\\], got 65"),
         ({"blocks": 0}, "blocks must be >= 1, got 0"),
