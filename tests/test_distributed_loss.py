@@ -29,7 +29,8 @@ from gemmascope_fast.training import (
     Reconstruction,
     Tanh,
 )
-from gemmascope_fast.training.blocked import Limits, sae_loss
+from gemmascope_fast.training.blocked import sae_loss
+from gemmascope_fast.training.planning import Limits
 
 TERMS = (
     Reconstruction(0.7, normalisation="variance"),

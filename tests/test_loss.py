@@ -20,7 +20,8 @@ from torch import Tensor
 
 import gemmascope_fast as gsf
 from gemmascope_fast.training import L0, QuadraticL0, Reconstruction
-from gemmascope_fast.training.blocked import Limits, sae_loss
+from gemmascope_fast.training.blocked import sae_loss
+from gemmascope_fast.training.planning import Limits
 
 OPS = (
     *("jumprelu_encode", "topk_encode", "batchtopk_encode", "decode"),

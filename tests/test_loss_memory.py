@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import gemmascope_fast as gsf
-from gemmascope_fast.training.blocked import Limits, sae_loss
+from gemmascope_fast.training.blocked import sae_loss
+from gemmascope_fast.training.planning import Limits
 
 ABSENT = native_absent(OPS)
 sparse_memory = pytest.mark.skipif(bool(ABSENT), reason=f"the reference is dense inside; {ABSENT}")

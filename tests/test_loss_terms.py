@@ -14,7 +14,8 @@ from torch import Tensor
 
 import gemmascope_fast as gsf
 from gemmascope_fast import training as t
-from gemmascope_fast.training.blocked import Limits, count_latents, sae_loss
+from gemmascope_fast.training.blocked import count_latents, sae_loss
+from gemmascope_fast.training.planning import Limits
 
 OPS = (
     *("jumprelu_encode", "topk_encode", "decode", "encode_backward", "decode_backward"),

@@ -14,7 +14,7 @@ from test_optim import F, batch, loss_of, sae, train
 
 import gemmascope_fast as gsf
 from gemmascope_fast import ops
-from gemmascope_fast.training import blocked
+from gemmascope_fast.training import blocked, planning
 
 ACTIVATIONS = [gsf.JumpReLU(0.2, 0.4), gsf.TopK(5), gsf.BatchTopK(4.5)]
 RULES = [
@@ -176,7 +176,7 @@ def test_loss_in_one_sparse_block(activation, scale):
 
 def test_loss_in_several_blocks_takes_the_unfused_way():
     runs = pair()
-    limits = blocked.Limits(entry_bytes=F * blocked.ENTRY_BYTES, crossover=1.0)
+    limits = planning.Limits(entry_bytes=F * planning.ENTRY_BYTES, crossover=1.0)
     for module, optimizer in runs:
         for step in range(3):
             optimizer.zero_grad()

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gemmascope_fast as gsf
 from gemmascope_fast.training import Reconstruction
-from gemmascope_fast.training.blocked import _strata, sampled_density
 from gemmascope_fast.training.losses import Term
+from gemmascope_fast.training.planning import _strata, sampled_density
 
 X, W, B = torch.randn(6, 20), torch.randn(20, 40), torch.zeros(40)
 THETA = torch.full((40,), 1.0)

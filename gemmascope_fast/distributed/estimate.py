@@ -196,7 +196,7 @@ def _check_sizes(sizes: dict[str, Any]) -> None:
 def _tp(s: StepShare, blocks: int) -> Traffic:
     if s.tp == 1:
         return Traffic(1)
-    from ..training.blocked import DEFAULT_LIMITS
+    from ..training.planning import DEFAULT_LIMITS
 
     spans = -(-s.rows // DEFAULT_LIMITS.span_rows)
     payload = {

@@ -83,6 +83,6 @@ class StepShare:
     @property
     def blocks(self) -> int:
         """Row blocks of the loss."""
-        from ..training.blocked import DEFAULT_LIMITS, ENTRY_BYTES
+        from ..training.planning import DEFAULT_LIMITS, ENTRY_BYTES
 
         return max(-(-self.entries * ENTRY_BYTES // DEFAULT_LIMITS.entry_bytes), 1)

@@ -21,7 +21,7 @@ from circuit_tracer.transcoder import single_layer_transcoder as single
 from torch import Tensor, nn
 
 from .. import ops
-from ..training.blocked import CROSSOVER
+from ..training.planning import CROSSOVER
 from .circuit_tracer_ops import Gate, compact
 
 Single, Set = single.SingleLayerTranscoder, single.TranscoderSet

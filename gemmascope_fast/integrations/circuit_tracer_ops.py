@@ -20,7 +20,7 @@ from torch import Tensor
 from ..entries import row_offsets
 from ..functional import decode, jumprelu_encode, topk_encode
 from ..sparse import SparseActs
-from ..training.blocked import CROSSOVER, sampled_density
+from ..training.planning import CROSSOVER, sampled_density
 
 BLOCK = 2**22
 """Pre-activations that are dense at once, of rows that have fewer than k positive ones."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..functional import decode as sparse_decode
 from ..sparse import SparseActs
-from ..training.blocked import CROSSOVER
+from ..training.planning import CROSSOVER
 from . import circuit_tracer_host as host
 from . import circuit_tracer_ops as entries
 

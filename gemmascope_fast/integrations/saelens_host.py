@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..effective import decoder_norms
 from ..sparse import SparseActs
-from ..training.blocked import CROSSOVER, sampled_density
+from ..training.planning import CROSSOVER, sampled_density
 from .saelens_pass import Encoder
 
 STOCK = "__sae_lens__"

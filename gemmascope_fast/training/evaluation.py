@@ -93,6 +93,12 @@ class Inputs:
             self._wide[name] = wide
         return self._wide[name]
 
+    def decoder_norms(self) -> Tensor:
+        """`[d_sae]` norms of the decoder's rows in `acc`, computed once per evaluation."""
+        if "norms" not in self._wide:
+            self._wide["norms"] = torch.linalg.vector_norm(self.wide("W_dec"), dim=1)
+        return self._wide["norms"]
+
 
 class Gradients:
     """Sums of gradients over blocks: one buffer per wanted tensor, in the tensor's strides.

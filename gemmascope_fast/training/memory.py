@@ -178,7 +178,7 @@ def estimate(
 
 def _step(s: Settings, device: torch.device, matrix: int, vectors: int) -> dict[str, int]:
     """What a training step holds at its densest."""
-    from .blocked import CROSSOVER, DEFAULT_LIMITS, ENTRY_BYTES  # it imports sympy
+    from .planning import CROSSOVER, DEFAULT_LIMITS, ENTRY_BYTES  # it imports sympy
 
     wide = max(s.dtype.itemsize, 4)
     spans = s.batch_size if s.activation != "jumprelu" else DEFAULT_LIMITS.span_rows
@@ -232,7 +232,7 @@ def _batch(s: Settings, device: torch.device, rows: int) -> tuple[int, int]:
 
 def _auxk(s: Settings, matrix: int, entries: int) -> int:
     """What AuxK holds beyond the step's entries: a dictionary of the dead, and its entries."""
-    from .blocked import DEFAULT_LIMITS, ENTRY_BYTES
+    from .planning import DEFAULT_LIMITS, ENTRY_BYTES
 
     wide = max(s.dtype.itemsize, 4)
     dead = int(DEAD_SHARE * s.d_sae)

@@ -54,7 +54,6 @@ class Objective:
         self.residual = torch.empty_like(target, dtype=inputs.acc) if kept else None
         self.counts: Tensor | None = None
         self._d_counts: Tensor | None = None
-        self._norm_cache: Tensor | None = None
 
     @property
     def needs_counts(self) -> bool:
@@ -123,11 +122,12 @@ class Objective:
         return [next(grads) if want else None for want in wanted]
 
     def entries(
-        self, values: Tensor, latents: Tensor | None, gradients: Gradients
+        self, inputs: Inputs, values: Tensor, latents: Tensor | None, gradients: Gradients
     ) -> Tensor | None:
         """Count the sums over activations, and differentiate them.
 
         Args:
+            inputs: of the dictionary whose activations they are.
             values: `[nnz]` activations, or a tile `[r, d_sae]`.
             latents: `[nnz]` latent of each; None for a tile.
             gradients: receives the gradient of the decoder norms, in W_dec.
@@ -138,9 +138,9 @@ class Objective:
         terms = [(at, t) for at, t in enumerate(self._terms) if isinstance(t, EntryTerm)]
         if not terms:
             return None
-        needs = self._inputs.needs
+        needs = inputs.needs
         leaf = values.detach().requires_grad_(bool(needs))
-        norms = self._norms().detach()
+        norms = inputs.decoder_norms().detach()
         mine = norms if latents is None else norms[latents]
         mine.requires_grad_("W_dec" in needs and any(t.by_norm for _, t in terms))
         with torch.set_grad_enabled(bool(needs)):
@@ -148,7 +148,7 @@ class Objective:
             for at, term in terms:
                 value = term.per_entry(leaf * mine if term.by_norm else leaf).sum()
                 self.sums[at].add_(value.detach())
-                total = total + value / self._inputs.tokens
+                total = total + value / inputs.tokens
         if not total.requires_grad:
             return None
         if not mine.requires_grad:
@@ -156,15 +156,10 @@ class Objective:
         d_values, d_norms = torch.autograd.grad(total, (leaf, mine))
         if latents is not None:
             d_norms = torch.zeros_like(norms).index_put((latents,), d_norms, accumulate=True)
-        W_dec = self._inputs.wide("W_dec")
+        W_dec = inputs.wide("W_dec")
         share = torch.where(norms > 0, d_norms / norms, 0.0)
         gradients.buffer("W_dec").addcmul_(W_dec, share[:, None])
         return d_values
-
-    def _norms(self) -> Tensor:
-        if self._norm_cache is None:
-            self._norm_cache = torch.linalg.vector_norm(self._inputs.wide("W_dec"), dim=1)
-        return self._norm_cache
 
     def latents(self, own: Callable[[], Tensor]) -> Tensor | None:
         """Gradient `[d_sae]` in the counts of this batch; None where no term depends on them.
