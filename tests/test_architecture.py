@@ -50,7 +50,7 @@ LAYERS = [
 """Lowest first. A module imports layers below its own, or its own folder; longest name counts."""
 
 LATE = {("pretrained", "artefacts"), ("modules", "training"), ("training", "distributed")}
-LATE |= {("training", "artefacts")}
+LATE |= {("training", "artefacts"), ("multilayer", "training")}
 """Upward imports made inside a function, when it is called: the methods that wrap a package."""
 
 LINES = 300

@@ -445,7 +445,7 @@ def test_copies_and_files_of_the_module_have_no_optimizer():
     module = sae()
     optimizer = gsf.optim.Adam(module, 1e-2, fused=True)
     twin = copy.deepcopy(module)
-    assert twin.deferred is None and module.deferred is optimizer._deferred
+    assert twin.deferred is None and module.deferred is optimizer._deferred[0]
     loss_of(twin, batch(0)).backward()
     assert twin.W_dec.grad is not None
     stream = io.BytesIO()

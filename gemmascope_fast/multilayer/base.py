@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from ..initial import unit_rows_
 from ..packing import PackedEncoder, Precision, pack
 from ..pretrained import Pretrained
 from ..sparse import SparseActs
+from ..training.losses import DEFAULT_TERMS, LossTerm
 
 EXACT = ("b_enc", "threshold")  # parameter lists that are never rounded to 16 bits
 
@@ -29,6 +30,7 @@ class MultiLayer(Pretrained, Freezable):
     W_dec: nn.ParameterList
     b_dec: nn.Parameter
     packed: list[PackedEncoder] | None = None
+    deferred: Sequence[Any] = ()  # of each layer, a fused optimizer's: loss leaves its work to step
 
     def __init__(
         self,
@@ -188,6 +190,44 @@ class MultiLayer(Pretrained, Freezable):
         if max_nnz is not None:
             raise ValueError("encode: TopK always stores k entries per token; drop max_nnz")
         return topk_encode(*encoder, activation.k)
+
+    def loss(
+        self, x: Tensor, target: Tensor | None = None, terms: Sequence[LossTerm] = DEFAULT_TERMS
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`SAE.loss` over all layers: in blocks of rows, with memory bounded at any density.
+
+        A token's reconstruction, error and L0 are those of all layers together: the squared error
+        is summed over layers and width, `l0` over the layers. Terms over activations (`L1`, `Tanh`)
+        take the norm of a latent's whole decoder row, all outputs together. Firing rates are of
+        `[L * d_sae]` latents, layer after layer.
+
+        Args:
+            x: `[*batch, L, d_model]` floating point.
+            target: of the same shape; default x for a `Crosscoder`, needed by a
+                `CrossLayerTranscoder`.
+            terms: as for `SAE.loss`, but prefixes of the latents (`Matryoshka`) and terms with
+                activations of their own (`AuxK`, `MultiTopK`, `PreAct`).
+
+        Returns:
+            The loss and metrics of `SAE.loss`; `fvu` is of all layers together, `density` is
+            l0 / (L * d_sae), `blocks` counts each block once per layer.
+
+        Raises:
+            TypeError: a tensor is not floating point, or `terms` is not a sequence of terms.
+            ValueError: shapes or devices disagree, target is missing, terms are empty, share a name
+                or are for single layers, or bandwidth is 0 while a threshold requires grad.
+        """
+        from ..training import layered  # which needs this module
+
+        return cast(
+            "tuple[Tensor, dict[str, Tensor]]", layered.layered_loss(self, x, target, terms)
+        )
+
+    def count_latents(self, x: Tensor) -> tuple[Tensor, int]:
+        """Tokens of x on which each latent is active, `[L * d_sae]` int64, and tokens."""
+        from ..training.layered import count_layered
+
+        return cast("tuple[Tensor, int]", count_layered(self, x))
 
     def _encoder(self, layer: int) -> Tensor | PackedEncoder:
         """The weights of a layer, with their codes if the module is frozen."""

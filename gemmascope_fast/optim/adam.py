@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from ..arguments import check_number
 from ..modules import SAE
+from ..multilayer.base import MultiLayer
 from ..screening import current_screens
 from .deferred import Deferred
+from .layers import Layer, Part
+from .record import Record
 from .rows import ROUNDING, as_rows, new_state, op_state, rates, requantise, rule, update
 
 OP = "Adam"
@@ -28,8 +31,8 @@ class Adam(torch.optim.Optimizer):
     the k steps since the last one. bfloat16 weights are rounded stochastically, float32 inside.
 
     Args:
-        params: a module, or parameters or groups as of any optimizer. Of an `SAE` or `Transcoder`,
-            W_dec gets a group of its own, the last one.
+        params: a module, or parameters or groups as of any optimizer. Of an `SAE`, `Transcoder`,
+            `Crosscoder` or `CrossLayerTranscoder`, W_dec gets a group of its own, the last one.
         lr: learning rate, finite, >= 0.
         betas: decay of the first and second moment, each in [0, 1).
         eps: added to the root, finite, >= 0.
@@ -39,14 +42,14 @@ class Adam(torch.optim.Optimizer):
         moments: v of matrices in float32, or in 8-bit codes ("8bit": one exponent per 128 columns,
             stochastically rounded; 1.01 bytes per weight). The first moment stays in float32.
         remove_parallel: take the component along each row of W_dec out of its gradient first.
-        unit_norm: scale every updated row of W_dec to unit norm. Both act on each matrix of the
-            group when params is not an `SAE`.
-        fused: params is an `SAE`: `backward` leaves the gradients of W_enc and W_dec uncomputed,
-            and `step` computes them row by row while it updates, without gradient buffers. A second
-            `backward` before `step` or `zero_grad` raises, and so does decoding activations
-            other than those that `module.encode` returned. Gradients that are dense all the same
-            (`module.loss` in several blocks) are applied as without fused. Needs the default
-            `Semantics`.
+        unit_norm: scale every updated row of W_dec to unit norm; of several layers, a row is all
+            that a latent writes. Both act on each matrix of the group when params is no dictionary.
+        fused: params is a dictionary: `backward` leaves the gradients of W_enc and W_dec
+            uncomputed, and `step` computes them row by row while it updates, without gradient
+            buffers. A second `backward` before `step` or `zero_grad` raises, and so does decoding
+            activations other than those that `module.encode` returned. Gradients that are dense all
+            the same (`module.loss` in several blocks; encode and decode of several layers) are
+            applied as without fused. Needs the default `Semantics`.
         seed: of the stochastic rounding; the same bits for any number of threads.
 
     Raises:
@@ -78,21 +81,26 @@ class Adam(torch.optim.Optimizer):
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"{OP}: seed must be an int, got {type(seed).__name__}")
         self._seed = seed
-        self._deferred: Deferred | None = None
-        if isinstance(params, SAE):
+        self._deferred: list[Deferred] = []
+        if isinstance(params, (SAE, MultiLayer)):
             _check_leaves(params)
             plain = dict.fromkeys(decoder, False)
-            others = [p for p in params.parameters() if p is not params.W_dec and p.requires_grad]
-            groups: list[dict[str, Any]] = [{"params": others} | plain, {"params": [params.W_dec]}]
+            rows_of = [params.W_dec] if isinstance(params, SAE) else list(params.W_dec)
+            apart = {id(p) for p in rows_of}
+            others = [p for p in params.parameters() if id(p) not in apart and p.requires_grad]
+            groups: list[dict[str, Any]] = [{"params": others} | plain, {"params": rows_of}]
             super().__init__(groups, defaults | decoder)
         else:
             if fused:
-                raise ValueError(f"{OP}: fused=True needs an SAE or a Transcoder as params")
+                raise ValueError(
+                    f"{OP}: fused=True needs an SAE, a Transcoder, a Crosscoder or a "
+                    "CrossLayerTranscoder as params"
+                )
             listed = params.parameters() if isinstance(params, nn.Module) else params
             super().__init__(listed, defaults | decoder)
         if fused:
-            assert isinstance(params, SAE)
-            self._deferred = Deferred(params, self)
+            assert isinstance(params, (SAE, MultiLayer))
+            self._deferred = _attach(params, self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own; everything is checked first."""
@@ -106,7 +114,7 @@ class Adam(torch.optim.Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """A GradScaler then tells `step` of itself instead of unscaling by its own."""
-        return self._deferred is not None
+        return bool(self._deferred)
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -117,8 +125,8 @@ class Adam(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, those that a fused step would have computed too."""
-        if self._deferred is not None:
-            self._deferred.clear()
+        for deferred in self._deferred:
+            deferred.clear()
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -148,10 +156,12 @@ class Adam(torch.optim.Optimizer):
                 )
         screens = current_screens([p for p, _ in held])
         extra: dict[Tensor, Tensor] = {}
-        if self._deferred is not None:
-            if self._deferred.pending is not None:
-                extra = self._fused_step({p: group for p, group in held})
-            self._deferred.clear()
+        groups = {p: group for p, group in held}
+        pending = [d for d in self._deferred if d.pending is not None]
+        for deferred, record in [(d, d.checked()) for d in pending]:
+            extra |= self._fused_step(deferred.module, record, groups)
+        for deferred in self._deferred:
+            deferred.clear()
         for p, group in held:
             gradient = extra.get(p, p.grad)
             if gradient is not None:
@@ -171,17 +181,17 @@ class Adam(torch.optim.Optimizer):
                 f"{OP}(fused=True): torch.amp.GradScaler unscales and checks gradients, and those "
                 "of W_enc and W_dec are never formed: use bfloat16, or fused=False"
             )
-        name = None if self._deferred is None else self._deferred.replaced()
+        name = next((name for d in self._deferred if (name := d.replaced())), None)
         if name is not None:
             raise RuntimeError(
                 f"{OP}(fused=True): {name} was replaced after the optimizer was made, by "
                 "load_state_dict(assign=True), say: make another optimizer"
             )
 
-    def _fused_step(self, groups: dict[Tensor, dict[str, Any]]) -> dict[Tensor, Tensor]:
+    def _fused_step(
+        self, module: Part, record: Record, groups: dict[Tensor, dict[str, Any]]
+    ) -> dict[Tensor, Tensor]:
         """Update W_enc and W_dec; return the gradients of b_enc and the threshold."""
-        assert self._deferred is not None
-        record, module = self._deferred.checked(), self._deferred.module
         weights = (module.W_enc, module.W_dec)
         states = [self._state(p, groups[p]) for p in weights]
         for state in states:
@@ -212,7 +222,7 @@ class Adam(torch.optim.Optimizer):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"_seed": 0, "_deferred": None} | self.__dict__ | state)
+        super().__setstate__({"_seed": 0, "_deferred": []} | self.__dict__ | state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; moments keep their dtype whatever the weights' is."""
@@ -235,14 +245,29 @@ class Adam(torch.optim.Optimizer):
                 self.state[p][name] = value
 
 
-def _check_leaves(module: SAE) -> None:
+def _check_leaves(module: SAE | MultiLayer) -> None:
     """The matrices are parameters, not computed from others."""
     for name in ("W_enc", "W_dec"):
-        if not isinstance(getattr(module, name), nn.Parameter):
+        held = getattr(module, name)
+        if not all(
+            isinstance(p, nn.Parameter) for p in ([held] if torch.is_tensor(held) else held)
+        ):
             raise ValueError(
                 f"{OP}: {name} of the module is computed from other parameters, by a "
                 "parametrization, say: pass module.parameters()"
             )
+
+
+def _attach(module: SAE | MultiLayer, optimizer: torch.optim.Optimizer) -> list[Deferred]:
+    """Put a fused optimizer into a module, layer by layer."""
+    if isinstance(module, SAE):
+        return [Deferred(module, optimizer)]
+    held = [old for old in module.deferred if old is not None]
+    if any(old.replaced() for old in held):  # that optimizer can step no more
+        for old in held:
+            old.leave()
+    layers = range(module.n_layers)
+    return [Deferred(Layer(module, at), optimizer, f"[{at}]") for at in layers]
 
 
 def check_group(group: dict[str, Any], parameters: list[Tensor]) -> None:

@@ -19,65 +19,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import ops
 from ..checks import check_decoder
-from ..modules import SAE, JumpReLU
+from ..modules import JumpReLU
 from ..operands import autocast, widen
 from ..sparse import SparseActs
-
-OP = "Adam(fused=True)"
+from .layers import Part
+from .record import OP, Record
 
 _lock = threading.Lock()
 _owners: Any = WeakTensorKeyDictionary()
 """The fused optimizer's side of each parameter that has one; behind `_lock`."""
-
-
-class Record:
-    """One forward pass: its input, its entries, and the gradients that have arrived."""
-
-    def __init__(self, owner: Deferred, module: SAE, x: Tensor, acts: SparseActs) -> None:
-        self._owner = weakref.ref(owner)
-        self.x = x.detach().reshape(-1, module.d_in)
-        self.acts = acts.detach()
-        self.versions = tuple(p._version for p in (module.W_enc, module.W_dec))
-        self.ends = [module.d_sae]
-        self.found: dict[str, Tensor] = {}
-
-    def receive(self, name: str, gradient: Tensor) -> None:
-        """Keep a gradient; the first one makes this record the pending one."""
-        owner = self._owner()
-        other = owner is not None and owner.pending not in (None, self)
-        if owner is None or other or name in self.found:
-            raise RuntimeError(
-                f"{OP}: a second backward() before step(): the first one's gradients would be "
-                "lost; call step() or zero_grad() in between, or use fused=False to accumulate"
-            )
-        owner.pending = self
-        self.found[name] = gradient
-
-    def run(
-        self,
-        module: SAE,
-        states: list[list[Tensor]],
-        rates: list[list[float]],
-        rules: list[list[int]],
-    ) -> tuple[Tensor, Tensor]:
-        """Backward and update of both matrices; returns d_b_enc and d_threshold."""
-        acts, n = self.acts, self.x.shape[0]
-        d_recon = self.found.get("d_recon")
-        if d_recon is None:
-            d_recon = acts.values.new_zeros(()).expand(1, n, module.d_out)
-        threshold, bandwidth = None, 0.0
-        if isinstance(module.activation, JumpReLU) and module.threshold is not None:
-            if module.threshold.requires_grad:
-                threshold, bandwidth = module.threshold.detach(), module.activation.bandwidth
-        operands = (self.x, module.W_enc, module.W_dec, acts.values, d_recon)
-        d_b_enc, d_threshold, _ = ops.overload("fused_sparse_step", *operands)(
-            *(self.x, module.W_enc.detach(), None if threshold is None else widen(threshold)),
-            *(bandwidth, module.W_dec.detach(), d_recon, self.ends, acts.offsets),
-            *(acts.indices, widen(acts.values), widen(acts.gate)),
-            *(self.found.get("d_values"), self.found.get("d_gate"), *acts.by_feature()),
-            *(*states, *rates, *rules),
-        )
-        return d_b_enc, d_threshold
 
 
 class Deferred:
@@ -89,14 +39,17 @@ class Deferred:
         pending: the record whose backward pass has run and whose step has not, or None.
     """
 
-    def __init__(self, module: SAE, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, module: Part, optimizer: torch.optim.Optimizer, layer: str = "") -> None:
+        self._layer = layer
         for name in ("W_enc", "W_dec"):
             p = getattr(module, name)
             rows = p.t() if name == "W_enc" else p
             if not p.requires_grad:
-                raise ValueError(f"{OP}: {name} must require grad")
+                raise ValueError(f"{OP}: {name}{layer} must require grad")
             if rows.shape[1] > 1 and rows.stride(1) != 1:
-                raise ValueError(f"{OP}: {name} must have one contiguous row of memory per latent")
+                raise ValueError(
+                    f"{OP}: {name}{layer} must have one contiguous row of memory per latent"
+                )
         check_semantics(OP, module)
         old = module.deferred
         if old is not None and not (isinstance(old, Deferred) and old.replaced()):
@@ -143,7 +96,8 @@ class Deferred:
     def replaced(self) -> str | None:
         """Which of the matrices is not the parameter any more that the optimizer has."""
         own = self._weights.items()
-        return next((name for name, p in own if p() is not getattr(self.module, name)), None)
+        found = (name for name, p in own if p() is not getattr(self.module, name))
+        return next((f"{name}{self._layer}" for name in found), None)
 
     def left(self, p: Tensor) -> None:
         """Note the gradient of `p` that a backward pass has just left there."""
@@ -158,11 +112,13 @@ class Deferred:
             p = getattr(module, name)
             if p.grad is not None:
                 raise RuntimeError(
-                    f"{OP}: {name} has a dense gradient beside the fused one: a term of the loss "
-                    "uses it outside of encode and decode; use fused=False"
+                    f"{OP}: {name}{self._layer} has a dense gradient beside the fused one: a term "
+                    "of the loss uses it outside of encode and decode; use fused=False"
                 )
             if p._version != version:
-                raise RuntimeError(f"{OP}: {name} was changed between encode and step()")
+                raise RuntimeError(
+                    f"{OP}: {name}{self._layer} was changed between encode and step()"
+                )
         for p, (grad, version) in self._left.items():
             if p.grad is not None and (p.grad is not grad or grad._version != version):
                 raise RuntimeError(
@@ -230,7 +186,7 @@ class Deferred:
         return recon.reshape(*acts.shape[:-1], self.module.d_out)  # type: ignore[no-any-return]
 
 
-def check_semantics(op: str, module: SAE) -> None:
+def check_semantics(op: str, module: Part) -> None:
     """The ops see the module's parameters as they are."""
     s = module.semantics
     if isinstance(module.activation, JumpReLU):
