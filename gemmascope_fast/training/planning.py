@@ -24,6 +24,9 @@ SAMPLE_ROWS, SAMPLE_LATENTS = 64, 2048
 row and one latent per stratum, at a hashed place inside it: any fixed stride would meet the same
 position of every sequence, the BOS tokens say."""
 
+LAYER_LATENTS = 256
+"""Least of that sample in each of several layers, which have one of that size together."""
+
 CROSSOVER = {"cpu": 1 / 4, "cuda": 1 / 184}
 """Density above which the dense path is faster, by device type.
 
@@ -91,7 +94,7 @@ def plan_layers(
         stop = min(start + limits.span_rows, n)
         densities = [1.0] * len(sources)
         if crossover > 0:
-            densities = [_measure(s, start, stop, min(tile, SAMPLE_ROWS)) for s in sources]
+            densities = _measure(sources, start, stop, min(tile, SAMPLE_ROWS))
         dense = tuple(density > crossover for density in densities)
         stored = sum(d * d_sae for d, apart in zip(densities, dense, strict=True) if not apart)
         spans.append((start, stop, dense))
@@ -119,30 +122,38 @@ def _crossover(inputs: Inputs) -> float:
     return 0.0  # the reference ops are dense themselves, and without tiles
 
 
-def _measure(inputs: Inputs, start: int, stop: int, sample_rows: int) -> float:
-    """Share of entries that a sample of the span would store, to the weights' precision."""
-    encoder = (inputs.tensors["W_enc"], inputs.tensors["b_enc"])
-    limit = inputs.tensors["threshold"] - inputs.emission / 2
-    return sampled_density(inputs.tensors["x"][start:stop], *encoder, limit, sample_rows)
+def _measure(sources: Sequence[Inputs], start: int, stop: int, rows: int) -> list[float]:
+    """Share of entries that each layer would store, from a sample, to the weights' precision."""
+    latents, found = max(SAMPLE_LATENTS // len(sources), LAYER_LATENTS), []
+    for inputs in sources:
+        encoder = (inputs.tensors["W_enc"], inputs.tensors["b_enc"])
+        limit = inputs.tensors["threshold"] - inputs.emission / 2
+        found.append(_density(inputs.tensors["x"][start:stop], *encoder, limit, rows, latents))
+    return torch.stack(found).tolist()  # type: ignore[no-any-return]  # one wait for all
 
 
-def sampled_density(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, limit: Tensor, sample_rows: int = SAMPLE_ROWS
-) -> float:
+def sampled_density(x: Tensor, W_enc: Tensor, b_enc: Tensor, limit: Tensor) -> float:
     """Share of `pre > limit` in a strided sample of x `[n, d_in]` and of the latents."""
+    return float(_density(x, W_enc, b_enc, limit, SAMPLE_ROWS, SAMPLE_LATENTS))
+
+
+def _density(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, limit: Tensor, rows: int, latents: int
+) -> Tensor:
+    """`sampled_density` of at most that many rows and latents, a scalar."""
     if W_enc.shape[1] == 0:
-        return 0.0
-    if x.shape[0] > sample_rows:
-        x = x[_strata(x.shape[0], sample_rows).to(x.device)]
-    if W_enc.shape[1] > SAMPLE_LATENTS:  # else all of them, without a copy
-        latents = _strata(W_enc.shape[1], SAMPLE_LATENTS).to(x.device)
+        return x.new_zeros((), dtype=torch.float32)
+    if x.shape[0] > rows:
+        x = x[_strata(x.shape[0], rows).to(x.device)]
+    if W_enc.shape[1] > latents:  # else all of them, without a copy
+        chosen = _strata(W_enc.shape[1], latents).to(x.device)
         if W_enc.stride(1) == 1:  # along the rows of memory, and by index_select, which copies them
-            W_enc = W_enc.index_select(1, latents)
+            W_enc = W_enc.index_select(1, chosen)
         else:
-            W_enc = W_enc.t().index_select(0, latents).t()
-        b_enc, limit = b_enc[latents], limit[latents]
+            W_enc = W_enc.t().index_select(0, chosen).t()
+        b_enc, limit = b_enc[chosen], limit[chosen]
     pre = x.to(W_enc.dtype) @ W_enc + b_enc
-    return float(torch.gt(pre, limit, out=pre).mean(dtype=torch.float32))
+    return torch.gt(pre, limit, out=pre).mean(dtype=torch.float32)
 
 
 def _strata(size: int, strata: int) -> Tensor:
