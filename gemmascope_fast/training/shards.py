@@ -6,13 +6,14 @@
     folder/shard-*.safetensors x [rows, d_in]; optional: target [rows, d_out], mask [rows],
                                tokens [rows] (rows of special tokens are left out)
 
+Of several layers the manifest has `"layers": L` and d_in = L * d; x and target are [rows, L, d].
+
 A pass over the folder shuffles runs of `CHUNK` consecutive rows, so that reads stay long; a block
 is the next `block_rows` of them, shuffled row by row.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -26,16 +27,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..arguments import check_count
-from .sources import Block, Source, generator, kept_rows
+from .rows import kept_rows
+from .shard_format import FORMAT, MANIFEST, ROWS, VERSION, check_part, check_shard, read_manifest
+from .sources import Block, Source, generator
 
-MANIFEST = "manifest.json"
-MANIFEST_LIMIT = 64 << 20  # bytes
-FORMAT, VERSION = "activation-shards", 1
 CHUNK = 1024
 """Consecutive rows that stay together until the shuffle inside a block: 4.5 MiB at width 1152."""
 SPREAD = 4
 """Runs per rank from which on ranks read runs of their own: their batches differ little in size."""
-FLOAT_CODES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,9 @@ class ShardSource(Source):
         if block_rows < 1:
             raise ValueError(f"train: block_rows must be >= 1, got {block_rows}")
         self._folder = Path(folder)
-        self._manifest, self._digest = _read_manifest(self._folder)
+        self._manifest, self._digest = read_manifest(self._folder)
         self.d_in, self.d_out = self._manifest["d_in"], self._manifest["d_out"]
+        self.layers = self._manifest["layers"]
         self._special = torch.tensor(
             self._manifest["special_tokens"], dtype=torch.int64, device="cpu"
         )
@@ -73,7 +73,7 @@ class ShardSource(Source):
         if sum(rows) == 0:
             raise ValueError(f"train: {self._folder / MANIFEST} lists no rows")
         self._itemsize = max(
-            _check_shard(path, count, self.d_in, self.d_out)
+            check_shard(path, count, self._manifest)
             for path, count in zip(self._files, rows, strict=True)
         )
         self._chunks = [
@@ -136,15 +136,16 @@ class ShardSource(Source):
                 names = set(file.keys())
                 for chunk in (c for c in chunks if c.shard == shard):
                     span, count = slice(chunk.start, chunk.stop), chunk.stop - chunk.start
-                    wanted = _ROWS if ours[chunk] else _ROWS[2:]
+                    wanted = ROWS if ours[chunk] else ROWS[2:]
                     part = {name: file.get_slice(name)[span] for name in wanted if name in names}
                     if not ours[chunk]:
                         kept.append(torch.full_like(self._kept(part, count), -1))
                         continue
                     for name in ("x", "target")[: 1 if self.d_out is None else 2]:
+                        read = part[name].flatten(1)
                         if name not in held:
-                            held[name] = part[name].new_empty(rows, part[name].shape[1])
-                        held[name][at : at + count] = part[name]
+                            held[name] = read.new_empty(rows, read.shape[1])
+                        held[name][at : at + count] = read
                     kept.append(self._kept(part, count) + at)
                     at += count
         return held["x"], held.get("target"), torch.cat(kept)
@@ -158,9 +159,6 @@ class ShardSource(Source):
         return kept_rows(keep, rows)
 
 
-_ROWS = ("x", "target", "mask", "tokens")
-
-
 def write_shards(
     folder: str | os.PathLike[str],
     parts: Iterable[Tensor | Mapping[str, Tensor]],
@@ -172,7 +170,8 @@ def write_shards(
     Args:
         folder: made if missing; must not hold a manifest.
         parts: each `x [rows, d_in]`, or a mapping with `x` and, as wanted, `target [rows, d_out]`,
-            `mask [rows]`, `tokens [rows]`; the same keys and widths in every part.
+            `mask [rows]`, `tokens [rows]`; the same keys and widths in every part. Of several
+            layers x and target are `[rows, L, d]`.
         special_tokens: ids (BOS, EOS, PAD, image positions) whose rows are left out in training.
 
     Returns:
@@ -191,7 +190,7 @@ def write_shards(
     widths: tuple[Any, ...] | None = None
     for number, part in enumerate(parts):
         tensors = {"x": part} if isinstance(part, Tensor) else dict(part)
-        found = _check_part(number, tensors)
+        found = check_part(number, tensors)
         if widths is not None and widths != found:
             raise ValueError(f"write_shards: part {number} must be like part 0, {widths}: {found}")
         widths = found
@@ -205,89 +204,10 @@ def write_shards(
     if widths is None:
         raise ValueError("write_shards: parts must hold at least one part")
     manifest = {"format": FORMAT, "version": VERSION, "d_in": widths[0], "d_out": widths[1]}
+    if widths[2] is not None:
+        manifest["layers"] = widths[2]
     text = json.dumps({**manifest, "special_tokens": list(special_tokens), "shards": shards})
     temporary = root / f".{MANIFEST}.{os.getpid()}.tmp"
     temporary.write_text(text)
     os.replace(temporary, root / MANIFEST)
     return ShardSource(root)
-
-
-def _check_part(number: int, tensors: Mapping[str, Tensor]) -> tuple[int, int | None, list[str]]:
-    x = tensors.get("x")
-    if x is None or x.dim() != 2 or not x.is_floating_point():
-        raise ValueError(f"write_shards: part {number} must have a floating-point x [rows, d_in]")
-    unknown = set(tensors) - set(_ROWS)
-    if unknown:
-        raise ValueError(f"write_shards: part {number} has unknown keys {sorted(unknown)}")
-    for name, t in tensors.items():
-        if t.shape[0] != x.shape[0] or t.dim() != (2 if name in ("x", "target") else 1):
-            raise ValueError(
-                f"write_shards: {name} of part {number} must have {x.shape[0]} rows, got shape "
-                f"{tuple(t.shape)}"
-            )
-    target = tensors.get("target")
-    return x.shape[1], None if target is None else target.shape[1], sorted(tensors)
-
-
-def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"train: source must be a folder of shards with a {MANIFEST}, there is none in {folder}"
-        )
-    if path.stat().st_size > MANIFEST_LIMIT:
-        raise ValueError(f"train: {path} must be at most {MANIFEST_LIMIT} bytes")
-    text = path.read_bytes()
-    try:
-        read = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"train: {path} is not JSON: {error}") from error
-    if not isinstance(read, dict) or (read.get("format"), read.get("version")) != (FORMAT, VERSION):
-        raise ValueError(f"train: {path} must have format {FORMAT!r}, version {VERSION}")
-    read.setdefault("special_tokens", [])
-    read.setdefault("d_out", None)
-    valid = _size(read.get("d_in")) and (read["d_out"] is None or _size(read["d_out"]))
-    special, shards = read["special_tokens"], read.get("shards")
-    valid = valid and isinstance(special, list) and all(type(i) is int for i in special)
-    valid = valid and isinstance(shards, list) and all(map(_valid_shard, shards))
-    if not valid:
-        raise ValueError(
-            f"train: {path} must have d_in, d_out (or null), special_tokens (ids) and shards, "
-            'each {"file": a name in the folder, "rows": a number}'
-        )
-    return read, hashlib.sha256(text).hexdigest()
-
-
-def _size(value: Any) -> bool:
-    return type(value) is int and value >= 1
-
-
-def _valid_shard(shard: Any) -> bool:
-    if not isinstance(shard, dict) or not isinstance(name := shard.get("file"), str):
-        return False
-    rows = shard.get("rows")
-    return Path(name).name == name and type(rows) is int and rows >= 0
-
-
-def _check_shard(path: Path, rows: int, d_in: int, d_out: int | None) -> int:
-    """Compare the header of a shard with the manifest; return the bytes of an element."""
-    if path.is_symlink() or not path.is_file():
-        raise ValueError(f"train: {path} must be a regular file")
-    wanted = {"x": [rows, d_in]} | ({} if d_out is None else {"target": [rows, d_out]})
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():
-                part = file.get_slice(name)
-                shape = wanted.pop(name, [rows] if name in ("mask", "tokens") else None)
-                if shape is not None and part.get_shape() != shape:
-                    raise ValueError(
-                        f"train: {name} of {path} must have shape {shape}, got {part.get_shape()}"
-                    )
-                if name in ("x", "target") and part.get_dtype() not in FLOAT_CODES:
-                    raise ValueError(f"train: {name} of {path} must be floating point")
-            itemsize = FLOAT_CODES[file.get_slice("x").get_dtype()] if "x" not in wanted else 0
-    except SafetensorError as error:
-        raise ValueError(f"train: {path} is not a safetensors file: {error}") from error
-    if wanted:
-        raise ValueError(f"train: {path} lacks {', '.join(sorted(wanted))}")
-    return itemsize

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_device, check_float
+from ..checks import check_device
+from .rows import check_layers, check_rows, kept_rows, row_shape
 
 EMPTY_BLOCKS = 64
 """Consecutive blocks without a row after which a stream gives up."""
@@ -59,13 +60,15 @@ class Source(ABC):
     """Activations as an endless sequence of blocks.
 
     Attributes:
-        d_in: width of x.
+        d_in: width of x; of several layers that of all of them together, `L * d`.
         d_out: width of the target, None where x is its own target.
+        layers: L where a row is the activations of L layers, one after the other; None of one.
         repeatable: whether a block has the same bits on every rank that asks for it.
     """
 
     d_in: int
     d_out: int | None
+    layers: int | None = None
     repeatable: bool = True
 
     @abstractmethod
@@ -99,8 +102,10 @@ class TensorSource(Source):
     """Activations in memory; each block is one shuffled pass over all of them.
 
     Args:
-        x: `[N, d_in]` floating point, strided, on any device.
-        target: `[N, d_out]` for transcoders, on the same device.
+        x: `[N, d_in]`, or of several layers `[N, L, d]`, floating point, strided, on any device.
+            Layers that are not contiguous (`[L, N, d]` transposed) are copied.
+        target: `[N, d_out]` for transcoders, `[N, L, d]` for those across layers, on the same
+            device.
         mask: `[N]` bool or integer; rows where it is 0 (special tokens, padding) are left out.
 
     Raises:
@@ -109,19 +114,27 @@ class TensorSource(Source):
     """
 
     def __init__(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None):
-        _check_rows("x", x)
+        check_rows("x", x)
         if target is not None:
-            _check_rows("target", target)
+            check_rows("target", target)
             if target.shape[0] != x.shape[0]:
                 raise ValueError(
                     f"train: target must have as many rows as x, {x.shape[0]}, got "
                     f"{target.shape[0]}"
                 )
+            check_layers("train", "target", target, x)
             check_device("train", "target", target, x)
-        self.x = x.detach()
-        self.target = None if target is None else target.detach()
-        self.d_in = x.shape[1]
-        self.d_out = None if target is None else target.shape[1]
+        self.x = x.detach().flatten(1)
+        self.target = None if target is None else target.detach().flatten(1)
+        self.d_in = self.x.shape[1]
+        self.d_out = None if self.target is None else self.target.shape[1]
+        self.layers = x.shape[1] if x.dim() == 3 else None
+        held, given = (
+            [t for t in pair if t is not None] for pair in ((self.x, self.target), (x, target))
+        )
+        self._copies = [
+            t for t, own in zip(held, given, strict=True) if t.data_ptr() != own.data_ptr()
+        ]
         self._kept = (
             torch.arange(x.shape[0], device="cpu") if mask is None else kept_rows(mask, x.shape[0])
         )
@@ -145,12 +158,14 @@ class TensorSource(Source):
         for t in (self.x, self.target):
             if t is not None:
                 digest.update(t[rows].cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        shapes = [list(t.shape) for t in (self.x, self.target) if t is not None]
+        held = [t for t in (self.x, self.target) if t is not None]
+        shapes = [[len(t), *row_shape(t.shape[1], self.layers)] for t in held]
         return {"kind": "tensor", "shapes": shapes, "digest": digest.hexdigest()}
 
     def held_bytes(self, device: torch.device) -> int:
-        """Order of a pass and its generator's permutation, in main memory."""
-        return 16 * len(self._kept) if device.type == "cpu" else 0
+        """Order of a pass and its generator's permutation, in main memory; copies of layers."""
+        copied = sum(t.nbytes for t in self._copies if t.device.type == device.type)
+        return copied + (16 * len(self._kept) if device.type == "cpu" else 0)
 
 
 class Stream:
@@ -238,25 +253,3 @@ class Stream:
                 f"{width}"
             )
         return block
-
-
-def kept_rows(mask: Tensor, rows: int) -> Tensor:
-    """`[r]` int64 on the CPU: rows where `mask [rows]` is not 0.
-
-    Raises:
-        TypeError: the mask is not of bool or integers.
-        ValueError: its shape is wrong.
-    """
-    if not isinstance(mask, Tensor) or mask.is_floating_point():
-        raise TypeError("train: mask must be a tensor of bool or integers")
-    if tuple(mask.shape) != (rows,):
-        raise ValueError(f"train: mask must have shape [{rows}], got {tuple(mask.shape)}")
-    return mask.cpu().nonzero()[:, 0]
-
-
-def _check_rows(name: str, t: Any) -> None:
-    check_float("train", name, t)
-    if t.is_meta:
-        raise ValueError(f"train: {name} must have values, and is on the meta device")
-    if t.dim() != 2 or 0 in t.shape:
-        raise ValueError(f"train: {name} must have shape [N >= 1, d >= 1], got {tuple(t.shape)}")
