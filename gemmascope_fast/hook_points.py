@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +130,24 @@ def expand(op: str, model: nn.Module, hook_point: str) -> list[str]:
         else:
             layers += _layers_after(model, path, layers[-1])
     return [BRACES.sub(str(layer), hook_point) for layer in layers]
+
+
+def collapse(hook_points: Sequence[str]) -> str | None:
+    """The one hook point that `expand` takes apart into these; None where there is none."""
+    names = [point.split(".") for point in hook_points]
+    if len({len(parts) for parts in names}) != 1:
+        return None
+    columns = list(zip(*names, strict=True))
+    differing = [at for at, column in enumerate(columns) if len(set(column)) > 1]
+    if len(differing) != 1:
+        return hook_points[0] if len(hook_points) == 1 else None
+    layers = columns[differing[0]]
+    numbers = [int(layer) for layer in layers if layer.isascii() and layer.isdigit()]
+    if [str(number) for number in sorted(set(numbers))] != list(layers):
+        return None
+    parts = [column[0] for column in columns]
+    parts[differing[0]] = "{" + ",".join(layers) + "}"
+    return ".".join(parts)
 
 
 def _layers_after(model: nn.Module, path: str, last: int) -> Iterator[int]:

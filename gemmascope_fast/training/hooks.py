@@ -1,12 +1,13 @@
 """Activations read live from a `transformers` model by forward hooks.
 
-Hook points are those of `hook_points`. Special tokens are left out before anything sees the rows.
+Hook points are those of `hook_points`, of one layer or several. Special tokens are left out before
+anything sees the rows.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from numbers import Integral
 from typing import Any
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_count
-from ..hook_points import resolve
+from ..hook_points import Place, resolve
+from .layer_points import layer_points
 from .sources import Block, Source, generator
 
 OP = "train"
@@ -31,7 +33,6 @@ class _Reached(Exception):
     """Raised by the last hook: what comes after it need not run."""
 
 
-@torch.no_grad()
 def capture(model: nn.Module, hook_points: Sequence[str], **inputs: Tensor) -> list[Tensor]:
     """Activations at `hook_points`, each `[sequences, length, d]`, of one forward pass.
 
@@ -41,8 +42,14 @@ def capture(model: nn.Module, hook_points: Sequence[str], **inputs: Tensor) -> l
         RuntimeError: a hook was not reached.
         ValueError: as `resolve`.
     """
+    return _captured(model, [resolve(OP, model, point) for point in hook_points], inputs)
+
+
+@torch.no_grad()
+def _captured(
+    model: nn.Module, places: Sequence[Place], inputs: Mapping[str, Tensor]
+) -> list[Tensor]:
     caught: dict[int, Tensor] = {}
-    places = [resolve(OP, model, point) for point in hook_points]
 
     def keep(at: int, value: Tensor) -> None:
         caught[at] = value
@@ -58,7 +65,7 @@ def capture(model: nn.Module, hook_points: Sequence[str], **inputs: Tensor) -> l
         for handle in handles:
             handle.remove()
     if len(caught) < len(places):
-        missing = [point for at, point in enumerate(hook_points) if at not in caught]
+        missing = [str(place) for at, place in enumerate(places) if at not in caught]
         raise RuntimeError(f"train: the forward pass did not reach {', '.join(missing)}")
     return [caught[at] for at in range(len(places))]
 
@@ -108,8 +115,10 @@ class ModelSource(Source):
     Args:
         model: a `transformers` model; put into evaluation mode for each block.
         input_ids: `[S, L]` integer token ids.
-        hook_point: where x is read, such as `model.layers.17.output`.
-        target_hook_point: where a transcoder's target is read.
+        hook_point: where x is read, such as `model.layers.17.output`; of several layers
+            `model.layers.{5,9,12,15}.output`, `model.layers.{0,...}.output`, or a sequence of
+            hook points, in whose order a row holds them.
+        target_hook_point: where a transcoder's target is read; as many layers as `hook_point`.
         attention_mask: `[S, L]`, 0 at padding; None where there is none.
         tokenizer: whose special tokens are left out, beside those that the model's config names.
         special_tokens: ids to leave out instead of those of model and tokenizer.
@@ -117,8 +126,9 @@ class ModelSource(Source):
         batch_sequences: sequences of one forward pass, >= 1.
 
     Raises:
-        TypeError: `input_ids` or a count is not of integers.
-        ValueError: shapes disagree, a hook point is not found, or every token is special.
+        TypeError: `input_ids` or a count is not of integers, or a hook point no string.
+        ValueError: shapes disagree, a hook point is not found, layers differ in number or width,
+            or every token is special.
     """
 
     repeatable = False  # devices may round the model's products differently
@@ -127,9 +137,9 @@ class ModelSource(Source):
         self,
         model: nn.Module,
         input_ids: Tensor,
-        hook_point: str,
+        hook_point: str | Sequence[str],
         *,
-        target_hook_point: str | None = None,
+        target_hook_point: str | Sequence[str] | None = None,
         attention_mask: Tensor | None = None,
         tokenizer: Any = None,
         special_tokens: Iterable[int] | None = None,
@@ -139,19 +149,10 @@ class ModelSource(Source):
         for name, value in (("block_", block_sequences), ("batch_", batch_sequences)):
             if check_count("train", f"{name}sequences", value) < 1:
                 raise ValueError(f"train: {name}sequences must be >= 1, got {value}")
-        if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
-            raise TypeError("train: input_ids must be a tensor of integers")
-        if input_ids.dim() != 2 or 0 in input_ids.shape:
-            raise ValueError(
-                f"train: input_ids must have shape [S, L], got {tuple(input_ids.shape)}"
-            )
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"train: attention_mask must have the shape of input_ids, "
-                f"{tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
-            )
+        _check_ids(input_ids, attention_mask)
         self.model, self._ids, self._mask = model, input_ids.cpu().long(), attention_mask
-        self._points = [hook_point] + ([target_hook_point] if target_hook_point else [])
+        self._points = layer_points(model, hook_point, target_hook_point)
+        self.layers = self._points.layers
         self._special = left_out("train", model, tokenizer, special_tokens)
         self._keep = ~torch.isin(self._ids, self._special)
         if attention_mask is not None:
@@ -160,7 +161,7 @@ class ModelSource(Source):
             raise ValueError("train: every token of input_ids is special or padding")
         self._per_block, self._per_batch = block_sequences, batch_sequences
         widths = [part.shape[-1] for part in self._forward(torch.tensor([0], device="cpu"))]
-        self.d_in, self.d_out = widths[0], widths[1] if target_hook_point else None
+        self.d_in, self.d_out = widths[0], widths[1] if len(widths) > 1 else None
 
     def block(self, seed: int, index: int) -> Block:
         """Activations of the next sequences of a shuffled pass, shuffled."""
@@ -187,7 +188,7 @@ class ModelSource(Source):
         return list(torch.split(chosen, self._per_batch))
 
     def _made(self, seed: int, index: int, passes: list[Tensor], rank: int, ranks: int) -> Block:
-        parts: list[list[Tensor]] = [[] for _ in self._points]
+        parts: list[list[Tensor]] = [[] for _ in self._points.sides]
         places, at = [], 0
         for number, rows in enumerate(passes):
             keep = self._keep[rows]
@@ -213,16 +214,20 @@ class ModelSource(Source):
         return {
             "kind": "model",
             "model": f"{type(self.model).__name__} {name}".strip(),
-            "hook_points": self._points,
+            "hook_points": self._points.every,
             "block": [self._per_block, self._per_batch],
             "digest": digest.hexdigest(),
-        }
+        } | ({} if self.layers is None else {"layers": self.layers})
 
     def metadata(self) -> dict[str, Any]:
-        """Name of the model and hook points, as Gemma Scope 2's configs write them."""
+        """Name of the model and hook points, as Gemma Scope 2's configs write them.
+
+        Hook points that braces cannot say are left out.
+        """
         name = getattr(getattr(self.model, "config", None), "name_or_path", "")
-        places = {"hf_hook_point_in": self._points[0], "hf_hook_point_out": self._points[-1]}
-        return ({"model_name": name} if name else {}) | places
+        names = self._points.names
+        found = {"model_name": name, "hf_hook_point_in": names[0], "hf_hook_point_out": names[-1]}
+        return {key: value for key, value in found.items() if value}
 
     def held_bytes(self, device: torch.device) -> int:
         """One block and the parts it is put together from."""
@@ -230,7 +235,7 @@ class ModelSource(Source):
         return 2 * rows * 4 * (self.d_in + (self.d_out or 0))
 
     def _forward(self, rows: Tensor) -> list[Tensor]:
-        """`[sequences, L, d]` at every hook point, of the sequences `rows`."""
+        """`[sequences, length, L * d]` of x and of the target, of the sequences `rows`."""
         place = next(self.model.parameters()).device
         inputs = {"input_ids": self._ids[rows].to(place)}
         if self._mask is not None:
@@ -238,6 +243,19 @@ class ModelSource(Source):
         training = self.model.training
         self.model.eval()
         try:
-            return [part.detach() for part in capture(self.model, self._points, **inputs)]
+            found = [part.detach() for part in _captured(self.model, self._points.places, inputs)]
         finally:
             self.model.train(training)
+        return self._points.rows(found)
+
+
+def _check_ids(input_ids: Any, attention_mask: Tensor | None) -> None:
+    if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
+        raise TypeError("train: input_ids must be a tensor of integers")
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ValueError(f"train: input_ids must have shape [S, L], got {tuple(input_ids.shape)}")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"train: attention_mask must have the shape of input_ids, "
+            f"{tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
+        )
