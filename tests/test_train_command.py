@@ -83,6 +83,9 @@ def test_a_text_is_run_through_a_model(tmp_path: Path) -> None:
     assert main(arguments(tmp_path / "text", tmp_path / "run", *live, *more)) == 0
     read = gsf.load(tmp_path / "run")
     assert read.d_in == 16 and read.metadata["hf_hook_point_in"] == "model.layers.0.output"
+    named = {"model": str(tmp_path / "model"), "target_hook": None, "context": 9}
+    source = command._source(tmp_path / "text", "cpu", hook="layers.{0,...}.output", **named)  # type: ignore[arg-type]
+    assert isinstance(source, gsf.sources.ModelSource) and (source.layers, source.d_in) == (2, 32)
     source = command._live(tmp_path / "text", "cpu", str(tmp_path / "model"), more[1], None, 9)
     assert len(source.block(0, 0)) == 800 and int(source._ids[0, 0]) == 0
 
@@ -108,7 +111,7 @@ def test_mistakes_are_one_line(
 def test_files_that_hold_no_activations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({"y": data()}, tmp_path / "x.safetensors")
     assert main(arguments(tmp_path / "x.safetensors", tmp_path / "run", "--target-l0", "3")) == 2
-    assert "must hold x [N, d_in], has y" in capsys.readouterr().err
+    assert "must hold x [N, d_in], or [N, L, d] of several layers, has y" in capsys.readouterr().err
     (tmp_path / "x.safetensors").write_bytes(b"nothing")
     assert main(arguments(tmp_path / "x.safetensors", tmp_path / "run", "--target-l0", "3")) == 2
     assert "is not a safetensors file" in capsys.readouterr().err

@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     several.add_argument("--timeout", type=float, help="seconds that a rank may stand still")
     live = made.add_argument_group("live activations of a transformers model; source is a text")
     live.add_argument("--model", help="folder, or name on the Hugging Face Hub")
-    live.add_argument("--hook", help="where x is read, such as model.layers.17.output")
+    live.add_argument("--hook", help="where x is read: model.layers.17.output, {5,9}, {0,...}")
     live.add_argument("--target-hook", help="where a transcoder's target is read")
     live.add_argument("--context", type=int, default=1024, help="tokens per sequence; default 1024")
     return made
@@ -152,7 +152,10 @@ def _source(
     except SafetensorError as error:
         raise ValueError(f"train: {path} is not a safetensors file: {error}") from error
     if "x" not in tensors:
-        raise ValueError(f"train: {path} must hold x [N, d_in], has {', '.join(sorted(tensors))}")
+        raise ValueError(
+            f"train: {path} must hold x [N, d_in], or [N, L, d] of several layers, has "
+            f"{', '.join(sorted(tensors))}"
+        )
     return TensorSource(tensors["x"], tensors.get("target"), tensors.get("mask"))
 
 
