@@ -128,7 +128,7 @@ def terms(variant: Variant) -> tuple[Any, ...]:
 def our_step(variant: Variant, x: Tensor, sae: gsf.SAE) -> Call:
     optimizer = gsf.optim.Adam(sae, LR, BETAS, fused=variant.fuses)
     wanted = terms(variant)
-    return step(optimizer, lambda batch: sae.loss(batch, terms=wanted)[0], x)
+    return step(optimizer, lambda batch: sae.loss(batch, terms=wanted)[0], batches(x))
 
 
 def trainer_of(size: Size, variant: Variant, weights: gsf.SAE) -> Any:
@@ -196,8 +196,8 @@ def their_steps(variant: Variant, x: Tensor, trainer: Any) -> dict[str, Call]:
     adam.state = trainer.optimizer.state
     return {
         SHIPPED: shipped_step(trainer, x),
-        FUSED: step(adam, saelens_loss(trainer), x),
-        DENSE: step(adam, dense_loss(variant, trainer.sae), x),
+        FUSED: step(adam, saelens_loss(trainer), batches(x)),
+        DENSE: step(adam, dense_loss(variant, trainer.sae), batches(x)),
     }
 
 

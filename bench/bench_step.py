@@ -17,7 +17,7 @@ read and written, at the rate of random rows. Memory: beyond weights and moments
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ceilings
@@ -108,10 +108,10 @@ def contender(name: str, x: Tensor, sae: gsf.SAE, stages: Stages) -> Call:
         adam: Any = torch.optim.Adam(sae.parameters(), LR, betas=BETAS, fused=True)
         if name == dense.COMPILED:  # one graph: its parts cannot be told apart
             whole = dense.compiled(dense.loss)
-            return step(adam, lambda batch: whole(sae, batch), x)
-        return step(adam, lambda batch: dense.loss(sae, batch, stages.end), x, stages)
+            return step(adam, lambda batch: whole(sae, batch), batches(x))
+        return step(adam, lambda batch: dense.loss(sae, batch, stages.end), batches(x), stages)
     ours = gsf.optim.Adam(sae, LR, BETAS, fused=name == OURS)
-    return step(ours, lambda batch: sparse_loss(sae, batch, stages), x, stages)
+    return step(ours, lambda batch: sparse_loss(sae, batch, stages), batches(x), stages)
 
 
 def sparse_loss(sae: gsf.SAE, x: Tensor, stages: Stages) -> Tensor:
@@ -123,12 +123,12 @@ def sparse_loss(sae: gsf.SAE, x: Tensor, stages: Stages) -> Tensor:
 
 def step(
     optimizer: torch.optim.Optimizer,
-    evaluate: Callable[[Tensor], Tensor],
-    x: Tensor,
+    evaluate: Callable[[Any], Tensor],
+    arranged: Sequence[Any],
     stages: Stages | None = None,
 ) -> Call:
-    """One training step; returns its loss."""
-    arranged, told = batches(x), stages or Stages()
+    """One training step, on the next of the batches; returns its loss."""
+    told = stages or Stages()
 
     def run(turn: int) -> Tensor:
         told.begin()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -22,9 +23,10 @@ from gemmascope_fast.training import (
     QuadraticMeanL0,
     Reconstruction,
     Tanh,
+    dense_paths,
 )
 from gemmascope_fast.training.layered import count_layered, layered_loss
-from gemmascope_fast.training.planning import Limits
+from gemmascope_fast.training.planning import ENTRY_BYTES, Limits
 
 KINDS = ["crosscoder", "clt", "affine clt"]
 TERMS = (Reconstruction(0.7), L0(0.3), QuadraticL0(target=9, coefficient=0.05))
@@ -96,9 +98,9 @@ def assert_loss(module: MultiLayer, limits: Limits, dtype: torch.dtype = torch.f
 @pytest.mark.parametrize("kind", KINDS)
 def test_jumprelu(kind: str, path: str) -> None:
     metrics = assert_loss(build(kind), PATHS[path])
-    rows = {"dense": 1, "sparse": 1}.get(path, 3)
     blocks, tiles = int(metrics["blocks"]), int(metrics["dense_blocks"])
-    assert blocks >= rows * L and blocks % L == 0
+    cut = {"dense": 1, "sparse": 1, "dense tiles": 8}  # of 6 rows in spans of 16
+    assert blocks == L * cut[path] if path in cut else blocks > 8 * L
     assert tiles == (blocks if path.startswith("dense") else 0)
 
 
@@ -113,7 +115,8 @@ def test_a_decoder_that_writes_backwards(packed: Any, path: str) -> None:
 def test_selecting_activations(kind: str, activation: Any) -> None:
     metrics = assert_loss(build(kind, activation), Limits(entry_bytes=4000))
     assert int(metrics["dense_blocks"]) == 0
-    assert int(metrics["blocks"]) == L if isinstance(activation, BatchTopK) else 3 * L
+    rows = 39 if isinstance(activation, BatchTopK) else 4000 // ENTRY_BYTES // (3 * L)
+    assert int(metrics["blocks"]) == L * -(-39 // rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -140,6 +143,24 @@ def test_layers_decide_by_themselves() -> None:
         module.threshold[1].fill_(-5.0)  # all of its latents are active
     metrics = assert_loss(module, Limits(crossover=0.9))
     assert (int(metrics["blocks"]), int(metrics["dense_blocks"])) == (L, 1)
+    metrics = assert_loss(module, Limits(crossover=0.9, tile_bytes=10 * F * 4))
+    assert (int(metrics["blocks"]), int(metrics["dense_blocks"])) == (4 * L, 4)
+
+
+def test_one_tile_exists_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    make = dense_paths.dense_tile
+
+    def counted(*args: Any) -> Any:
+        assert not any(tile() is not None for tile in made)
+        tile = make(*args)
+        made.append(weakref.ref(tile))
+        return tile
+
+    monkeypatch.setattr(dense_paths, "dense_tile", counted)
+    x, target = batch(module := build("affine clt"))
+    layered_loss(module, x, target, TERMS, PATHS["dense"])
+    assert len(made) == 2 * L - 1
 
 
 def test_the_paths_agree_on_a_batch_with_nan() -> None:

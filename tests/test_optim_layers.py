@@ -17,6 +17,8 @@ from torch import Tensor
 import gemmascope_fast as gsf
 from gemmascope_fast.multilayer import MultiLayer
 from gemmascope_fast.training import L0, L1, QuadraticL0, Reconstruction
+from gemmascope_fast.training.layered import layered_loss
+from gemmascope_fast.training.planning import ENTRY_BYTES, Limits
 
 TERMS = (Reconstruction(), QuadraticL0(target=9, coefficient=0.05))
 SPARSE = gsf.JumpReLU(0.2, 1.5)
@@ -111,6 +113,17 @@ def test_dense_layers_take_the_unfused_way() -> None:
         with torch.no_grad():
             run[0].threshold[1].fill_(-9.0)
         assert int(take(run, 0)["dense_blocks"]) > 0
+    assert_equal_runs(*runs)
+
+
+def test_several_blocks_take_the_unfused_way() -> None:
+    runs = pair()
+    limits = Limits(entry_bytes=50 * ENTRY_BYTES, crossover=1.0)
+    for module, optimizer in runs:
+        loss, metrics = layered_loss(module, batch(0), batch(1), TERMS, limits)
+        loss.backward()
+        assert int(metrics["blocks"]) > L and module.W_dec[0].grad is not None
+        optimizer.step()
     assert_equal_runs(*runs)
 
 

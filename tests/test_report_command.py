@@ -16,7 +16,10 @@ from gemmascope_fast.report.rows import CHECKOUT, OURS, RESULTS, read
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["decoder"], "no suite 'decoder': choose from encode, decode, backward, step, small, "),
+        (
+            ["decoder"],
+            "no suite 'decoder': choose from encode, decode, backward, step, layers, small, ",
+        ),
         (["--against", "compile,jax"], "--against: 'jax' is none of compile, saelens, sparsify"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--sweep", "decode"], "--sweep is a suite of its own"),

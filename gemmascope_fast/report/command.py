@@ -1,7 +1,7 @@
 """Measure this machine, report what was measured, and compare two runs.
 
 bench --quick                       a table of this machine in about two minutes
-bench [encode decode backward step small] [--shapes named] [-k topk]
+bench [encode decode backward step layers small] [--shapes named] [-k topk]
 bench --sweep --report out/         curves over d_sae and L0, and a page with plots
 bench --against compile,saelens     other contenders beside dense PyTorch; saelens and sparsify from
                                     here or .venv-peers (make .venv-peers/.installed)

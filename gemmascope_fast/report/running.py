@@ -21,7 +21,7 @@ from typing import Any
 from .rows import CHECKOUT, Results
 
 BENCH = CHECKOUT / "bench"
-SUITES = ("encode", "decode", "backward", "step", "small")
+SUITES = ("encode", "decode", "backward", "step", "layers", "small")
 SWEEP, SAELENS, SPARSIFY = "sweep", "saelens", "sparsify"
 PEERS = {SAELENS: "sae_lens", SPARSIFY: "sparsify"}
 """Libraries to compare with, and the modules they are."""

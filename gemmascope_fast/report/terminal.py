@@ -29,6 +29,8 @@ TITLES = {
     "forward": "encode + decode",
     "training": "loss + gradients",
     "step": "training step",
+    "clt": "training step, CLT",
+    "crosscoder": "training step, crosscoder",
 }
 LEGEND = (
     ("what", "encode: activations to active latents; decode: back; training step: with Adam"),

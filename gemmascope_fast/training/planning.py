@@ -129,7 +129,7 @@ def _measure(sources: Sequence[Inputs], start: int, stop: int, rows: int) -> lis
         encoder = (inputs.tensors["W_enc"], inputs.tensors["b_enc"])
         limit = inputs.tensors["threshold"] - inputs.emission / 2
         found.append(_density(inputs.tensors["x"][start:stop], *encoder, limit, rows, latents))
-    return torch.stack(found).tolist()  # type: ignore[no-any-return]  # one wait for all
+    return torch.stack(found).tolist()  # one wait for all
 
 
 def sampled_density(x: Tensor, W_enc: Tensor, b_enc: Tensor, limit: Tensor) -> float:
