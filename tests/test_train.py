@@ -331,7 +331,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"matryoshka": [8, 4, 96]}, ValueError, "matryoshka must be ascending"),
     ({"matryoshka": [8, 32]}, ValueError, "matryoshka must end with d_sae=96, got 32"),
     ({"matryoshka": 8}, TypeError, "matryoshka must be a sequence"),
-    ({"kind": "crosscoder"}, ValueError, "kind must be one of sae, transcoder"),
+    ({"kind": "autoencoder"}, ValueError, "kind must be one of sae, transcoder, crosscoder"),
     ({"kind": "transcoder"}, ValueError, "kind='transcoder' does not fit a source with no target"),
     ({"affine": True}, ValueError, "affine=True needs kind='transcoder'"),
     ({"seed": -1}, ValueError, "seed must be >= 0"),

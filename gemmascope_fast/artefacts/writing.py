@@ -22,7 +22,6 @@ import torch
 
 from ..arguments import as_path
 from ..durable import sync, sync_folder
-from ..modules import SAE
 from . import files, folders, layer_files, writing_gemma_scope_2, writing_saelens, writing_sparsify
 from .files import CONFIG, CONFIG_LIMIT
 from .gemma_scope_2 import CONFIG_KEY, PARAMS, REPLACES_KEY, digest
@@ -70,15 +69,19 @@ def save(
     write_plan(folder, FORMATS[format](module, dtype, metadata))
 
 
-def check(folder: Path, metadata: Mapping[str, Any]) -> None:
-    """Raise what `save` of a single layer would raise of the folder and of the metadata.
+def check(folder: Path, metadata: Mapping[str, Any], module: Any) -> None:
+    """Raise what `save` in Gemma Scope 2's format would raise of the folder and of the metadata.
+
+    Args:
+        folder: the path.
+        metadata: as for `save`.
+        module: of the kind and the number of layers of what is to be saved; its sizes don't matter.
 
     Raises:
         TypeError, ValueError: as `Pretrained.save_pretrained`.
     """
     files.check_utf8(OP, folder)
-    small = SAE(1, 1, device="cpu", generator=torch.Generator())
-    plan = writing_gemma_scope_2.plan(small, None, metadata)
+    plan = writing_gemma_scope_2.plan(module, None, metadata)
     _check_place(folder, plan)
     if folder.is_dir():
         _check_kind(folder, plan)

@@ -82,7 +82,8 @@ class Sparse:
 
     def scaled(self, x: Tensor) -> Tensor:
         """Raw activations in the units of the run."""
-        return self.trainer.maps[0](x)
+        scaled: Tensor = self.trainer.maps[0](x)
+        return scaled
 
     def outputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`(recon [n, d], l0 [n], counts [d_sae])` of scaled x."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -81,7 +81,7 @@ class MeshTrainer(Trainer):
 
     def finish(self) -> SAE:
         """The slice itself, turned into one that reads raw activations; `sharded` has it too."""
-        module = super().finish()
+        module: SAE = super().finish()
         self.sharded.activation = module.activation
         return module
 
@@ -111,7 +111,7 @@ class MeshTrainer(Trainer):
 
     def _make(self) -> SAE:
         def make(latents: slice) -> SAE:
-            return self.settings.make(self.device, latents)
+            return cast(SAE, self.settings.make(self.device, latents))
 
         layout = self.layout
         self.sharded = assembled(OP, layout.mesh, layout.d_sae, make, layout.debug)

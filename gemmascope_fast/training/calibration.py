@@ -56,21 +56,47 @@ def measure(
     Raises:
         ValueError: a value is not finite, or all rows are equal (or 0, when not centred).
     """
+    mean, squares = moments(parts, centred, device)
+    return Affine(mean.float(), unit_scale(name, float(squares.sum())))
+
+
+def moments(
+    parts: Callable[[], Iterator[Tensor]], centred: bool, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """`[d]` mean (0 unless `centred`) and mean squared deviation from it of the rows, in float64.
+
+    Args:
+        parts: as for `measure`.
+        centred: likewise.
+        device: of the result.
+    """
     total, rows = torch.zeros((), dtype=torch.float64, device=device), 0
     for part in parts():
         total = total + part.to(device).sum(0, dtype=torch.float64)
         rows += len(part)
     mean = total / max(rows, 1) if centred else torch.zeros_like(total)
-    square = torch.zeros((), dtype=torch.float64, device=device)
+    squares = torch.zeros_like(mean)
     for part in parts():
-        square += (part.to(device).double() - mean).square_().sum()
-    norm = float(square) / max(rows, 1)
+        squares += (part.to(device).double() - mean).square_().sum(0)
+    return mean, squares / max(rows, 1)
+
+
+def unit_scale(name: str, norm: float) -> float:
+    """The scale that brings a mean squared norm to 1.
+
+    Args:
+        name: of the rows, for messages.
+        norm: their mean squared norm.
+
+    Raises:
+        ValueError: it is 0 or not finite.
+    """
     if not 0 < norm < float("inf"):
         raise ValueError(
             f"train: {name} must be finite and not constant over the tokens that scale and mean "
             f"are estimated from; its mean squared norm is {norm}"
         )
-    return Affine(mean.float(), norm**-0.5)
+    return float(norm**-0.5)
 
 
 @torch.no_grad()
@@ -97,7 +123,7 @@ def start(
     """
     wide = module.b_dec.dtype
     module.b_dec.copy_(target.mean(0))
-    module.b_enc.copy_(-_image(x.mean(0).to(wide), module.W_enc))
+    module.b_enc.copy_(-image(x.mean(0).to(wide), module.W_enc))
     if module.threshold is None:
         return
     if init_l0 is None:
@@ -134,7 +160,7 @@ def thresholds(
     return found.clamp_(min=0).to(b_enc.dtype)
 
 
-def _image(mean: Tensor, W: Tensor) -> Tensor:
+def image(mean: Tensor, W: Tensor) -> Tensor:
     """`mean [d] @ W [d, f]` in the dtype of mean, to which W is never widened as a whole."""
     if W.dtype == mean.dtype:
         return mean @ W
@@ -158,13 +184,13 @@ def fold_(module: SAE, source: Affine, target: Affine) -> None:
     ratio = source.scale / target.scale
     wide = module.b_enc.dtype
     m_in, m_out = source.mean.to(wide), target.mean.to(wide)
-    module.b_enc.div_(source.scale).sub_(_image(m_in, module.W_enc))
+    module.b_enc.div_(source.scale).sub_(image(m_in, module.W_enc))
     module.b_dec.div_(target.scale).add_(m_out)
     if ratio != 1:
         module.W_dec.mul_(ratio)
     if isinstance(module, Transcoder) and module.W_skip is not None:
         module.W_skip.mul_(ratio)
-        module.b_dec.sub_(_image(m_in, module.W_skip))
+        module.b_dec.sub_(image(m_in, module.W_skip))
     if module.ema_threshold is not None:
         module.ema_threshold.div_(source.scale)
     if module.threshold is not None and isinstance(module.activation, JumpReLU):

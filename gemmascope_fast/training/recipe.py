@@ -1,4 +1,4 @@
-"""The loss of a step, as terms of `SAE.loss`."""
+"""The loss of a step, as terms of `SAE.loss` or `MultiLayer.loss`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def terms(settings: Settings, step: int, dead: Tensor) -> list[LossTerm]:
     Args:
         settings: of the run.
         step: steps taken.
-        dead: `[d_sae]` bool, latents that topk and batchtopk give a loss of their own.
+        dead: `[d_sae]` bool, latents that topk and batchtopk give a loss of their own, in one
+            layer.
     """
     s, preset = settings, settings.preset
     found: list[LossTerm] = [Reconstruction()]
@@ -29,6 +30,6 @@ def terms(settings: Settings, step: int, dead: Tensor) -> list[LossTerm]:
         found.append(pull if preset.per_token else QuadraticMeanL0(lam, target=target))
         if preset.frequency:
             found.append(Frequency(preset.frequency, w0=preset.frequency_scale))
-    elif preset.auxk > 0 and bool(dead.any()):
+    elif s.layers is None and preset.auxk > 0 and bool(dead.any()):
         found.append(AuxK(dead, s.k_aux, preset.auxk))
     return found

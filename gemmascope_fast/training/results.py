@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..arguments import as_path
 from ..modules import SAE, JumpReLU, TopK
+from ..multilayer import Crosscoder, CrossLayerTranscoder, MultiLayer
 from .settings import OP, Settings
 from .trainer import Trainer
 
@@ -55,24 +57,42 @@ def check_out(folder: Path | None, settings: Settings, metadata: Mapping[str, An
     from ..artefacts import writing
 
     try:
-        writing.check(folder, metadata)
+        writing.check(folder, metadata, _small(settings))
     except (TypeError, ValueError) as error:
         kinds = TypeError if isinstance(error, TypeError) else ValueError
         raise kinds(f"{OP}: out could not hold the result: {error}") from error
 
 
-def finish(trainer: Trainer, folder: Path | None, metadata: Mapping[str, Any]) -> SAE:
+def _small(settings: Settings) -> SAE | MultiLayer:
+    """A module whose files have the names of the result's."""
+    options: dict[str, Any] = {"device": "cpu", "generator": torch.Generator()}
+    if settings.layers is None:
+        return SAE(1, 1, **options)
+    kind = Crosscoder if settings.kind == "crosscoder" else CrossLayerTranscoder
+    return kind(settings.layers, 1, 1, **options)
+
+
+def finish(trainer: Trainer, folder: Path | None, metadata: Mapping[str, Any]) -> SAE | MultiLayer:
     """The module for raw activations, saved where there is a folder and a format for it."""
     x, _ = trainer.stream.next(trainer.settings.batch_size)
     x = x.to(trainer.device)
     scale, bandwidth = trainer.maps[0].scale, trainer.settings.preset.bandwidth
-    module = trainer.finish().eval()
+    module: SAE | MultiLayer = trainer.finish().eval()
     with torch.no_grad():
-        l0 = float(module.encode(x).l0().mean())
+        l0 = _l0(module, x)
     module.metadata = {"l0": l0, **trainer.source.metadata(), **metadata}
     if folder is not None and not isinstance(module.activation, TopK):
-        same = isinstance(module.activation, JumpReLU)
         named: dict[str, Any] = {name: module.metadata.get(name) for name in NAMED}
-        plain = module if same else module.to_jumprelu(bandwidth=bandwidth / scale)
+        plain = module
+        if isinstance(module, SAE) and not isinstance(module.activation, JumpReLU):
+            plain = module.to_jumprelu(bandwidth=bandwidth / scale)
         plain.save_pretrained(folder, **named)
     return module
+
+
+def _l0(module: SAE | MultiLayer, x: Tensor) -> float:
+    """Mean active latents per token of the rows of a source."""
+    if isinstance(module, SAE):
+        return float(module.encode(x).l0().mean())
+    stack = x.view(-1, module.n_layers, module.d_model)
+    return float(module.l0(module.encode(stack)).sum(-1).mean())

@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from ..arguments import as_device
 from ..modules import SAE
+from ..multilayer import MultiLayer
 from . import checkpoint
+from .given import Rows, as_source, place_of
 from .memory import estimate
 from .preset import Preset, find_preset
 from .progress import Shown, bar
 from .results import CHECKPOINTS, asked, check_out, finish
 from .settings import OP, Settings, prefixes
-from .shards import ShardSource
-from .sources import Source, TensorSource
+from .sources import Source
 from .trainer import Trainer
+from .trainer_layers import trainer_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -35,7 +36,6 @@ LONGEST = 1000
 NOTE_SECONDS = 0.5
 
 OnMetrics = Callable[[dict[str, float]], object]
-Rows = Tensor | tuple[Tensor, Tensor] | str | os.PathLike[str] | Source
 
 
 def train(
@@ -67,19 +67,22 @@ def train(
     progress: bool = True,
     metadata: Mapping[str, Any] | None = None,
     mesh: DeviceMesh | None = None,
-) -> SAE:
-    """Train a sparse autoencoder or transcoder on activations.
+) -> SAE | MultiLayer:
+    """Train a sparse autoencoder, transcoder, crosscoder or cross-layer transcoder on activations.
 
     `loss = mean_i |recon_i - target_i|^2 + sparsity terms` of the preset, on activations scaled to
-    unit mean squared norm; the scales are folded into the weights that are returned.
+    unit mean squared norm (each layer by itself); the scales are folded into the weights that are
+    returned.
 
     Args:
-        source: `[N, d_in]` tensor; a pair `([N, d_in], [N, d_out])` for a transcoder; a folder of
-            shards (`write_shards`); or a `Source`.
-        d_sae: number of latents, >= 1.
-        activation: "jumprelu", "topk" or "batchtopk".
-        target_l0: active latents per token that jumprelu is pulled to, in (0, d_sae).
-        k: active latents per token of topk (int) and batchtopk, in (0, d_sae].
+        source: `[N, d_in]` tensor; a pair `([N, d_in], [N, d_out])` for a transcoder; `[N, L, d]`
+            for a crosscoder, a pair of them for a CLT; a folder of shards (`write_shards`); or a
+            `Source`.
+        d_sae: number of latents, >= 1; of each layer.
+        activation: "jumprelu", "topk" or "batchtopk" (of one layer).
+        target_l0: active latents per token that jumprelu is pulled to, summed over the layers, in
+            (0, d_sae), or (0, L * d_sae).
+        k: active latents per token (and layer) of topk (int) and batchtopk, in (0, d_sae].
         steps: of the run, >= 1.
         batch_size: tokens per step, >= 1.
         preset: "gemma_scope_2" (calibrated start), "gemma_scope_2_literal", or a `Preset`.
@@ -89,31 +92,32 @@ def train(
         fused: update inside the backward pass, without buffers of the matrices' gradients.
         init_l0: active latents per token that thresholds are calibrated to at the start; default
             twice the target.
-        matryoshka: ascending prefix sizes that each reconstruct, the last one d_sae.
-        kind: "sae" or "transcoder".
-        affine: whether the transcoder has an affine skip connection.
+        matryoshka: ascending prefix sizes that each reconstruct, the last one d_sae; of one layer.
+        kind: "sae", "transcoder", "crosscoder" or "clt".
+        affine: whether the transcoder or CLT has an affine skip connection.
         seed: of weights and data order.
         out: folder for checkpoints and the result; None keeps the run in memory.
         resume: continue from the newest checkpoint in `out`; False removes those it finds.
         checkpoint_every: steps between checkpoints; default 1,000, or a tenth of a shorter run.
         dtype: of the matrices; default float32.
         autocast: dtype in which the products run; None leaves the matrices' own.
-        precision: "screened" lets the encoder miss 1 entry in 10^6 for speed, where `SAE.screen`
-            does: on CUDA, without autocast, on one device. The result encodes exactly.
+        precision: "screened" lets the encoder of one layer miss 1 entry in 10^6 for speed, where
+            `SAE.screen` does: on CUDA, without autocast, on one device. The result encodes exactly.
         device: default that of a tensor source, else CUDA where there is one, else the CPU.
         on_metrics: called after every step with a dict of floats: step, tokens, loss, its terms,
             fvu, l0, density, fired (latents in this batch), dead, lr, seconds.
         progress: print the memory estimate and show a progress bar on the standard error.
         metadata: of the saved result: model_name, hf_hook_point_in, hf_hook_point_out, ...
         mesh: of dims ("dp", "tp") over all ranks of `torchrun`, each of which makes this call:
-            latents are cut over "tp", the rows of every batch over "dp" (docs/distributed.md).
-            `on_metrics` and `progress` are rank 0's, `device` the mesh's.
+            latents are cut over "tp", the rows of every batch over "dp" (docs/distributed.md);
+            for SAEs and transcoders. `on_metrics` and `progress` are rank 0's, `device` the mesh's.
 
     Returns:
         The module, for raw activations, in evaluation mode: batchtopk encodes with its running
-        threshold. With `out`, the folder is an artefact that `load` reads (batchtopk as the
-        JumpReLU of that threshold); of topk it holds the checkpoints only. With `mesh` the module
-        is a `ShardedSAE` or `ShardedTranscoder`.
+        threshold. Layers share one bandwidth: its scale is the geometric mean of theirs. With
+        `out`, the folder is an artefact that `load` reads (batchtopk as the JumpReLU of that
+        threshold); of topk it holds the checkpoints only. With `mesh` the module is a `ShardedSAE`
+        or `ShardedTranscoder`.
 
     Raises:
         NonFiniteError: a loss or weight is NaN or infinite; the last checkpoint stays.
@@ -126,10 +130,11 @@ def train(
     Source: Gemma Scope 2's technical paper; arXiv 2408.05147; arXiv 2407.14435.
     """
     rows_of = as_source(source, kind)
-    place = _device(source, device)
+    place = place_of(source, device)
+    layers, width = rows_of.layers, rows_of.d_in if rows_of.d_out is None else rows_of.d_out
     settings = Settings(
-        d_in=rows_of.d_in,
-        d_out=rows_of.d_in if rows_of.d_out is None else rows_of.d_out,
+        d_in=rows_of.d_in // (layers or 1),
+        d_out=width // (layers or 1),
         d_sae=d_sae,
         steps=steps,
         preset=find_preset(preset),
@@ -149,6 +154,7 @@ def train(
         autocast=autocast,
         precision=precision,
         checkpoint_every=checkpoint_every,
+        layers=layers,
     )
     folder, extra = asked(out, metadata, on_metrics)
     if mesh is not None:
@@ -176,51 +182,12 @@ def _recording() -> Iterator[None]:
 def _on_mesh(mesh: DeviceMesh, source: Source, settings: Settings, *to: Any, **options: Any) -> SAE:
     from ..distributed.running import train_on
 
+    if settings.layers is not None:
+        raise ValueError(f"{OP}: kind={settings.kind!r} is for one device: drop mesh")
     if settings.precision != "exact":
         raise ValueError(f"{OP}: precision={settings.precision!r} is for one device: drop mesh")
     with _recording():
         return cast("SAE", train_on(mesh, source, settings, *to, **options))
-
-
-def as_source(source: Any, kind: str) -> Source:
-    """`source` as a `Source`.
-
-    Raises:
-        TypeError: it is none of the kinds that `train` takes.
-        ValueError: a transcoder has no target, or an SAE has one.
-    """
-    if isinstance(source, Tensor):
-        made: Source = TensorSource(source)
-    elif isinstance(source, (tuple, list)) and len(source) == 2:
-        made = TensorSource(*source)
-    elif isinstance(source, (str, os.PathLike)):
-        made = ShardSource(source)
-    elif isinstance(source, Source):
-        made = source
-    else:
-        raise TypeError(
-            f"{OP}: source must be a tensor, a pair of tensors, a folder of shards or a Source, "
-            f"got {type(source).__name__}"
-        )
-    if (kind == "transcoder") != (made.d_out is not None):
-        have = "no target" if made.d_out is None else "a target"
-        raise ValueError(
-            f"{OP}: kind={kind!r} does not fit a source with {have}: a transcoder needs pairs "
-            "(input, output), an SAE activations alone"
-        )
-    return made
-
-
-def _device(source: Any, device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        found = as_device(OP, device)
-        if found.type == "meta":
-            raise ValueError(f"{OP}: device must have memory, got meta")
-        return found
-    first = source[0] if isinstance(source, (tuple, list)) else source
-    if isinstance(first, Tensor):
-        return first.device
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _start(
@@ -243,11 +210,11 @@ def _start(
             continue
         for text in unreadable:
             warnings.warn(f"{text}; resuming from {path.name}", stacklevel=3)
-        made: Trainer = Trainer.resumed(source, settings, device, path)
+        made: Trainer = trainer_of(settings).resumed(source, settings, device, path)
         return made
     if unreadable:
         raise ValueError(f"{unreadable[0]}; resume=False starts anew")
-    return Trainer(source, settings, device)
+    return trainer_of(settings)(source, settings, device)
 
 
 def run_steps(

@@ -12,12 +12,16 @@ from ..activations import parts
 from ..arguments import check_count, check_number
 from ..checks import check_float_dtype
 from ..modules import SAE, Activation, BatchTopK, JumpReLU, TopK, Transcoder
+from ..multilayer import Crosscoder, CrossLayerTranscoder, MultiLayer
 from ..semantics import Semantics
 from .preset import Preset
 from .sources import generator
 
 ACTIVATIONS = ("jumprelu", "topk", "batchtopk")
-KINDS = ("sae", "transcoder")
+LAYERED = ("crosscoder", "clt")
+KINDS = ("sae", "transcoder", *LAYERED)
+MAPPING = ("transcoder", "clt")
+"""Kinds that map x to a target of its own."""
 ROWS = ("exact", "live")
 MOMENTS = ("fp32", "8bit")
 PRECISIONS = ("exact", "screened")
@@ -29,6 +33,9 @@ class Settings:
     """One run; `gsf.train` documents the fields that are its arguments.
 
     Args:
+        d_in: width of x, of each layer.
+        d_out: width of the target, of each layer.
+        layers: of a crosscoder or CLT; None for the others.
         op: whose arguments they are, for messages.
 
     Raises:
@@ -57,6 +64,7 @@ class Settings:
     autocast: torch.dtype | None = None
     precision: str = "exact"
     checkpoint_every: int | None = None
+    layers: int | None = None
     op: InitVar[str] = OP
 
     def __post_init__(self, op: str) -> None:
@@ -83,6 +91,7 @@ class Settings:
         for name in ("fused", "affine"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{op}: {name} must be a bool, got {getattr(self, name)!r}")
+        self._check_layers(op)
         self._check_dtypes(op)
         self._check_sparsity(op)
         self._check_matryoshka(op)
@@ -106,8 +115,12 @@ class Settings:
                 raise ValueError(f"{op}: jumprelu needs target_l0 (active latents per token), no k")
             for name in ("target_l0", "init_l0"):
                 value = getattr(self, name)
-                if value is not None and check_number(op, name, value, positive=True) >= self.d_sae:
-                    raise ValueError(f"{op}: {name} must be below d_sae={self.d_sae}, got {value}")
+                if value is None or check_number(op, name, value, positive=True) < self.latents:
+                    continue
+                most = f"d_sae={self.d_sae}"
+                if self.layers is not None:
+                    most = f"layers * d_sae = {self.layers} * {self.d_sae}"
+                raise ValueError(f"{op}: {name} must be below {most}, got {value}")
             return
         if self.k is None or self.target_l0 is not None or self.init_l0 is not None:
             raise ValueError(f"{op}: {self.activation} needs k, and neither target_l0 nor init_l0")
@@ -128,12 +141,42 @@ class Settings:
             raise ValueError(f"{op}: matryoshka must end with d_sae={self.d_sae}, got {sizes[-1]}")
 
     def _check_kind(self, op: str) -> None:
-        if self.kind == "sae" and self.affine:
-            raise ValueError(f"{op}: affine=True needs kind='transcoder'")
-        if self.kind == "sae" and self.d_in != self.d_out:
+        if self.affine and self.kind not in MAPPING:
+            raise ValueError(f"{op}: affine=True needs kind='transcoder' or kind='clt'")
+        if self.kind != "transcoder" and self.d_in != self.d_out:
+            named = {"sae": "an SAE", "crosscoder": "a crosscoder", "clt": "a CLT"}[self.kind]
             raise ValueError(
-                f"{op}: an SAE's target must be as wide as x, {self.d_in}, got {self.d_out}"
+                f"{op}: {named}'s target must be as wide as x, {self.d_in}, got {self.d_out}"
             )
+
+    def _check_layers(self, op: str) -> None:
+        if self.kind not in LAYERED:
+            if self.layers is not None:
+                raise ValueError(
+                    f"{op}: layers is for kind='crosscoder' and kind='clt', got layers="
+                    f"{self.layers} and kind={self.kind!r}"
+                )
+            return
+        if self.layers is None:
+            raise ValueError(f"{op}: kind={self.kind!r} needs layers, their number")
+        if check_count(op, "layers", self.layers) < 1:
+            raise ValueError(f"{op}: layers must be >= 1, got {self.layers}")
+        if self.activation == "batchtopk":
+            raise ValueError(
+                f"{op}: activation='batchtopk' is for kind='sae' and kind='transcoder': a "
+                f"{self.kind} keeps no running threshold for each layer to encode with afterwards"
+            )
+        for name, only in (("matryoshka", None), ("precision", "exact")):
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"{op}: {name}={getattr(self, name)!r} is for kind='sae' and "
+                    f"kind='transcoder', got kind={self.kind!r}"
+                )
+
+    @property
+    def latents(self) -> int:
+        """Latents of the whole dictionary."""
+        return self.d_sae * (self.layers or 1)
 
     @property
     def start_l0(self) -> float | None:
@@ -142,7 +185,7 @@ class Settings:
             return None
         if self.init_l0 is not None:
             return self.init_l0
-        return min(2 * (self.preset.target_l0_start or self.target_l0), self.d_sae / 2)
+        return min(2 * (self.preset.target_l0_start or self.target_l0), self.latents / 2)
 
     @property
     def k_aux(self) -> int:
@@ -155,10 +198,19 @@ class Settings:
         del read["checkpoint_every"]
         if self.precision == "exact":  # checkpoints from before there was a choice say nothing
             del read["precision"]
+        if self.layers is None:  # nor from before there were any
+            del read["layers"]
         return read
 
-    def make(self, device: torch.device, latents: slice | None = None) -> SAE:
-        """The module with its initial weights, the same on every device; or some of its latents."""
+    def make(self, device: torch.device, latents: slice | None = None) -> SAE | MultiLayer:
+        """The module with its initial weights, the same on every device; or some of its latents.
+
+        Args:
+            device: of the weights.
+            latents: of an SAE or transcoder.
+        """
+        if self.layers is not None:
+            return self._make_layers(self.layers).to(device)
         sizes: dict[str, Any] = {"d_out": self.d_out, "dtype": self.dtype, "device": "cpu"}
         if self.activation == "batchtopk":
             sizes["semantics"] = Semantics(ema_decay=self.preset.threshold_decay)
@@ -174,6 +226,14 @@ class Settings:
             around = {"before": here.start, "after": self.d_sae - here.stop}
             module.reset_parameters(draw, **around)
         return module.to(device)
+
+    def _make_layers(self, layers: int) -> MultiLayer:
+        options: dict[str, Any] = {"dtype": self.dtype, "device": "cpu"}
+        options["generator"] = generator(self.seed, "weights")
+        sizes = layers, self.d_in, self.d_sae, self._function()
+        if self.kind == "crosscoder":
+            return Crosscoder(*sizes, **options)
+        return CrossLayerTranscoder(*sizes, affine=self.affine, **options)
 
     def _function(self) -> Activation:
         if self.activation == "jumprelu":

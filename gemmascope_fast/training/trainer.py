@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..modules import SAE
 from ..optim.rows import as_rows
 from . import checkpoint
 from .calibration import ROWS, Affine, fold_, measure, start
@@ -57,6 +56,7 @@ class Trainer:
 
     Attributes:
         module: the weights, in units of scaled activations; `exported()` reads raw ones.
+        maps: from raw to scaled activations, of x and of the target.
         taken: steps taken.
     """
 
@@ -132,19 +132,17 @@ class Trainer:
         scaled = self.maps[0](x.to(self.device))
         return scaled, scaled if target is None else self.maps[1](target.to(self.device))
 
-    def exported(self) -> SAE:
+    def exported(self) -> Any:
         """A copy of the module that reads raw activations."""
         module = copy.deepcopy(self.module).requires_grad_(False)
-        module.screened = None
-        fold_(module, *self.maps)
+        self._fold(module)
         return module.requires_grad_(True)
 
-    def finish(self) -> SAE:
+    def finish(self) -> Any:
         """The module itself, turned into one that reads raw activations; the run is over."""
         self.updates.release()
         del self.updates
-        self.module.screened = None
-        fold_(self.module, *self.maps)
+        self._fold(self.module)
         return self.module
 
     def save(self, folder: Path) -> Path:
@@ -166,22 +164,23 @@ class Trainer:
 
     def _begin(self, record: Mapping[str, Any] | None = None) -> None:
         """Make what a run has, empty where `record` is that of a checkpoint to be read."""
-        self.module = self._make()
+        self.module: Any = self._make()
         if self.settings.precision == "screened":
             self.module.screen()
         self.updates = self._updates()
         self.taken = 0 if record is None else record["step"]
-        size = self.module.d_sae
+        size = self.module.d_sae * (self.settings.layers or 1)
         self.last_fired = torch.zeros(size, dtype=torch.int64, device=self.device)
         if record is not None:
             s_in, s_out = record["scales"]
             d_in, d_out = self.settings.d_in, self.settings.d_out
-            self.maps = (
-                Affine(torch.zeros(d_in, device=self.device), s_in),
-                Affine(torch.zeros(d_out, device=self.device), s_out),
-            )
+            self.maps: tuple[Any, Any] = (self._map(d_in, s_in), self._map(d_out, s_out))
 
-    def _make(self) -> SAE:
+    def _map(self, width: int, scale: Any) -> Any:
+        """A map of `scale`, as its record has it, whose mean is still to be read."""
+        return Affine(torch.zeros(width, device=self.device), scale)
+
+    def _make(self) -> Any:
         """The module that is trained, with its initial weights."""
         return self.settings.make(self.device)
 
@@ -191,7 +190,8 @@ class Trainer:
 
     def _loss(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of scaled tokens and its metrics."""
-        return self.module.loss(x, target, terms(self.settings, self.taken, self.silent()))
+        loss, metrics = self.module.loss(x, target, terms(self.settings, self.taken, self.silent()))
+        return loss, metrics
 
     def _fired(self, fired: Tensor) -> Tensor:
         """Latents of the whole dictionary that fired in the step just taken."""
@@ -212,17 +212,29 @@ class Trainer:
     def _calibrate(self) -> None:
         """Measure scale and mean, then set biases and thresholds."""
         settings, preset = self.settings, self.settings.preset
-        place = measure("x", self._parts(0), preset.centred, self.device)
+        place = self._measure("x", 0)
         self.maps = (place, place)
         if self.source.d_out is not None:
-            goal = measure("target", self._parts(1), preset.centred, self.device)
-            self.maps = (place, goal)
+            self.maps = (place, self._measure("target", 1))
         sample = self.scaled(*self.stream.peek(0, preset.calibration_tokens))
         if settings.start_l0 is not None and len(sample[0]) < 2:
             raise ValueError("train: the first block must have at least 2 rows to calibrate on")
         if preset.calibrated or settings.start_l0 is not None:
-            starts = settings.start_l0, preset.init_threshold
-            start(self.module, *sample, *starts, d_sae=settings.d_sae)
+            self._start(*sample)
+
+    def _measure(self, name: str, side: int) -> Any:
+        """The map of x (0) or of the target (1)."""
+        return measure(name, self._parts(side), self.settings.preset.centred, self.device)
+
+    def _start(self, x: Tensor, target: Tensor) -> None:
+        """Set biases and thresholds from scaled tokens."""
+        starts = self.settings.start_l0, self.settings.preset.init_threshold
+        start(self.module, x, target, *starts, d_sae=self.settings.d_sae)
+
+    def _fold(self, module: Any) -> None:
+        """Turn a trained module into one that reads raw activations."""
+        module.screened = None
+        fold_(module, *self.maps)
 
     def _parts(self, side: int) -> Callable[[], Iterator[Tensor]]:
         """The tokens that scale and mean are estimated from: of x (0) or of the target (1)."""
@@ -239,9 +251,7 @@ class Trainer:
     def _batch(self) -> tuple[Tensor, Tensor | None]:
         x, target = self.stream.next(self.settings.batch_size)
         scaled = self.scaled(x, target)
-        if self.settings.kind == "sae" and target is None:
-            return scaled[0], None
-        return scaled
+        return scaled if target is not None else (scaled[0], None)
 
     def _tensors(self) -> dict[str, Tensor]:
         """What a checkpoint holds beside the optimizer's state."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..multilayer import MultiLayer
 from ..optim import Adam
 from .settings import Settings
 
@@ -18,7 +19,7 @@ class Updates:
     """Adam with the preset's betas over a module, its decoder rows kept at unit norm.
 
     Args:
-        module: an SAE or a transcoder; its parameters are updated.
+        module: of any kind; its parameters are updated.
         settings: of the run.
     """
 
@@ -43,13 +44,15 @@ class Updates:
 
     @torch.no_grad()
     def fired(self) -> Tensor:
-        """`[d_sae]` bool: latents that were active in the batch whose gradients are held."""
-        deferred = self._module.deferred
-        if deferred is not None and deferred.pending is not None:
-            fired: Tensor = deferred.pending.acts.fired()
-            return fired
-        grad: Tensor = self._module.b_enc.grad
-        return grad != 0
+        """`[d_sae]` bool: latents that were active in the batch whose gradients are held.
+
+        Of several layers `[L * d_sae]`, one after the other.
+        """
+        module = self._module
+        if not isinstance(module, MultiLayer):
+            return _fired(module.deferred, module.b_enc)
+        owners: Any = module.deferred or [None] * module.n_layers
+        return torch.cat([_fired(*of) for of in zip(owners, module.b_enc, strict=True)])
 
     def step(self, lr: float) -> None:
         """Update every parameter from its gradient."""
@@ -60,7 +63,7 @@ class Updates:
     def release(self) -> None:
         """Let go of the module: it is an ordinary one again."""
         self.zero_grad()
-        self._module.deferred = None
+        self._module.deferred = [] if isinstance(self._module, MultiLayer) else None
 
     def tensors(self) -> dict[str, Tensor]:
         """State tensors under names of their own."""
@@ -79,6 +82,15 @@ class Updates:
             parameter, name = key.removeprefix(PREFIX).split(".", 1)
             state.setdefault(int(parameter), {})[name] = tensor
         self.optimizer.load_state_dict({"state": state, "param_groups": record["groups"]})
+
+
+def _fired(deferred: Any, b_enc: Tensor) -> Tensor:
+    """`[d_sae]` bool of the latents of one encoder."""
+    if deferred is not None and deferred.pending is not None:
+        fired: Tensor = deferred.pending.acts.fired()
+        return fired
+    assert b_enc.grad is not None
+    return b_enc.grad != 0
 
 
 def _flatten(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
