@@ -185,7 +185,7 @@ def test_arguments_that_do_not_fit() -> None:
         ((model, saes, ids, ids), {}, TypeError, "too many positional arguments: call evaluate"),
         ((model, saes), {}, TypeError, "missing a required argument: 'tokens': call evaluate"),
         ((model, saes, ids), {"mask": ids}, TypeError, "unexpected keyword argument 'mask': call"),
-        ((ids, sae), {}, TypeError, "comes first, got a Tensor: call evaluate"),
+        ((ids, sae), {}, TypeError, r"comes first, got \(Tensor, SAE\): call evaluate"),
         ((sae,), {}, TypeError, "missing a required argument: 'activations': call evaluate"),
         ((model.model, saes, ids), {}, TypeError, "model must return logits, got a BaseModelOut"),
         (

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import check_count
-from ..modules import SAE
 from ..training import metrics
 from ..training.hooks import left_out
-from .dictionaries import Dictionary, check_causal
+from .dictionaries import Dictionary, check_causal, is_dictionary
 from .measuring import OP, Ablation, ModelEvaluation, evaluating, measure
 from .sites import Dictionaries, Key, Site, sites_of
 from .texts import Texts
@@ -25,7 +24,7 @@ Several = Sequence[Dictionary] | Mapping[Key, Dictionary]
 
 @overload
 def evaluate(
-    module: SAE, activations: Tensor, target: Tensor | None = None, *, batch_size: int = 4096
+    module: Dictionary, activations: Tensor, target: Tensor | None = None, *, batch_size: int = 4096
 ) -> metrics.Evaluation: ...
 
 
@@ -87,9 +86,11 @@ def evaluate(*args: Any, **options: Any) -> Any:
     the logits of a batch, `[batch_size, L, vocabulary]`.
 
     Args:
-        module: an `SAE` or `Transcoder`, in the units of the activations.
-        activations: `[*batch, d_in]` floating point.
-        target: `[*batch, d_out]`; default the activations, needed by a `Transcoder`.
+        module: an `SAE`, `Transcoder`, `Crosscoder` or `CrossLayerTranscoder`, in the units of the
+            activations.
+        activations: `[*batch, d_in]` floating point; `[*batch, L, d_model]` of L layers.
+        target: `[*batch, d_out]`, or `[*batch, L, d_model]`; default the activations, needed by a
+            `Transcoder` or `CrossLayerTranscoder`.
         model: a `transformers` model that returns logits; run in evaluation mode.
         saes: as for `capture`: one dictionary, several, or `{hook point: dictionary}`.
         tokens: `[S, L]` integer ids, L >= 2.
@@ -112,8 +113,9 @@ def evaluate(*args: Any, **options: Any) -> Any:
     first = args[0] if args else options.get("module", options.get("model"))
     second = args[1] if len(args) > 1 else options.get("activations")
     if isinstance(first, Tensor):
-        raise TypeError(f"{OP}: a module or a model comes first, got a Tensor: {FORMS}")
-    alone = isinstance(first, SAE) or isinstance(second, Tensor) or "module" in options
+        got = ", ".join(type(arg).__name__ for arg in args[:2]) or "Tensor"
+        raise TypeError(f"{OP}: a module or a model comes first, got ({got}): {FORMS}")
+    alone = is_dictionary(first) or isinstance(second, Tensor) or "module" in options
     form: Callable[..., Any] = metrics.evaluate if alone else _evaluate_model
     try:
         signature(form).bind(*args, **options)
