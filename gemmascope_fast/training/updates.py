@@ -63,7 +63,7 @@ class Updates:
     def release(self) -> None:
         """Let go of the module: it is an ordinary one again."""
         self.zero_grad()
-        self._module.deferred = [] if isinstance(self._module, MultiLayer) else None
+        self._module.deferred = () if isinstance(self._module, MultiLayer) else None
 
     def tensors(self) -> dict[str, Tensor]:
         """State tensors under names of their own."""
