@@ -31,9 +31,11 @@ def main(options: dict) -> dict:
     if "autocast" in options:
         options["autocast"] = getattr(torch, options["autocast"])
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(tokens, d_in, generator=generator) * torch.linspace(3, 0.1, d_in)
+    layers = options.pop("layers", None)
+    rows = (tokens,) if layers is None else (tokens, layers)
+    x = torch.randn(*rows, d_in, generator=generator) * torch.linspace(3, 0.1, d_in)
     d_out = options.pop("d_out", None)
-    y = None if d_out is None else torch.randn(tokens, d_out, generator=generator)
+    y = None if d_out is None else torch.randn(*rows, d_out, generator=generator)
     source = x if y is None else (x, y)
     small = {"d_sae": 64, "batch_size": 64, "steps": 2, "progress": False}
     names = ("activation", "fused", "moments", "dtype", "kind", "affine", "autocast")
@@ -48,8 +50,8 @@ def main(options: dict) -> dict:
     measured = resident("VmHWM") - before
     for name in ("steps", "out"):
         options.pop(name, None)
-    sizes = {"d_in": d_in, "d_out": d_out, "source_bytes": 16 * tokens, "resume": resume}
-    found = gsf.estimate_memory(**sizes, preset=preset, **options)
+    sizes = {"d_in": d_in, "d_out": d_out, "layers": layers, "resume": resume}
+    found = gsf.estimate_memory(**sizes, source_bytes=16 * tokens, preset=preset, **options)
     return {"measured": measured, "estimated": found.peak_bytes, "parts": str(found)}
 
 

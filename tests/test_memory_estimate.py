@@ -49,6 +49,18 @@ RUNS: dict[str, dict[str, Any]] = {
         **{"d_in": 1152, "d_sae": 16384, "batch_size": 4096, "target_l0": 50, "steps": 4},
         "matryoshka": [2048, 8192, 16384],
     },
+    "crosscoder": {
+        **{"d_in": 512, "d_sae": 8192, "batch_size": 1024, "target_l0": 50, "steps": 2},
+        **{"kind": "crosscoder", "layers": 3},
+    },
+    "clt, unfused": {
+        **{"d_in": 384, "d_out": 384, "d_sae": 8192, "batch_size": 1024, "target_l0": 50},
+        **{"kind": "clt", "layers": 4, "affine": True, "fused": False, "steps": 2},
+    },
+    "clt, dense start": {
+        **{"d_in": 384, "d_out": 384, "d_sae": 8192, "batch_size": 1024, "target_l0": 50},
+        **{"kind": "clt", "layers": 3, "preset": {"calibrated": False}, "steps": 2},
+    },
 }
 MOST = dict.fromkeys(RUNS, 1.15)
 MOST["topk, many dead"] = 1.25  # how many latents are dead at once is not known before

@@ -32,11 +32,11 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("source", type=Path, help="folder of shards, .safetensors with x (and target), or a text")
     add("--out", type=Path, required=True, help="folder for checkpoints and the result")
-    add("--d-sae", type=int, required=True, help="number of latents")
+    add("--d-sae", type=int, required=True, help="number of latents, of each layer")
     add("--steps", type=int, required=True, help="optimizer steps")
     add("--activation", choices=ACTIVATIONS, default="jumprelu", help="default jumprelu")
-    add("--target-l0", type=float, help="active latents per token (jumprelu)")
-    add("--k", type=float, help="active latents per token (topk, batchtopk)")
+    add("--target-l0", type=float, help="active latents per token, of all layers (jumprelu)")
+    add("--k", type=float, help="active latents per token and layer (topk, batchtopk)")
     add("--batch-size", type=int, default=4096, help="tokens per step; default 4096")
     add("--preset", choices=PRESETS, default="gemma_scope_2", help="default gemma_scope_2")
     add("--lr", type=float, help="instead of the preset's learning rate")
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add("--init-l0", type=float, help="active latents at the start; default twice the target")
     add("--matryoshka", type=int, nargs="+", help="ascending prefix sizes, the last one d_sae")
     add("--kind", choices=KINDS, default="sae", help="default sae")
-    add("--affine", action="store_true", help="a transcoder's affine skip connection")
+    add("--affine", action="store_true", help="a transcoder's or CLT's affine skip connection")
     add("--seed", type=int, default=0, help="default 0")
     add("--resume", action=argparse.BooleanOptionalAction, default=True)
     add("--checkpoint-every", type=int, help="default 1000, or a tenth of a shorter run")
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     live = made.add_argument_group("live activations of a transformers model; source is a text")
     live.add_argument("--model", help="folder, or name on the Hugging Face Hub")
     live.add_argument("--hook", help="where x is read: model.layers.17.output, {5,9}, {0,...}")
-    live.add_argument("--target-hook", help="where a transcoder's target is read")
+    live.add_argument("--target-hook", help="where a transcoder's or CLT's target is read")
     live.add_argument("--context", type=int, default=1024, help="tokens per sequence; default 1024")
     return made
 

@@ -26,7 +26,7 @@ OP = "estimate_memory"
 GIB = 1 << 30
 OPTIONS = {
     *("preset", "rows", "moments", "fused", "init_l0", "matryoshka", "kind", "affine", "dtype"),
-    *("autocast", "precision"),
+    *("autocast", "precision", "layers"),
 }
 BATCH_COPIES, ROW_COPIES, GROUP_COPIES, AUX_COPIES = 1, 4, 6, 5
 """Matrices that exist at once, for x and as many for the target: of the batch; of a block of rows,
@@ -103,8 +103,8 @@ def estimate_memory(
     start, a training step (the densest, in early training), or reading a checkpoint.
 
     Args:
-        d_in: width of x.
-        d_sae: number of latents.
+        d_in: width of x, of each layer.
+        d_sae: number of latents, of each layer.
         batch_size: tokens per step.
         d_out: width of a transcoder's target; default `d_in`.
         steps: of the run.
@@ -114,8 +114,9 @@ def estimate_memory(
         device: where it trains.
         source_bytes: that the source holds on that device, beside tensors of the caller.
         resume: whether a checkpoint may be read on the way.
-        options: other arguments of `train`: preset, rows, moments, fused, init_l0, matryoshka,
-            kind, affine, dtype, autocast, precision.
+        options: `layers`, the number of those of a crosscoder or CLT, and other arguments of
+            `train`: preset, rows, moments, fused, init_l0, matryoshka, kind, affine, dtype,
+            autocast, precision.
 
     Returns:
         The estimate; printing it names the parts.
@@ -155,25 +156,35 @@ def estimate(
 ) -> MemoryEstimate:
     """`estimate_memory` of a run's settings."""
     s = settings
-    wide = max(s.dtype.itemsize, 4)
-    matrix = s.d_sae * (s.d_in + s.d_out)
-    vectors = wide * (2 * s.d_sae + s.d_out) + 8 * s.d_sae
-    skip = s.d_in * s.d_out if s.affine else 0
+    wide, width = max(s.dtype.itemsize, 4), max(widths(s))
+    matrix = sum(s.d_sae * (s.d_in + columns) for columns in decoders(s))
+    vectors = wide * (2 * s.latents + widths(s)[1]) + 8 * s.latents
+    skip = len(decoders(s)) * s.d_in * s.d_out if s.affine else 0
     weights = (matrix + skip) * s.dtype.itemsize + vectors
     moments = optimizer_bytes(s)
     tiles = 2 * min(TILE_BYTES, wide * s.preset.calibration_tokens * s.d_sae)
     start = {
-        "sample": 3 * wide * s.preset.calibration_tokens * max(s.d_in, s.d_out),
+        "sample": 3 * wide * s.preset.calibration_tokens * width,
         "quantiles": tiles if s.start_l0 is not None else 0,
     }
     codes = s.d_sae * (screened_width(s.d_in) + 8)
     kept = s.precision == "screened" and device.type == "cuda"
     step = {"optimizer": moments, "codes": codes * kept} | _step(s, device, matrix + skip, vectors)
-    statistics = {"statistics": 4 * 8 * ROWS * max(s.d_in, s.d_out)}
+    statistics = {"statistics": 4 * 8 * ROWS * width}
     phases = {"statistics": statistics, "start": start, "step": step}
     if resume:  # one matrix of the weights on its way, then the moments as they are read
         phases["resume"] = {"optimizer": moments, "checkpoint": max(moments, weights // 2)}
     return MemoryEstimate(weights, source_bytes, phases)
+
+
+def decoders(s: Settings) -> list[int]:
+    """Columns of each layer's decoder, the causal triangle packed."""
+    return [at * s.d_out for at in range(s.layers or 1, 0, -1)]
+
+
+def widths(s: Settings) -> tuple[int, int]:
+    """Of the rows of x and of the target, all layers together."""
+    return s.d_in * (s.layers or 1), s.d_out * (s.layers or 1)
 
 
 def _step(s: Settings, device: torch.device, matrix: int, vectors: int) -> dict[str, int]:
@@ -187,9 +198,10 @@ def _step(s: Settings, device: torch.device, matrix: int, vectors: int) -> dict[
     held = {"batch": whole + block, "vectors": 4 * vectors}
     others = len(s.matryoshka or (s.d_sae,)) - 1
     held["prefixes"] = GROUP_COPIES * others * wide * rows * s.d_out
+    largest = matrix if s.layers is None else s.d_sae * (s.d_in + decoders(s)[0])
     cast = s.autocast not in (None, s.dtype)
     held["cast"] = matrix * s.autocast.itemsize if cast and s.autocast is not None else 0
-    held["reference"] = _reference(s, matrix) if wide == 8 else 0
+    held["reference"] = _reference(s, largest) if wide == 8 else 0
     density = _density(s)
     crossover = CROSSOVER.get(device.type, 0.0) if wide == 4 else 0.0
     if density > crossover and s.activation == "jumprelu":
@@ -198,21 +210,21 @@ def _step(s: Settings, device: torch.device, matrix: int, vectors: int) -> dict[
         held["gradients"] = matrix * wide
         held["widened"] = matrix * wide if s.dtype.itemsize < wide else 0
         return held
-    entries = int(rows * density * s.d_sae * ENTRY_BYTES)
+    entries = int(rows * density * s.latents * ENTRY_BYTES)
     blocks = -(-s.batch_size // rows)
     if s.activation != "batchtopk":
         blocks *= -(-entries // DEFAULT_LIMITS.entry_bytes)
         entries = min(entries, DEFAULT_LIMITS.entry_bytes)
     held["entries"] = entries
-    if s.activation != "jumprelu" and s.preset.auxk > 0:
+    if s.activation != "jumprelu" and s.preset.auxk > 0 and s.layers is None:
         held["gradients"] = matrix * wide
         held["auxk"] = _auxk(s, matrix, entries)
     elif not s.fused or blocks > 1:
-        part = matrix * s.dtype.itemsize
-        held["gradients"] = part  # a further one comes when half of its block is gone
+        held["gradients"] = matrix * s.dtype.itemsize
+        part = largest * s.dtype.itemsize  # a layer's, which comes when half of its block is gone
         held["a block's gradients"] = 0 if blocks == 1 else max(part - block // 2, 0)
     else:
-        held["gradients"] = wide * s.d_in * s.d_out * s.affine
+        held["gradients"] = wide * s.d_in * s.d_out * s.affine * (s.layers or 1)
     return held
 
 
@@ -224,7 +236,7 @@ def _reference(s: Settings, matrix: int) -> int:
 
 def _batch(s: Settings, device: torch.device, rows: int) -> tuple[int, int]:
     """Bytes of a batch's matrices, and of those of `rows` of it that are a block."""
-    width = max(s.dtype.itemsize, 4) * (s.d_in + s.d_out)
+    width = max(s.dtype.itemsize, 4) * sum(widths(s))
     large = device.type == "cpu" and width * rows // 2 >= LARGE_BYTES
     copies = LARGE_COPIES if large else ROW_COPIES
     return BATCH_COPIES * width * s.batch_size, int(copies * width * rows)
@@ -249,7 +261,7 @@ def _density(s: Settings) -> float:
         return s.k / s.d_sae
     if s.start_l0 is None:
         return 0.5
-    return min(EARLY_SURPLUS * max(s.start_l0, s.target_l0 or 0.0) / s.d_sae, 1.0)
+    return min(EARLY_SURPLUS * max(s.start_l0, s.target_l0 or 0.0) / s.latents, 1.0)
 
 
 def optimizer_bytes(s: Settings) -> int:
@@ -257,8 +269,10 @@ def optimizer_bytes(s: Settings) -> int:
     wide = max(s.dtype.itemsize, 4)
     first = wide if s.preset.beta1 > 0 else 0
     held = 0
-    for rows, columns in ((s.d_sae, s.d_in), (s.d_sae, s.d_out), (s.d_in * s.affine, s.d_out)):
+    of_layer = ((s.d_sae, s.d_in), (s.d_in * s.affine, s.d_out))
+    of_decoders = ((s.d_sae, columns) for columns in decoders(s))
+    for rows, columns in (*of_decoders, *(of_layer * len(decoders(s)))):
         codes = rows * (columns + -(-columns // MOMENT_BLOCK))
         held += 8 * rows + (codes if s.moments == "8bit" else wide * rows * columns)
         held += first * rows * columns
-    return held + (wide + first) * (2 * s.d_sae + s.d_out)
+    return held + (wide + first) * (2 * s.latents + widths(s)[1])
