@@ -124,6 +124,21 @@ def test_what_saves_memory_is_seen() -> None:
     assert estimate(resume=True) > base
 
 
+def test_layers_hold_packed_decoders_and_batches_of_all_of_them() -> None:
+    sizes: dict[str, Any] = {"kind": "clt", "layers": 4, "d_sae": 8192, "d_in": 256}
+    found = gsf.estimate_memory(**sizes, batch_size=512)
+    vectors = 4 * (2 * 4 * 8192 + 4 * 256) + 8 * 4 * 8192
+    assert found.weights == 4 * 8192 * 256 * (4 + 4 + 3 + 2 + 1) + vectors
+    assert gsf.estimate_memory(**sizes, batch_size=512, affine=True).weights == found.weights + (
+        4 * 4 * 256 * 256
+    )
+    twice = gsf.estimate_memory(**sizes, batch_size=1024)
+    assert twice.peak_bytes - found.peak_bytes > 5 * 4 * 512 * 4 * 2 * 256
+    literal = gsf.estimate_memory(**sizes, batch_size=512, preset="gemma_scope_2_literal")
+    one_tile = literal.phases["step"]["dense tiles"] // 4
+    assert one_tile == 4 * 512 * 8192 and literal.phases["step"]["gradients"] > found.weights * 0.9
+
+
 def test_a_million_latents_of_27b_fit_80_gb() -> None:
     sizes: dict[str, Any] = {"d_in": 5376, "d_sae": 1 << 20, "batch_size": 4096}
     saving = {"dtype": torch.bfloat16, "moments": "8bit"}
@@ -143,6 +158,8 @@ def test_the_estimate_names_its_parts() -> None:
         ({"d_sae": 0}, ValueError, "d_sae must be >= 1"),
         ({"d_sae": "16k"}, TypeError, "d_sae must be an int, got str"),
         ({"d_out": 3}, ValueError, "an SAE's target must be as wide as x"),
+        ({"layers": 3}, ValueError, "layers is for kind='crosscoder' and kind='clt'"),
+        ({"kind": "clt"}, ValueError, "kind='clt' needs layers, their number"),
         ({"row": "live"}, TypeError, "unknown arguments row"),
         ({"matryoshka": 3}, TypeError, "matryoshka must be a sequence"),
         ({"matryoshka": [3, 2]}, ValueError, "matryoshka must be ascending sizes"),
