@@ -52,6 +52,13 @@ def _form(kind: str) -> tuple[bool, bool]:
     return kind in MAPPING, kind in LAYERED
 
 
+def sizes_of(source: Source) -> dict[str, Any]:
+    """What a source decides of the `Settings`: widths, of each layer, and the number of layers."""
+    width = source.d_in if source.d_out is None else source.d_out
+    layers = source.layers or 1
+    return {"d_in": source.d_in // layers, "d_out": width // layers, "layers": source.layers}
+
+
 def place_of(source: Any, device: torch.device | str | None) -> torch.device:
     """Where a run is: on `device`, or where its source is.
 

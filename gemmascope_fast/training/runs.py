@@ -18,7 +18,7 @@ from torch import Tensor
 from ..modules import SAE
 from ..multilayer import MultiLayer
 from . import checkpoint
-from .given import Rows, as_source, place_of
+from .given import Rows, as_source, place_of, sizes_of
 from .memory import estimate
 from .preset import Preset, find_preset
 from .progress import Shown, bar
@@ -131,10 +131,7 @@ def train(
     """
     rows_of = as_source(source, kind)
     place = place_of(source, device)
-    layers, width = rows_of.layers, rows_of.d_in if rows_of.d_out is None else rows_of.d_out
     settings = Settings(
-        d_in=rows_of.d_in // (layers or 1),
-        d_out=width // (layers or 1),
         d_sae=d_sae,
         steps=steps,
         preset=find_preset(preset),
@@ -154,7 +151,7 @@ def train(
         autocast=autocast,
         precision=precision,
         checkpoint_every=checkpoint_every,
-        layers=layers,
+        **sizes_of(rows_of),
     )
     folder, extra = asked(out, metadata, on_metrics)
     if mesh is not None:
