@@ -40,8 +40,10 @@ class LayersAffine:
     def __call__(self, x: Tensor) -> Tensor:
         """Scaled `[n, L, d]` of the rows `x [n, L * d]`, in float32 (float64 stays)."""
         wide = x if x.dtype == torch.float64 else x.float()
-        scale = torch.tensor(self.scale, dtype=wide.dtype, device=wide.device)
-        return (wide.reshape(-1, *self.mean.shape) - self.mean.to(wide.dtype)).mul_(scale[:, None])
+        scaled = wide.reshape(-1, *self.mean.shape) - self.mean.to(wide.dtype)
+        for part, scale in zip(scaled.unbind(1), self.scale, strict=True):
+            part.mul_(scale)  # a tensor of the scales would make CUDA wait for its copy
+        return scaled
 
 
 def measure_layers(
