@@ -33,8 +33,8 @@ class Explanation:
         path: "screened" (int8 candidates, float32 decisions), "direct" (the plain product) or
             "reference" (plain PyTorch).
         reason: why the path is not "screened"; empty when it is.
-        target: instruction set of the kernels: "generic", "avx2", "avx2_vnni", "avx512", "neon"
-            or "cuda sm_90a".
+        target: instruction set of the kernels: "generic", "avx2", "avx2_vnni", "avx512",
+            "avx512_amx", "neon" or "cuda sm_90a".
         int8: whether the processor multiplies int8 faster than float32.
         layout: of W_enc on a CPU: "feature-major" (`W_enc.t()` has contiguous rows), "row-major"
             (W_enc has) or "strided".

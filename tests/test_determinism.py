@@ -103,7 +103,7 @@ def test_instruction_sets_threads_and_dirty_memory_agree(run_python):
         pytest.skip(reason)
     testing = pytest.importorskip("gemmascope_fast._testing")
     variants = {"generic": {"GEMMASCOPE_FAST_CPU": "generic"}}
-    for name in ("avx2", "avx2_vnni", "avx512", "neon"):
+    for name in ("avx2", "avx2_vnni", "avx512", "avx512_amx", "neon"):
         if testing.simd_target_available(getattr(testing.SimdTarget, name)):
             variants[name] = {"GEMMASCOPE_FAST_CPU": name}
         else:
@@ -128,7 +128,10 @@ def test_an_unknown_instruction_set_is_an_error(run_python):
         "except RuntimeError as error: print(error)"
     )
     message = run_python(code, GEMMASCOPE_FAST_CPU="sse9")
-    assert "GEMMASCOPE_FAST_CPU=sse9: expected generic, avx2, avx2_vnni, avx512 or neon" in message
+    assert (
+        "GEMMASCOPE_FAST_CPU=sse9: expected generic, avx2, avx2_vnni, avx512, avx512_amx or neon"
+        in message
+    )
 
 
 def test_poison_reaches_the_memory_of_the_compiled_library():

@@ -128,6 +128,11 @@ def test_simd_target_follows_flags_and_environment(monkeypatch: pytest.MonkeyPat
     assert machine.simd_target(avx512 - {"avx512bw"}) == "avx2"
     assert machine.simd_target(avx2 | {"avx_vnni"}) == "avx2_vnni"
     assert machine.simd_target(avx512 | {"avx_vnni"}) == "avx512"
+    amx = avx512 | {"avx512_vnni", "amx_tile", "amx_int8"}
+    assert machine.simd_target(amx) == "avx512"
+    built["cpu_targets"].append("avx512_amx")
+    assert machine.simd_target(amx) == "avx512_amx"
+    assert machine.simd_target(amx - {"amx_int8"}) == "avx512"
     built["cpu_targets"] = ["generic", "neon"]
     assert machine.simd_target({"fp", "asimd", "asimddp"}) == "neon"
     built["cpu_targets"] = ["generic"]

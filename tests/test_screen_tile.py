@@ -36,8 +36,8 @@ def test_products_and_masks(name: str, d: int, kinds: tuple[str, str]) -> None:
     chunks = d // testing.screen_chunk(d)
     w = codes(rng, kinds[1], (BLOCK, d), 127)
     w_scale = np.exp2(rng.integers(-2, 3, (chunks, BLOCK))).astype(np.float32)
-    x_scale = np.exp2(rng.integers(-2, 3, (chunks, 8))).astype(np.float32)
-    for rows in range(1, 9):
+    x_scale = np.exp2(rng.integers(-2, 3, (chunks, 16))).astype(np.float32)
+    for rows in range(1, testing.screen_tile_rows(target) + 1):
         x = codes(rng, kinds[0], (rows, d), int(testing.screen_token_code(target)))
         parts = np.einsum(
             "rck,jck->rcj",
@@ -60,7 +60,7 @@ def test_nan_is_a_candidate(name: str) -> None:
     bound = np.where(np.arange(BLOCK) % 3 == 0, np.nan, 1).astype(np.float32)
     ones = np.ones((1, BLOCK), np.float32)
     x, w = np.zeros((5, 64), np.int8), np.zeros((BLOCK, 64), np.int8)
-    _, masks = testing.screen_tile(target, x, w, ones[:, :8], ones, bound)
+    _, masks = testing.screen_tile(target, x, w, ones[:, :16], ones, bound)
     assert set(masks.tolist()) == {sum(1 << j for j in range(0, BLOCK, 3))}
 
 

@@ -351,7 +351,8 @@ print(digest.hexdigest(), screening.gsf.explain().path)
 
 def test_targets_and_threads_agree(run_python: Callable[..., str]) -> None:
     found = {}
-    for target in filter(available, ("generic", "avx2", "avx2_vnni", "avx512", "neon")):
+    targets = ("generic", "avx2", "avx2_vnni", "avx512", "avx512_amx", "neon")
+    for target in filter(available, targets):
         for count in (1, 2, 3) if target != "generic" else (2,):
             env = {"GEMMASCOPE_FAST_CPU": target, "GEMMASCOPE_FAST_SCREEN": "always"}
             found[target, count] = run_python(SCRIPT.format(threads=count), **env)
@@ -363,6 +364,24 @@ def test_targets_and_threads_agree(run_python: Callable[..., str]) -> None:
 def available(target: str) -> bool:
     testing: Any = pytest.importorskip("gemmascope_fast._testing")
     return bool(testing.simd_target_available(getattr(testing.SimdTarget, target)))
+
+
+def test_tile_registers_are_shared_with_torch(run_python: Callable[..., str]) -> None:
+    """bfloat16 products of torch use AMX too, on the same threads, with shapes of their own."""
+    if not available("avx512_amx"):
+        pytest.skip("avx512_amx: not on this processor")
+    code = """
+import torch, screening
+data = screening.draw(200, 256, 900)
+a, b = torch.randn(300, 700).bfloat16(), torch.randn(700, 500).bfloat16()
+seen = set()
+for _ in range(20):
+    acts = screening.call("jumprelu_encode", data)
+    seen.add((hash((a @ b).float().numpy().tobytes()), hash(acts[2].numpy().tobytes())))
+print(len(seen), screening.gsf.explain().target)
+"""
+    said = run_python(code, GEMMASCOPE_FAST_CPU="avx512_amx", GEMMASCOPE_FAST_SCREEN="always")
+    assert said.split() == ["1", "avx512_amx"]
 
 
 # ---- choosing

@@ -93,19 +93,19 @@ void EncodeTiles::multiply(int64_t row, int64_t rows, const EncodeLimits& limits
     if (limits.latent == nullptr) own.limit[r % kScreenRows] = limits.row(row + r);
   }
   float* products = scratch.products.reserve(kRowsAtOnce * kScreenBlock);
+  const ScreenTable& table = tokens_->table();
+  if (table.begin != nullptr) table.begin();
   for (int64_t chunk = 0; chunk < d / width; ++chunk) {
-    for (int64_t r = 0; r < rows; r += kScreenRows, ahead += width / kScreenUnit) {
-      const ScreenTile tile = {scratch.block.codes,
-                               tokens_->codes(row + r),
-                               std::min(kScreenRows, rows - r),
-                               d,
-                               chunk,
-                               width,
-                               ahead};
-      screens().tile(tile, scratch.bounds, tokens[r / kScreenRows], masks + r,
-                     products + r * kScreenBlock);
+    for (int64_t r = 0; r < rows; r += table.rows) {
+      const int64_t count = std::min(table.rows, rows - r);
+      const ScreenTile tile = {
+          scratch.block.codes, tokens_->codes(row + r), count, d, chunk, width, ahead};
+      table.tile(tile, scratch.bounds, tokens[r / kScreenRows], masks + r,
+                 products + r * kScreenBlock);
+      ahead += (count + kScreenRows - 1) / kScreenRows * (width / kScreenUnit);
     }
   }
+  if (table.end != nullptr) table.end();
 }
 
 // False when there are too many: then the list is incomplete.
@@ -161,8 +161,8 @@ void EncodeTiles::refine(const Task& task, Scratch& scratch, const EncodeLimits&
   }
   const int64_t count = static_cast<int64_t>(scratch.fine_pairs.size());
   const float* dot = scratch.fine_dots.reserve(count);
-  screens().fine_dots(scratch.fine_pairs.data(), count, d, scratch.fine_dots.reserve(0));
-  const double unit = fine_unit(screens().token_code);
+  tokens_->table().fine_dots(scratch.fine_pairs.data(), count, d, scratch.fine_dots.reserve(0));
+  const double unit = fine_unit(tokens_->table().token_code);
   size_t left = 0;
   for (const Candidate c : found) {
     found[left++] = c;

@@ -23,7 +23,7 @@ extern const DotTable kDotTable;
 
 const DotTable& dot_table(SimdTarget target) {
 #if defined(__x86_64__)
-  if (target == SimdTarget::kAvx512) return avx512::kDotTable;
+  if (is_avx512(target)) return avx512::kDotTable;
   if (is_avx2(target)) return avx2::kDotTable;
 #elif defined(__aarch64__)
   if (target == SimdTarget::kNeon) return neon::kDotTable;

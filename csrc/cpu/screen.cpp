@@ -16,7 +16,7 @@ namespace avx2 {
 extern const ScreenTable kScreenTable, kVnniScreenTable, kVexScreenTable;
 }
 namespace avx512 {
-extern const ScreenTable kScreenTable, kVnniScreenTable;
+extern const ScreenTable kScreenTable, kVnniScreenTable, kAmxScreenTable;
 }
 #elif defined(__aarch64__)
 namespace neon {
@@ -26,6 +26,9 @@ extern const ScreenTable kScreenTable, kSdotScreenTable;
 
 const ScreenTable& screen_table(SimdTarget target) {
 #if defined(__x86_64__)
+#if GSF_AMX
+  if (target == SimdTarget::kAvx512Amx) return avx512::kAmxScreenTable;
+#endif
   if (target == SimdTarget::kAvx512) {
     static const bool vnni = has_avx512_vnni();
     return vnni ? avx512::kVnniScreenTable : avx512::kScreenTable;
@@ -99,7 +102,7 @@ int64_t screened_width(int64_t d_in) { return divide_up(d_in, kScreenUnit) * kSc
 
 ScreenedTokens::ScreenedTokens(const float* x, int64_t x_stride, int64_t n, int64_t d_in,
                                const float* center)
-    : table_(screens()),
+    : table_(n <= kScreenRows && screens().few != nullptr ? *screens().few : screens()),
       x_(x),
       x_stride_(x_stride),
       d_in_(d_in),
@@ -134,6 +137,7 @@ void ScreenedTokens::quantise(int64_t row, int64_t count, float* lanes, float* w
   QuantisedRows q;
   table_.quantise(lanes, d_in_, d_, table_.token_code, center_, nullptr, work,
                   codes_.data() + row * d_, fine, &q, chunks);
+  if (table_.arrange != nullptr) table_.arrange(codes_.data() + row * d_, d_);
   codes_to_rows(fine, d_, fine_codes_.data() + row * d_);
   const double root = std::sqrt(static_cast<double>(hadamard_block(d_)));
   const double dot_rounding = (static_cast<double>(d_in_) / 16 + 8) * kUnit;

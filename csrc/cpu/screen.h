@@ -54,6 +54,8 @@ class ScreenedTokens {
   // x: n rows of padded float32, x_stride apart; center [d_in] or null.
   ScreenedTokens(const float* x, int64_t x_stride, int64_t n, int64_t d_in, const float* center);
 
+  // Multiplies the codes, which lie as its tile wants them.
+  const ScreenTable& table() const { return table_; }
   int64_t d() const { return d_; }
   const float* center() const { return center_; }
   // The tile of rows [row, row + kScreenRows), row a multiple of kScreenRows.
@@ -79,9 +81,9 @@ class ScreenedTokens {
   int64_t x_stride_, d_in_, d_, chunks_;
   const float* center_;
   double center_norm_ = 0;
-  std::vector<int8_t> codes_, fine_codes_;  // the fine ones a contiguous row per token
-  std::vector<float> scales_;               // [tiles][chunks][kScreenRows]
-  std::vector<int32_t> sums_;               // the same
+  Codes<int8_t> codes_, fine_codes_;  // the fine ones a contiguous row per token
+  std::vector<float> scales_;         // [tiles][chunks][kScreenRows]
+  std::vector<int32_t> sums_;         // the same
   std::vector<ScreenTokens> tokens_;
   std::vector<FineToken> fine_;
 };
@@ -101,7 +103,7 @@ bool may_pass(const FineToken& token, float limit, const ScreenLatents& latents,
 struct LatentScratch {
   FloatBuffer lanes, work, rows;
   std::vector<QuantisedChunk> chunks;
-  std::vector<uint8_t> codes;
+  Codes<uint8_t> codes;
   std::vector<LatentStats> stats;
   std::vector<float> scales;
 };

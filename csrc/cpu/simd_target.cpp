@@ -2,6 +2,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
@@ -39,6 +43,26 @@ bool has_avx512_vnni() {
 #endif
 }
 
+bool has_amx() {
+#if defined(__x86_64__) && defined(__linux__) && GSF_AMX
+  static const bool found = [] {
+    constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25, kSaved = 1u << 27;
+    constexpr unsigned kTileState = 3u << 17;          // of XCR0: configuration and data
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+    if ((edx & kTile) == 0 || (edx & kInt8) == 0) return false;
+    if (__get_cpuid(1, &eax, &ebx, &ecx, &edx) == 0 || (ecx & kSaved) == 0) return false;
+    unsigned low = 0, high = 0;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low & kTileState) == kTileState && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  }();
+  return found;
+#else
+  return false;
+#endif
+}
+
 // FEAT_DotProd, which Armv8.2 has as an option and every Armv8.4 processor.
 bool has_sdot() {
 #if defined(__aarch64__) && defined(__linux__)
@@ -65,6 +89,8 @@ bool simd_target_available(SimdTarget target) {
       return simd_target_available(SimdTarget::kAvx2) && (__builtin_cpu_supports("avx512f") != 0) &&
              (__builtin_cpu_supports("avx512bw") != 0) && __builtin_cpu_supports("avx512vl") &&
              (__builtin_cpu_supports("avx512dq") != 0);
+    case SimdTarget::kAvx512Amx:
+      return simd_target_available(SimdTarget::kAvx512) && has_avx512_vnni() && has_amx();
 #endif
 #if defined(__aarch64__)
     case SimdTarget::kNeon:
@@ -83,6 +109,8 @@ const char* simd_target_name(SimdTarget target) {
       return "avx2_vnni";
     case SimdTarget::kAvx512:
       return "avx512";
+    case SimdTarget::kAvx512Amx:
+      return "avx512_amx";
     case SimdTarget::kNeon:
       return "neon";
     default:
@@ -91,8 +119,8 @@ const char* simd_target_name(SimdTarget target) {
 }
 
 static SimdTarget choose() {
-  const SimdTarget all[] = {SimdTarget::kAvx512, SimdTarget::kAvx2Vnni, SimdTarget::kAvx2,
-                            SimdTarget::kNeon, SimdTarget::kGeneric};
+  const SimdTarget all[] = {SimdTarget::kAvx512Amx, SimdTarget::kAvx512, SimdTarget::kAvx2Vnni,
+                            SimdTarget::kAvx2,      SimdTarget::kNeon,   SimdTarget::kGeneric};
   const char* wanted = std::getenv("GEMMASCOPE_FAST_CPU");
   for (SimdTarget target : all) {
     if (wanted != nullptr && *wanted != '\0') {
@@ -104,7 +132,7 @@ static SimdTarget choose() {
     if (simd_target_available(target)) return target;
   }
   throw std::runtime_error(std::string("GEMMASCOPE_FAST_CPU=") + wanted +
-                           ": expected generic, avx2, avx2_vnni, avx512 or neon");
+                           ": expected generic, avx2, avx2_vnni, avx512, avx512_amx or neon");
 }
 
 SimdTarget simd_target() {

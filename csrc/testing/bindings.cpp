@@ -179,21 +179,25 @@ double screen_rate(Target target, int64_t threads) {
   const ScreenTable& table = screen_table(target);
   constexpr int64_t kWidth = 512, kTiles = 20000;
   const auto work = [&] {
-    const std::vector<uint8_t> w(kScreenBlock * kWidth, 1);
-    const std::vector<int8_t> x(kGroupRows * kWidth, 1);
+    const Codes<uint8_t> w(kScreenBlock * kWidth, 1);
+    const Codes<int8_t> x(kGroupRows * kWidth, 1);
     const std::vector<float> scale(kScreenBlock, 1.0f);
     const std::vector<int32_t> sum(kScreenRows, 0);
     ScreenLatents latents = {};
     latents.scale = scale.data();
-    ScreenTokens tokens = {};
-    tokens.scale = scale.data();
-    tokens.sum = sum.data();
-    const std::vector<const char*> nothing(kWidth / kScreenUnit,
-                                           reinterpret_cast<const char*>(x.data()));
-    const ScreenTile tile = {w.data(), x.data(), kScreenRows, kWidth, 0, kWidth, nothing.data()};
-    uint64_t masks[kScreenRows];
-    float products[kScreenRows * kScreenBlock];
-    for (int64_t i = 0; i < kTiles; ++i) table.tile(tile, latents, tokens, masks, products);
+    ScreenTokens tokens[2] = {};
+    for (ScreenTokens& own : tokens) {
+      own.scale = scale.data();
+      own.sum = sum.data();
+    }
+    const std::vector<const char*> nothing(2 * kWidth / kScreenUnit,
+                                           reinterpret_cast<const char*>(w.data()));
+    const ScreenTile tile = {w.data(), x.data(), table.rows, kWidth, 0, kWidth, nothing.data()};
+    uint64_t masks[kGroupRows];
+    float products[kGroupRows * kScreenBlock];
+    if (table.begin != nullptr) table.begin();
+    for (int64_t i = 0; i < kTiles; ++i) table.tile(tile, latents, tokens[0], masks, products);
+    if (table.end != nullptr) table.end();
   };
   double best = 0;
   for (int repeat = 0; repeat < 3; ++repeat) {
@@ -204,7 +208,7 @@ double screen_rate(Target target, int64_t threads) {
     for (std::thread& other : others) other.join();
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     const double operations =
-        2.0 * kScreenRows * kScreenBlock * kWidth * static_cast<double>(kTiles * threads);
+        2.0 * static_cast<double>(table.rows * kScreenBlock * kWidth * kTiles * threads);
     best = std::max(best, operations / seconds.count());
   }
   return best;
@@ -227,6 +231,7 @@ PYBIND11_MODULE(_testing, m) {
       .value("avx2", SimdTarget::kAvx2)
       .value("avx2_vnni", SimdTarget::kAvx2Vnni)
       .value("avx512", SimdTarget::kAvx512)
+      .value("avx512_amx", SimdTarget::kAvx512Amx)
       .value("neon", SimdTarget::kNeon);
   m.def("simd_target", &simd_target);
   m.def("simd_target_available", &simd_target_available);

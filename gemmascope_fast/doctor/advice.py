@@ -14,6 +14,7 @@ from .machine import INT8_FLAGS, SIMD_FLAGS
 TESTED_TORCH = ("2.11", "2.13")
 """Versions of torch that this release ran with: on an H200, and on CPUs."""
 
+RANKS = list(SIMD_FLAGS)
 MOST = {"x86_64": "avx512", "AMD64": "avx512", "aarch64": "neon", "arm64": "neon"}
 """The target with the widest vectors, by `platform.machine()`."""
 
@@ -132,7 +133,7 @@ def _processor(found: Report) -> Iterator[Advice]:
         )
     elif cpu["machine"] not in MOST:
         yield Advice("note", f"the portable code serves: there is no other for {cpu['machine']}")
-    elif target != (most := MOST[cpu["machine"]]):
+    elif RANKS.index(target) > RANKS.index(most := MOST[cpu["machine"]]):
         better = "avx2" if (target, most) == ("generic", "avx512") else most
         lacks = sorted(SIMD_FLAGS[better] - set(cpu["features"]))
         why = f"the processor lacks {', '.join(lacks)}" if lacks else "no other was built"

@@ -17,8 +17,10 @@ from .. import __version__, ops, triton_launchers
 PACKAGE = Path(__file__).resolve().parent.parent
 PROC, CGROUP, DEV = Path("/proc"), Path("/sys/fs/cgroup"), Path("/dev")
 
+AVX512 = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"}
 SIMD_FLAGS = {
-    "avx512": {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    "avx512_amx": AVX512 | {"avx512_vnni", "amx_tile", "amx_int8"},
+    "avx512": AVX512,
     "avx2_vnni": {"avx2", "fma", "f16c", "avx_vnni"},
     "avx2": {"avx2", "fma", "f16c"},
     "neon": {"asimd"},
@@ -26,7 +28,7 @@ SIMD_FLAGS = {
 }
 """Processor flags (as in /proc/cpuinfo) that each SIMD target needs, best target first."""
 
-INT8_FLAGS = {"avx512": "avx512_vnni", "neon": "asimddp"}
+INT8_FLAGS = {"avx512_amx": "amx_int8", "avx512": "avx512_vnni", "neon": "asimddp"}
 """Flag of the int8 dot products that a target wants: AVX-512 and NEON began without them."""
 
 BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")

@@ -210,7 +210,7 @@ extern const AdamRowTable kAdamRowTable;
 
 const AdamRowTable& adam_row_table(SimdTarget target) {
 #if defined(__x86_64__)
-  if (target == SimdTarget::kAvx512) return avx512::kAdamRowTable;
+  if (is_avx512(target)) return avx512::kAdamRowTable;
   if (is_avx2(target)) return avx2::kAdamRowTable;
 #elif defined(__aarch64__)
   if (target == SimdTarget::kNeon) return neon::kAdamRowTable;

@@ -285,7 +285,7 @@ extern const RowTable kRowTable;
 
 const RowTable& row_table(SimdTarget target) {
 #if defined(__x86_64__)
-  if (target == SimdTarget::kAvx512) return avx512::kRowTable;
+  if (is_avx512(target)) return avx512::kRowTable;
   if (is_avx2(target)) return avx2::kRowTable;
 #elif defined(__aarch64__)
   if (target == SimdTarget::kNeon) return neon::kRowTable;

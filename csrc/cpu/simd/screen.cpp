@@ -9,6 +9,9 @@
 #include "cpu/simd/quantise.h"
 #if defined(__AVX512F__)
 #include "cpu/simd/screen_avx512.h"
+#if GSF_AMX
+#include "cpu/simd/screen_amx.h"
+#endif
 #elif defined(__AVX2__)
 #include "cpu/simd/screen_avx2.h"
 #elif defined(GSF_NEON)
@@ -23,11 +26,17 @@ namespace GSF_TARGET {
 
 // Making the codes costs 1.4 cycles a weight in 512-bit registers and 2 in 256-bit ones, against n / 16 of the float32 product;
 // on NEON about 6 vector instructions of which the float32 product takes n / 4, counted and not measured.
-extern const ScreenTable kScreenTable, kVnniScreenTable, kVexScreenTable, kSdotScreenTable;
+extern const ScreenTable kScreenTable, kVnniScreenTable, kVexScreenTable, kAmxScreenTable,
+    kSdotScreenTable;
 
 #if defined(__AVX512F__)
 const ScreenTable kScreenTable = {false, 32, kLatentCode, quantise, tile, fine_dots};
 const ScreenTable kVnniScreenTable = {true, 32, kLatentCode, quantise, tile_vnni, fine_dots_vnni};
+#if GSF_AMX
+const ScreenTable kAmxScreenTable = {
+    true,          32,          kLatentCode, quantise,         tile_amx, fine_dots_vnni, kGroupRows,
+    codes_by_unit, begin_tiles, end_tiles,   &kVnniScreenTable};
+#endif
 #elif defined(__AVX2__)
 const ScreenTable kScreenTable = {true, 256, Pairs::kCode, quantise, tile<Pairs>, fine_dots<Pairs>};
 const ScreenTable kVnniScreenTable = {true, 48, kLatentCode, quantise, tile<Evex>, fine_dots<Evex>};

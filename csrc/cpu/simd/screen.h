@@ -4,7 +4,11 @@
 // by side, as the dot-product instructions take them. A *block* is kScreenGroups groups of latents.
 #pragma once
 
+#include <stddef.h>
 #include <stdint.h>
+
+#include <new>
+#include <vector>
 
 #include "cpu/simd_target.h"
 
@@ -15,6 +19,22 @@ constexpr int64_t kScreenGroups = 3;  // of latents in one tile: with 8 tokens, 
 constexpr int64_t kScreenBlock = kScreenGroups * kGroupRows;
 constexpr int64_t kScreenRows = 8;   // tokens of one tile
 constexpr int64_t kScreenUnit = 64;  // d is padded to a multiple of it
+
+// Codes, from the start of a cache line: a row of 64 that lies across two takes AMX four times as long to load.
+template <class T>
+struct CacheLines {
+  using value_type = T;
+  static constexpr std::align_val_t kLine{64};
+  CacheLines() = default;
+  template <class U>
+  explicit CacheLines(const CacheLines<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kLine)); }
+  void deallocate(T* p, size_t) { ::operator delete(p, kLine); }
+  friend bool operator==(const CacheLines&, const CacheLines&) { return true; }
+  friend bool operator!=(const CacheLines&, const CacheLines&) { return false; }
+};
+template <class T>
+using Codes = std::vector<T, CacheLines<T>>;
 
 // What is known of 16 quantised rows. H is the block Hadamard transform times sqrt(block). A *chunk* is whole blocks of H with
 // a scale of their own: y = H(row - subtract) / scale, p = round(y) the codes. All but `scale` are sums as computed, in float32.
@@ -49,12 +69,12 @@ struct ScreenTokens {
 };
 
 // Part of a tile: one chunk of its codes. w: kScreenGroups groups of latents, each d * 16 bytes, codes + 128; x: a group of
-// tokens, shifted to the tile's first row (4 bytes a row).
+// tokens, shifted to the tile's first row (4 bytes a row), or whole where a tile takes whole groups.
 struct ScreenTile {
   const uint8_t* w;
   const int8_t* x;
   int64_t rows, d, chunk, width;  // elements [chunk * width, (chunk + 1) * width) of d
-  // Memory that later code wants, read on the way: kPiece bytes for every kScreenUnit elements.
+  // Memory that later code wants, read on the way: kPiece bytes for every kScreenUnit elements and kScreenRows tokens.
   const char* const* ahead;
 };
 constexpr int64_t kPiece = 1024;
@@ -89,12 +109,25 @@ struct ScreenTable {
                    int8_t* fine, QuantisedRows* out, QuantisedChunk* chunks);
 
   // Adds a chunk to products[r * kScreenBlock + j], the P of token r and latent j, which the first chunk starts. The last
-  // one sets masks[r] bit j: the entry is a candidate.
+  // one sets masks[r] bit j: the entry is a candidate. `tokens`: of the first kScreenRows tokens; those of the next follow.
   void (*tile)(const ScreenTile& tile, const ScreenLatents& latents, const ScreenTokens& tokens,
                uint64_t* masks, float* products);
 
   // out[i] = sum over chunks of w_scale x_scale sum_k p g, i < count: codes against fine codes.
   void (*fine_dots)(const FinePair* pairs, int64_t count, int64_t d, float* out);
+
+  // Most tokens of a tile: kScreenRows or kGroupRows.
+  int64_t rows = kScreenRows;
+
+  // Lays the codes of a group of tokens out for `tile`, in place; null where they are as `quantise` writes them.
+  void (*arrange)(int8_t* codes, int64_t d) = nullptr;
+
+  // Called by a thread before and after its tiles; null where nothing is to be done.
+  void (*begin)() = nullptr;
+  void (*end)() = nullptr;
+
+  // What multiplies kScreenRows tokens or fewer; null: this.
+  const ScreenTable* few = nullptr;
 };
 
 const ScreenTable& screen_table(SimdTarget target);

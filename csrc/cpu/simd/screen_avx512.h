@@ -17,6 +17,20 @@ static inline void dot4(__m512i& sum, __m512i w, __m512i x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
 }
 
+// Latents of group g that the bound lets through, at their places of a block's mask.
+static inline uint64_t passing(__m512 product, const ScreenLatents& latents,
+                               const ScreenTokens& tokens, int64_t r, int g) {
+  const __m512 alpha = _mm512_loadu_ps(latents.alpha + g * 16);
+  const __m512 beta = _mm512_loadu_ps(latents.beta + g * 16);
+  const __m512 slope = _mm512_loadu_ps(latents.slope + g * 16);
+  const __m512 base = _mm512_fmadd_ps(_mm512_set1_ps(tokens.limit[r]), slope,
+                                      _mm512_loadu_ps(latents.base + g * 16));
+  const __m512 margin = _mm512_fmadd_ps(_mm512_set1_ps(tokens.b[r]), beta,
+                                        _mm512_mul_ps(_mm512_set1_ps(tokens.a[r]), alpha));
+  const __mmask16 above = _mm512_cmp_ps_mask(product, _mm512_sub_ps(base, margin), _CMP_NLE_UQ);
+  return static_cast<uint64_t>(above) << (g * 16);
+}
+
 template <int kRows>
 static inline void tile_rows(const ScreenTile& t, const ScreenLatents& latents,
                              const ScreenTokens& tokens, uint64_t* masks, float* products) {
@@ -63,16 +77,7 @@ static inline void tile_rows(const ScreenTile& t, const ScreenLatents& latents,
       const __m512 product =
           _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[r][g]), scale, _mm512_maskz_loadu_ps(before, out));
       _mm512_storeu_ps(out, product);
-      if (!last) continue;
-      const __m512 alpha = _mm512_loadu_ps(latents.alpha + g * 16);
-      const __m512 beta = _mm512_loadu_ps(latents.beta + g * 16);
-      const __m512 slope = _mm512_loadu_ps(latents.slope + g * 16);
-      const __m512 base = _mm512_fmadd_ps(_mm512_set1_ps(tokens.limit[r]), slope,
-                                          _mm512_loadu_ps(latents.base + g * 16));
-      const __m512 margin = _mm512_fmadd_ps(_mm512_set1_ps(tokens.b[r]), beta,
-                                            _mm512_mul_ps(_mm512_set1_ps(tokens.a[r]), alpha));
-      const __mmask16 above = _mm512_cmp_ps_mask(product, _mm512_sub_ps(base, margin), _CMP_NLE_UQ);
-      mask |= static_cast<uint64_t>(above) << (g * 16);
+      if (last) mask |= passing(product, latents, tokens, r, g);
     }
     if (last) masks[r] = mask;
   }
