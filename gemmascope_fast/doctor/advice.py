@@ -14,7 +14,7 @@ from .machine import INT8_FLAGS, SIMD_FLAGS
 TESTED_TORCH = ("2.11", "2.13")
 """Versions of torch that this release ran with: on an H200, and on CPUs."""
 
-RANKS = list(SIMD_FLAGS)
+RANKS = list(SIMD_FLAGS)  # best first
 MOST = {"x86_64": "avx512", "AMD64": "avx512", "aarch64": "neon", "arm64": "neon"}
 """The target with the widest vectors, by `platform.machine()`."""
 
