@@ -6,8 +6,8 @@ one after the other. A ring moves `2 (p - 1) / p` of what p ranks all-reduce thr
 link, `(p - 1) / p` of what they gather. The payloads are those of `MeshTrainer`, collective by
 collective (a test counts them). Time is a floor, not a forecast: every row of memory counts once a
 pass, and the default rates are the best of the hardware, which kernels and collectives stay below.
-The library trains SAEs and transcoders; for crosscoders and CLTs the same step is meant, by
-autograd and `gsf.optim.Adam`.
+On a mesh `gsf.train` trains SAEs and transcoders; for crosscoders and CLTs the same step is meant,
+by autograd and `gsf.optim.Adam`.
 """
 
 from __future__ import annotations
