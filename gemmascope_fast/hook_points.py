@@ -94,7 +94,7 @@ def resolve(op: str, model: nn.Module, hook_point: str) -> Place:
     if len(found) != 1:
         raise ValueError(
             f"{op}: hook point {hook_point!r} must name one module of {type(model).__name__}, "
-            f"and names {len(found)} ({', '.join(found) or 'none'})"
+            f"and names {f'{len(found)}: ' + ', '.join(found) if found else 'none'}"
         )
     ((name, module),) = found.items()
     return Place(name, module, side)

@@ -425,7 +425,7 @@ def test_arguments_that_do_not_fit() -> None:
     for saes, options, error, text in (
         (sae, {}, ValueError, "metadata of this SAE have no hf_hook_point_in; pass {hook point"),
         (half, {}, ValueError, "metadata of this Transcoder have no hf_hook_point_out"),
-        (elsewhere, {}, ValueError, r"'model.layers.7.output' must name one module .* names 0"),
+        (elsewhere, {}, ValueError, r"'model.layers.7.output' must name one module .* names none"),
         ({"model.layers.1": sae}, {}, ValueError, "must be a module's name and .input or .output"),
         ({3: sae}, {}, TypeError, "hook point must be a string, got int"),
         ({MLP_IN: coder}, {}, ValueError, r"give a Transcoder the pair \(hook point in, hook"),

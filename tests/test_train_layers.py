@@ -412,6 +412,17 @@ def test_evaluation_refuses() -> None:
 # ---- bad input
 
 X = rows(100)
+
+
+class Odd(gsf.sources.TensorSource):
+    """Rows that are no whole number of layers, or whose target has another width."""
+
+    def __init__(self, d_in: int, d_out: int | None = None) -> None:
+        target = None if d_out is None else torch.randn(9, d_out)
+        super().__init__(torch.randn(9, d_in), target)
+        self.layers = L
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"source": X[:, 0]}, "kind='crosscoder' does not fit a source with no target, of one layer"),
     ({"source": (X, X)}, "kind='crosscoder' does not fit a source with a target, of 3 layers"),
@@ -431,6 +442,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"activation": "topk"}, "topk needs k"),
     ({"mesh": object()}, "kind='crosscoder' is for one device: drop mesh"),
     ({"source": X * math.nan}, "x of layer 0 must be finite"),
+    ({"source": Odd(L * D + 1)}, "a source of 3 layers has rows of d_in=25"),
+    (
+        {"kind": "clt", "source": Odd(L * D, 2 * L * D)},
+        "the target of several layers must be as wide",
+    ),
 ]
 
 

@@ -42,7 +42,15 @@ def as_source(source: Any, kind: str) -> Source:
         raise ValueError(
             f"{OP}: kind={kind!r} does not fit a source with {have}, of {where}: an SAE needs "
             "activations [N, d_in] alone, a transcoder pairs of [N, d_in] and [N, d_out], a "
-            "crosscoder activations [N, L, d] of several layers alone, a CLT pairs of such"
+            "crosscoder activations [N, L, d] of several layers alone (of a model: hook points in "
+            "braces, or a list), a CLT pairs of such"
+        )
+    if made.layers is not None and (made.layers < 1 or made.d_in % made.layers):
+        raise ValueError(f"{OP}: a source of {made.layers} layers has rows of d_in={made.d_in}")
+    if made.layers is not None and made.d_out not in (None, made.d_in):
+        raise ValueError(
+            f"{OP}: the target of several layers must be as wide as x, {made.d_in}, got "
+            f"{made.d_out}"
         )
     return made
 

@@ -161,7 +161,8 @@ def train(
     if progress:
         held = rows_of.held_bytes(place)
         found = estimate(settings, place, held, resume=resume and folder is not None)
-        print(f"train: {d_sae:,} latents, {steps:,} steps; {found}", file=sys.stderr)
+        each = "" if settings.layers is None else f"{settings.layers} x "
+        print(f"train: {each}{d_sae:,} latents, {steps:,} steps; {found}", file=sys.stderr)
     with _recording(), nullcontext() if folder is None else checkpoint.held(folder / CHECKPOINTS):
         trainer = _start(rows_of, settings, place, folder, resume)
         with bar(steps, progress) as shown:
