@@ -58,13 +58,14 @@ BENCH = $(BIN)/python -m gemmascope_fast bench
 bench: build
 	$(BENCH) $(ARGS)
 
-# The README's CPU tables and curves: a quarter of an hour on two quiet cores, 8 GiB.
+# The README's CPU tables and curves: twenty minutes on two quiet cores, 16 GiB.
 bench-cpu: build
 	$(BENCH) encode -k "not 5376" --shapes named --out bench/results/cpu_encode.json $(ARGS)
 	$(BENCH) encode -k 5376 --shapes named --out bench/results/cpu_encode_27b.json $(ARGS)
 	$(BENCH) decode --shapes named --out bench/results/cpu_decode.json $(ARGS)
 	$(BENCH) backward --shapes named --out bench/results/cpu_backward.json $(ARGS)
 	$(BENCH) step --shapes named --out bench/results/cpu_step.json $(ARGS)
+	$(BENCH) layers --shapes named --out bench/results/cpu_layers.json $(ARGS)
 	$(BENCH) small --shapes named --out bench/results/cpu_small.json $(ARGS)
 	$(BENCH) --sweep -k step --out bench/results/cpu_sweep_step.json $(ARGS)
 	$(BENCH) --sweep -k "not step" --out bench/results/cpu_sweep.json $(ARGS)

@@ -72,6 +72,9 @@ CPU = (
     Choice("decode", "decode, recorded trace", {"n": 1024, "inputs": "fp32, trace"}),
     Choice("training", "loss and all gradients", {"n": 1024, "d_sae": K65}),
     Choice("step", "training step with Adam", {"n": 1024, "d_sae": K65}),
+    Choice("clt", "training step, CLT of 6 layers", {"n": 512}),
+    Choice("clt", "training step, CLT of 18 layers", {"n": 1024}),
+    Choice("crosscoder", "training step, crosscoder of 4 layers", {"n": 512}),
 )
 GPU = (
     Choice("encode", "JumpReLU encode", {"d_sae": K65, "firing": "uniform"}),
