@@ -21,7 +21,6 @@ from ..losses.sparsity import check_totals
 from ..multilayer import CrossLayerTranscoder
 from ..multilayer.base import MultiLayer, check_stack
 from ..operands import autocast, widen
-from ..packing import unpacked
 from .entry_paths import ENCODER
 from .evaluation import Inputs
 from .layered_paths import Joint, Sums, count_layers, layered_block
@@ -130,10 +129,8 @@ def _joint(module: MultiLayer, shared: dict[str, Tensor], layers: list[dict[str,
     for at, own in enumerate(layers):
         part = shared["x"].detach().view(n, module.n_layers, module.d_model)[:, at]
         needs = _needs(own) | (_needs(shared) & {"x"})
-        packed = None if module.packed is None else module.packed[at]
-        codes = None if packed is None else unpacked(packed)[1]
         tensors = {"x": part} | {name: t.detach() for name, t in own.items()}
-        made.append(Inputs(tensors, activation, needs, acc, tokens=n, codes=codes))
+        made.append(Inputs(tensors, activation, needs, acc, tokens=n))
     tensors = {name: t.detach() for name, t in shared.items()}
     tensors["b_enc"] = tensors["b_dec"]  # whose device and dtype counts are differentiated in
     needs = _needs(shared).union(*(layer.needs for layer in made))
