@@ -206,6 +206,16 @@ def test_a_replaced_weight_and_another_optimizer() -> None:
     take((module, gsf.optim.Adam(module, 1e-2, fused=True)), 0)
 
 
+def test_an_error_leaves_the_module_as_it_was() -> None:
+    module = module_of()
+    module.W_dec[2].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"W_dec\[2\] must require grad") as kept:
+        gsf.optim.Adam(module, 1e-2, fused=True)
+    module.W_dec[2].requires_grad_(True)
+    take((module, gsf.optim.Adam(module, 1e-2, fused=True)), 0)
+    assert kept.value is not None  # whose frames hold the optimizer that was not made
+
+
 def test_without_its_optimizer_a_module_is_an_ordinary_one() -> None:
     module, optimizer = pair()[0]
     del optimizer

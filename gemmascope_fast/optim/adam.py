@@ -12,8 +12,8 @@ from ..arguments import check_number
 from ..modules import SAE
 from ..multilayer.base import MultiLayer
 from ..screening import current_screens
-from .deferred import Deferred
-from .layers import Layer, Part
+from .deferred import Deferred, attach
+from .layers import Part
 from .record import Record
 from .rows import ROUNDING, as_rows, new_state, op_state, rates, requantise, rule, update
 
@@ -100,7 +100,7 @@ class Adam(torch.optim.Optimizer):
             super().__init__(listed, defaults | decoder)
         if fused:
             assert isinstance(params, (SAE, MultiLayer))
-            self._deferred = _attach(params, self)
+            self._deferred = attach(params, self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with options of their own; everything is checked first."""
@@ -256,18 +256,6 @@ def _check_leaves(module: SAE | MultiLayer) -> None:
                 f"{OP}: {name} of the module is computed from other parameters, by a "
                 "parametrization, say: pass module.parameters()"
             )
-
-
-def _attach(module: SAE | MultiLayer, optimizer: torch.optim.Optimizer) -> list[Deferred]:
-    """Put a fused optimizer into a module, layer by layer."""
-    if isinstance(module, SAE):
-        return [Deferred(module, optimizer)]
-    held = [old for old in module.deferred if old is not None]
-    if any(old.replaced() for old in held):  # that optimizer can step no more
-        for old in held:
-            old.leave()
-    layers = range(module.n_layers)
-    return [Deferred(Layer(module, at), optimizer, f"[{at}]") for at in layers]
 
 
 def check_group(group: dict[str, Any], parameters: list[Tensor]) -> None:

@@ -19,10 +19,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import ops
 from ..checks import check_decoder
-from ..modules import JumpReLU
+from ..modules import SAE, JumpReLU
+from ..multilayer.base import MultiLayer
 from ..operands import autocast, widen
 from ..sparse import SparseActs
-from .layers import Part
+from .layers import Layer, Part
 from .record import OP, Record
 
 _lock = threading.Lock()
@@ -41,19 +42,6 @@ class Deferred:
 
     def __init__(self, module: Part, optimizer: torch.optim.Optimizer, layer: str = "") -> None:
         self._layer = layer
-        for name in ("W_enc", "W_dec"):
-            p = getattr(module, name)
-            rows = p.t() if name == "W_enc" else p
-            if not p.requires_grad:
-                raise ValueError(f"{OP}: {name}{layer} must require grad")
-            if rows.shape[1] > 1 and rows.stride(1) != 1:
-                raise ValueError(
-                    f"{OP}: {name}{layer} must have one contiguous row of memory per latent"
-                )
-        check_semantics(OP, module)
-        old = module.deferred
-        if old is not None and not (isinstance(old, Deferred) and old.replaced()):
-            raise ValueError(f"{OP}: the module has a fused optimizer already: delete that first")
         self.module = module
         self._weights = {name: weakref.ref(getattr(module, name)) for name in ("W_enc", "W_dec")}
         leave = weakref.WeakMethod(self.leave)
@@ -67,8 +55,8 @@ class Deferred:
                 p.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
         module.deferred = self
         with _lock:
-            for p in (module.W_enc, module.W_dec):
-                _owners[p] = weakref.ref(self)
+            for weight in (module.W_enc, module.W_dec):
+                _owners[weight] = weakref.ref(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of the module has no optimizer: copied and pickled as None."""
@@ -184,6 +172,38 @@ class Deferred:
             )
         recon = _Decode.apply(acts.values, b_dec, self.module.W_dec.detach(), record, dtype)  # type: ignore[no-untyped-call]
         return recon.reshape(*acts.shape[:-1], self.module.d_out)  # type: ignore[no-any-return]
+
+
+def attach(module: SAE | MultiLayer, optimizer: torch.optim.Optimizer) -> list[Deferred]:
+    """Put a fused optimizer into a module, layer by layer."""
+    if isinstance(module, SAE):
+        check_part(module)
+        return [Deferred(module, optimizer)]
+    held = [old for old in module.deferred if old is not None]
+    if any(old.replaced() for old in held):  # that optimizer can step no more
+        for old in held:
+            old.leave()
+    layers = [(Layer(module, at), f"[{at}]") for at in range(module.n_layers)]
+    for layer, name in layers:  # all of them first: an error leaves the module as it was
+        check_part(layer, name)
+    return [Deferred(layer, optimizer, name) for layer, name in layers]
+
+
+def check_part(module: Part, layer: str = "") -> None:
+    """Raise where a fused optimizer cannot serve, before anything is put into the module."""
+    for name in ("W_enc", "W_dec"):
+        p = getattr(module, name)
+        rows = p.t() if name == "W_enc" else p
+        if not p.requires_grad:
+            raise ValueError(f"{OP}: {name}{layer} must require grad")
+        if rows.shape[1] > 1 and rows.stride(1) != 1:
+            raise ValueError(
+                f"{OP}: {name}{layer} must have one contiguous row of memory per latent"
+            )
+    check_semantics(OP, module)
+    old = module.deferred
+    if old is not None and not (isinstance(old, Deferred) and old.replaced()):
+        raise ValueError(f"{OP}: the module has a fused optimizer already: delete that first")
 
 
 def check_semantics(op: str, module: Part) -> None:
