@@ -300,6 +300,13 @@ def test_frozen_weights_leave_the_loss_as_it_is() -> None:
     assert_same(found, module.loss(x, x, TERMS)[0].detach())
 
 
+def test_a_bias_of_any_strides() -> None:
+    module, x = build("crosscoder"), torch.randn(4, L, D)
+    expected = torch.autograd.grad(module.loss(x)[0], module.b_dec)[0]
+    module.b_dec = torch.nn.Parameter(module.b_dec.detach().t().contiguous().t())
+    assert_same(torch.autograd.grad(module.loss(x)[0], module.b_dec)[0], expected)
+
+
 def test_autocast_rounds_the_matrices() -> None:
     module, other = build("affine clt"), build("affine clt", dtype=torch.bfloat16)
     x, target = batch(module)

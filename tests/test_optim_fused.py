@@ -294,7 +294,7 @@ def test_weights_changed_since_the_forward_pass_are_refused():
 
 
 @pytest.mark.parametrize("loss", [loss_of, lambda module, x: module.loss(x)[0]])
-@pytest.mark.parametrize("what", ["module", "W_enc", "W_dec"])
+@pytest.mark.parametrize("what", ["module", "W_enc", "W_dec", "b_enc", "threshold"])
 def test_what_is_frozen_meanwhile_does_not_move(what, loss):
     """As under any optimizer: a weight that requires no gradient has none."""
     runs = pair(gsf.JumpReLU(0.2, 1.2))

@@ -247,6 +247,15 @@ def test_frozen_weights_stay() -> None:
     assert all(W.grad is not None for W in module.W_enc)
 
 
+@pytest.mark.parametrize("name", ["b_enc.1", "threshold.2", "b_dec", "W_skip.0"])
+def test_parameters_frozen_after_the_optimizer_was_made_stay(name: str) -> None:
+    run = pair()[0]
+    parameter = run[0].get_parameter(name).requires_grad_(False)
+    before = parameter.detach().clone()
+    take(run, 0)
+    assert_same(parameter.detach(), before)
+
+
 def test_state_is_saved_and_loaded() -> None:
     run, twin = pair(moments="8bit")[0], pair(moments="8bit")[0]
     for step in range(3):

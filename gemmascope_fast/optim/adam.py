@@ -205,7 +205,7 @@ class Adam(torch.optim.Optimizer):
         return {
             p: g
             for p, g in zip(targets, found, strict=True)
-            if p is not None and p in groups and g.numel() == p.numel()
+            if p is not None and p.requires_grad and p in groups and g.numel() == p.numel()
         }
 
     def _state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:

@@ -106,7 +106,8 @@ def _tensors(
     """What the layers share, and what each has beside its x; as autocast wants them."""
     n, width = math.prod(x.shape[:-2]), module.n_layers * module.d_model
     (flat,) = autocast(x.reshape(n, width))
-    shared = {"x": flat, "target": target.reshape(n, width), "b_dec": widen(module.b_dec.view(-1))}
+    b_dec = widen(module.b_dec.reshape(-1))
+    shared = {"x": flat, "target": target.reshape(n, width), "b_dec": b_dec}
     layers = []
     for at in range(module.n_layers):
         W_enc, W_dec = autocast(module.W_enc[at], module.W_dec[at])
