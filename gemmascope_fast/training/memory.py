@@ -209,6 +209,9 @@ def _step(s: Settings, device: torch.device, matrix: int, vectors: int) -> dict[
         held["dense tiles"] = 4 * tile  # two of numbers, three of booleans, one of the library's
         held["gradients"] = matrix * wide
         held["widened"] = matrix * wide if s.dtype.itemsize < wide else 0
+        if s.layers is not None:  # some of them turn sparse first, and are kept while others go on
+            entries = int(rows * crossover * s.latents * ENTRY_BYTES)
+            held["entries"] = min(entries, DEFAULT_LIMITS.entry_bytes)
         return held
     entries = int(rows * density * s.latents * ENTRY_BYTES)
     blocks = -(-s.batch_size // rows)

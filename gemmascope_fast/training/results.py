@@ -94,5 +94,5 @@ def _l0(module: SAE | MultiLayer, x: Tensor) -> float:
     """Mean active latents per token of the rows of a source."""
     if isinstance(module, SAE):
         return float(module.encode(x).l0().mean())
-    stack = x.view(-1, module.n_layers, module.d_model)
-    return float(module.l0(module.encode(stack)).sum(-1).mean())
+    parts = x.view(-1, module.n_layers, module.d_model).unbind(1)
+    return sum(float(module.encode_layer(at, part).l0().mean()) for at, part in enumerate(parts))
