@@ -384,6 +384,24 @@ print(len(seen), screening.gsf.explain().target)
     assert said.split() == ["1", "avx512_amx"]
 
 
+def test_without_leave_to_use_amx(run_python: Callable[..., str]) -> None:
+    """Linux keeps AMX from a process whose signal stack is too small for the tile registers."""
+    if not available("avx512_amx"):
+        pytest.skip("avx512_amx: not on this processor")
+    code = """
+import ctypes, os
+stack = ctypes.create_string_buffer(2048)
+own = (ctypes.c_size_t * 3)(ctypes.addressof(stack), 0, 2048)
+failed = ctypes.CDLL(None).sigaltstack(own, None)
+import screening
+from gemmascope_fast.doctor import machine
+mode = lambda to: os.environ.update(GEMMASCOPE_FAST_SCREEN=to)
+screening.compare(mode, screening.draw(40, 64, 100))
+print(failed, screening.gsf.explain().target, machine.cpu()["simd_target"])
+"""
+    assert run_python(code, GEMMASCOPE_FAST_CPU="").split() == ["0", "avx512", "avx512"]
+
+
 # ---- choosing
 
 

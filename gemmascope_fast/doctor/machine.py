@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -111,9 +112,18 @@ def _best_target(flags: set[str]) -> str:
 
 def _cpu_flags() -> set[str]:
     lines = _lines(PROC / "cpuinfo")
-    return next(
+    flags: set[str] = next(
         (set(line.split()) for line in lines if line.startswith(("flags", "Features"))), set()
     )
+    if "amx_tile" in flags and not _may_use_amx():
+        return {flag for flag in flags if not flag.startswith("amx")}
+    return flags
+
+
+def _may_use_amx() -> bool:
+    """Whether Linux lets this process use the tile registers: asked as simd_target.cpp asks."""
+    arch_prctl, request, tile_data = map(ctypes.c_long, (158, 0x1023, 18))
+    return bool(ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0)
 
 
 def _cores() -> tuple[int, int]:
