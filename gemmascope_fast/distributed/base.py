@@ -15,11 +15,17 @@ from torch.func import functional_call
 
 from ..activations import Activation, check_activation, parts
 from ..checks import check_float_dtype
+from ..modules import SAE
 from ..sparse import SparseActs
 from .acts import ShardedActs
 from .communication import leave, scatter
 from .debugging import check_agreement
 from .layout import Layout, part
+
+
+def fused(local: nn.Module) -> Any:
+    """What a fused optimizer put into a part; of several layers it serves `loss` alone."""
+    return local.deferred if isinstance(local, SAE) else None
 
 
 class Sharded(nn.Module):
@@ -120,8 +126,8 @@ class Sharded(nn.Module):
                 mine, added = local.get_parameter(name), p.grad.to_local()
                 mine.grad = added if mine.grad is None else mine.grad.add_(added)
                 p.grad = None
-                if getattr(local, "deferred", None) is not None:
-                    local.deferred.left(mine)
+                if (deferred := fused(local)) is not None:
+                    deferred.left(mine)
 
     def _on_local(
         self, function: Callable[..., Any], *args: Any, **changed: Callable[[Tensor], Tensor]
@@ -131,7 +137,7 @@ class Sharded(nn.Module):
         Differentiable in the parameters. `changed` are applied to some of them first. A part under
         a fused optimizer computes with its own parameters, whose gradients that optimizer wants.
         """
-        if getattr(self._local, "deferred", None) is not None and torch.is_grad_enabled():
+        if fused(self._local) is not None and torch.is_grad_enabled():
             return function(self.local, *args)
         names = [name for name, _ in self.named_parameters()]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..arguments import check_number
-from .base import Sharded
+from .base import Sharded, fused
 from .communication import all_reduce
 from .layout import LATENTS
 
@@ -42,7 +42,7 @@ def clip_grad_norm_(module: Sharded, max_norm: float) -> Tensor:
         kind = type(module).__name__
         raise TypeError(f"{OP}: module must be what shard or load returned, got {kind}")
     check_number(OP, "max_norm", max_norm)
-    deferred = getattr(module.local, "deferred", None)
+    deferred = fused(module.local)
     if deferred is not None and deferred.pending is not None:
         raise ValueError(
             f"{OP}: the gradients of W_enc and W_dec are pending in an optimizer with fused=True, "
