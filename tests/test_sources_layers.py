@@ -176,7 +176,10 @@ def test_what_a_folder_of_layers_holds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "parts, text",
     [
-        ([layered(), flat(layered())], r"part 1 must be like part 0, \(12, None, 3, .*: \(12, N"),
+        (
+            [layered(), flat(layered())],
+            "must be like part 0, d_in=12, d_out=None, layers=3, .*; got .*layers=None",
+        ),
         ([layered(layers=4, d=3), layered(layers=3, d=4)], "part 1 must be like part 0"),
         ([torch.zeros(2, 3, 4, 5)], r"floating-point x \[rows, d_in\], or of .* \[rows, L, d\]"),
         ([torch.zeros(2, 0, 4)], "must have a floating-point x"),

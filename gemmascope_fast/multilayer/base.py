@@ -217,11 +217,9 @@ class MultiLayer(Pretrained, Freezable):
             ValueError: shapes or devices disagree, target is missing, terms are empty, share a name
                 or are for single layers, or bandwidth is 0 while a threshold requires grad.
         """
-        from ..training import layered  # which needs this module
+        from ..training.layered import layered_loss  # which needs this module
 
-        return cast(
-            "tuple[Tensor, dict[str, Tensor]]", layered.layered_loss(self, x, target, terms)
-        )
+        return cast("tuple[Tensor, dict[str, Tensor]]", layered_loss(self, x, target, terms))
 
     def count_latents(self, x: Tensor) -> tuple[Tensor, int]:
         """Tokens of x on which each latent is active, `[L * d_sae]` int64, and tokens."""

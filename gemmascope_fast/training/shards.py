@@ -192,7 +192,10 @@ def write_shards(
         tensors = {"x": part} if isinstance(part, Tensor) else dict(part)
         found = check_part(number, tensors)
         if widths is not None and widths != found:
-            raise ValueError(f"write_shards: part {number} must be like part 0, {widths}: {found}")
+            raise ValueError(
+                f"write_shards: part {number} must be like part 0, {_said(widths)}; got "
+                f"{_said(found)}"
+            )
         widths = found
         name = f"shard-{number:05d}.safetensors"
         contiguous = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
@@ -211,3 +214,9 @@ def write_shards(
     temporary.write_text(text)
     os.replace(temporary, root / MANIFEST)
     return ShardSource(root)
+
+
+def _said(part: tuple[Any, ...]) -> str:
+    """What `check_part` found, in words."""
+    d_in, d_out, layers, names = part
+    return f"d_in={d_in}, d_out={d_out}, layers={layers}, tensors {', '.join(names)}"
