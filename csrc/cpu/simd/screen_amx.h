@@ -3,7 +3,7 @@
 // Algorithm: for 64 elements of d, a register of tokens (16 rows of 64 bytes) and three of latents, whose codes already lie as
 // the instruction takes its second operand; three accumulators of 16 x 16. A chunk's sums pass through 3 KiB of L1 to the
 // 512-bit registers, which scale, add and compare as the tile without AMX does: the same bits. Bound: the tile product, one
-// row per cycle, 48 cycles for 3 x 16 KiB operations; 64 of 96 loads an element step.
+// row per cycle: 48 cycles for three, in which the rows of four registers are loaded, two per cycle.
 // The tile registers belong to the thread between `begin_tiles` and `end_tiles`. Written as assembly, so that no other
 // function of this file may be compiled to AMX. Included only by csrc/cpu/simd/screen.cpp.
 #pragma once
