@@ -179,8 +179,14 @@ def test_the_cache_of_the_hub(tmp_path):
 def test_unreadable_files(name, tmp_path, monkeypatch):
     write(tmp_path / "params.safetensors", tensors.VALID)
     write(tmp_path / "config.json", configs.text())
-    denied = str(tmp_path / name)  # a superuser may read anything: pretend
-    monkeypatch.setattr(files.os, "access", lambda path, mode: str(path) != denied)
+    denied, real = str(tmp_path / name), os.open  # a superuser may read anything: pretend
+
+    def refuse(path, *args, **kwargs):
+        if str(path) == denied:
+            raise PermissionError(13, "Permission denied", denied)
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(files.os, "open", refuse)
     with pytest.raises(PermissionError, match=f"load: .*{name} cannot be read"):
         load(tmp_path)
 

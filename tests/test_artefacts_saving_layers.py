@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_artefacts_saving import failing, parts
 
 from gemmascope_fast import SAE, Crosscoder, CrossLayerTranscoder, JumpReLU, TopK, load
-from gemmascope_fast.artefacts import layer_files
+from gemmascope_fast.artefacts import files, layer_files
 from gemmascope_fast.artefacts.gemma_scope_2 import SafetensorsFile
 
 NAMES = [f"params_layer_{i}.safetensors" for i in range(3)]
@@ -194,6 +194,28 @@ def test_files_copied_between_artefacts_are_not_mixed(tmp_path):
     os.replace(tmp_path / "a" / NAMES[1], tmp_path / "b" / NAMES[1])
     with pytest.raises(ValueError, match=r"params_layer_1.* another save than params_layer_0"):
         which(tmp_path / "b")
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_file_that_gets_its_name_while_it_is_looked_at(at, tmp_path, monkeypatch):
+    """Gone from its temporary name right after it was found there: it is read under its own."""
+    modules = old_and_new()
+    modules[0].save_pretrained(tmp_path)
+    killed(tmp_path, "replace", at)
+    looked, stat = [], os.stat
+
+    def slow(path, *args, **kwargs):
+        found = stat(path, *args, **kwargs)
+        if not looked and str(path).endswith(".tmp"):
+            looked.append(path)
+            layer_files.complete(tmp_path)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "stat", slow)
+        found = load(tmp_path)
+    assert looked and found.metadata["model_name"] == "new"
+    assert torch.equal(found.W_enc[2], modules[1].W_enc[2])
 
 
 def test_writers_and_a_reader(tmp_path):

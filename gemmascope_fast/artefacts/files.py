@@ -51,8 +51,10 @@ def regular(path: Path, op: str = "load") -> Path:
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
         raise ValueError(f"{op}: {path} must be a regular file, and is {kind}")
-    if not os.access(path, os.R_OK):
-        raise _unreadable(path, op)
+    try:
+        os.close(os.open(path, os.O_RDONLY))  # `os.access` cannot tell unreadable from gone
+    except PermissionError as error:
+        raise _unreadable(path, op) from error
     return path
 
 
