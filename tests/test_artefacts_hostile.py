@@ -209,6 +209,27 @@ def test_a_file_replaced_while_it_is_read_is_read_to_its_end(tmp_path, monkeypat
     assert torch.equal(load(tmp_path).W_enc, torch.from_numpy(arrays(seed=1)["w_enc"]))
 
 
+@pytest.mark.parametrize("again", [True, False])
+def test_a_file_that_is_gone_for_a_moment(again, tmp_path, monkeypatch):
+    """As a save of two files removes the config, then writes it."""
+    path, real = tmp_path / "config.json", files.Path.resolve
+    write(path, b"{}")
+
+    def gone(self, strict=False):
+        if self != path:
+            return real(self, strict)
+        monkeypatch.undo()
+        os.unlink(path)
+        try:
+            return real(path, strict)
+        finally:
+            if again:
+                write(path, b"[]")
+
+    monkeypatch.setattr(files.Path, "resolve", gone)
+    assert files.config_bytes(tmp_path) == (b"[]" if again else None)
+
+
 @pytest.mark.parametrize("change", ["written", "cut"])
 def test_a_file_changed_while_it_is_read(change, tmp_path, monkeypatch):
     from gemmascope_fast.artefacts import gemma_scope_2

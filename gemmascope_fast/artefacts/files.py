@@ -32,9 +32,9 @@ def member(folder: Path, name: str) -> Path | None:
     try:
         target, root = path.resolve(strict=True), folder.resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, below Python 3.13
-        if not os.path.lexists(path):
-            return None  # removed just now
-        raise ValueError(f"load: {path} is a link that leads nowhere") from error
+        if path.is_symlink():
+            raise ValueError(f"load: {path} is a link that leads nowhere") from error
+        return member(folder, name)  # a save removed it just now, and may have written it again
     if not target.is_relative_to(root) and target.parent != _hub_blobs(root):
         raise ValueError(
             f"load: {path} is a link that leaves its folder; pass the file or folder it leads to"
