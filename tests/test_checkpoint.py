@@ -6,9 +6,11 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,6 +169,20 @@ def test_an_unreadable_checkpoint_is_passed_over_loudly(tmp_path: Path) -> None:
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="not a whole checkpoint.*resume=False starts anew"):
         train(data(), tmp_path)
+
+
+@pytest.mark.parametrize("newest_is_whole", [True, False])
+def test_a_kill_before_old_ones_are_removed(tmp_path: Path, newest_is_whole: bool) -> None:
+    """At the last step no later save makes up for it."""
+    expected, folder = bits(train(data(), tmp_path)), tmp_path / "checkpoints"
+    (_, old), (last, newest) = checkpoint.found(folder)
+    for step in (20, 24):
+        shutil.copy(old, folder / f"step-{step:09d}.safetensors")
+    if not newest_is_whole:
+        newest.write_bytes(b"")
+    with nullcontext() if newest_is_whole else pytest.warns(UserWarning, match="resuming from"):
+        assert same(bits(train(data(), tmp_path)), expected)
+    assert [step for step, _ in checkpoint.found(folder)] == [28, last]
 
 
 def test_a_checkpoint_of_other_shapes_changes_nothing(tmp_path: Path) -> None:

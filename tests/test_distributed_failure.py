@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -206,3 +207,7 @@ def test_a_rank_that_dies_in_a_save_leaves_the_last_checkpoint(tmp_path: Path) -
     resumed, _ = outcomes(tmp_path, None)
     assert [said[0] for said in resumed] == ["done"] * 4 and len(resumed[0][1]) == 8
     assert checkpoints(tmp_path) == [8, 12] and not list(folder.glob(".*"))
+    shutil.copytree(folder / "step-000000008", folder / "step-000000004")
+    resumed, _ = outcomes(tmp_path, None, 1)  # as if killed before the last save removed it
+    assert [said[0] for said in resumed] == ["done"] * 4 and not resumed[0][1]
+    assert not (folder / "step-000000004").exists() and checkpoints(tmp_path) == [8, 12]

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,8 @@ def _start(
         for text in unreadable:
             warnings.warn(f"{text}; resuming from {path.name}", stacklevel=3)
         made: MeshTrainer = MeshTrainer.continued(source, settings, layout.mesh, path)
+        old = checkpoint.superseded(saved, path) if dist.get_rank() == 0 else []
+        saving.alike(layout, partial(saving.discard, old))
         return made
     if unreadable:
         raise ValueError(f"{unreadable[0]}; resume=False starts anew")

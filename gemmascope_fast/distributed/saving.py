@@ -119,8 +119,7 @@ def load(path: Path, trainer: MeshTrainer) -> None:
 
 def remove(folder: Path) -> None:
     """Remove every checkpoint of `folder`, and what is left of those that were being written."""
-    for _, path in found(folder):
-        _discard(path)
+    discard([path for _, path in found(folder)])
     _emptied(folder, None)
 
 
@@ -211,17 +210,17 @@ def _finish(temporary: Path, path: Path, record: dict[str, Any]) -> None:
         sync(file)
     sync_folder(temporary)
     if path.exists():
-        _discard(path)
+        discard([path])
     os.replace(temporary, path)
     sync_folder(path.parent)
-    for _, old in found(path.parent)[:-KEPT]:
-        _discard(old)
+    discard([old for _, old in found(path.parent)[:-KEPT]])
 
 
-def _discard(path: Path) -> None:
-    """Remove a checkpoint, under a name that is none first."""
-    doomed = path.with_name(f".{path.name}.old")
-    if doomed.exists():
+def discard(paths: list[Path]) -> None:
+    """Remove checkpoints, each under a name that is none first."""
+    for path in paths:
+        doomed = path.with_name(f".{path.name}.old")
+        if doomed.exists():
+            shutil.rmtree(doomed)
+        os.replace(path, doomed)
         shutil.rmtree(doomed)
-    os.replace(path, doomed)
-    shutil.rmtree(doomed)

@@ -87,6 +87,15 @@ def found(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in named if match)
 
 
+def superseded(saved: list[tuple[int, Path]], resumed: Path) -> list[Path]:
+    """Of what `found` gave, older files than a run that goes on from `resumed` keeps.
+
+    The save of `resumed` removed them, unless the process was stopped before it could.
+    """
+    paths = [path for _, path in saved]
+    return paths[: max(paths.index(resumed) - (KEPT - 1), 0)]
+
+
 def load_record(path: Path) -> dict[str, Any]:
     """What `save` was given beside the tensors.
 

@@ -209,6 +209,8 @@ def _start(
         for text in unreadable:
             warnings.warn(f"{text}; resuming from {path.name}", stacklevel=3)
         made: Trainer = trainer_of(settings).resumed(source, settings, device, path)
+        for old in checkpoint.superseded(saved, path):
+            old.unlink(missing_ok=True)
         return made
     if unreadable:
         raise ValueError(f"{unreadable[0]}; resume=False starts anew")
