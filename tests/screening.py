@@ -76,6 +76,8 @@ def compare(
         assert gsf.explain().path == "screened" or 0 in (data[0].numel(), data[1].numel())
         assert_bits(found, expected, name)
         assert_bits(call(name, data, bandwidth, codes), expected, f"{name}, packed")
+        screen("gathered")
+        assert_bits(call(name, data, bandwidth, codes), expected, f"{name}, gathered")
 
 
 def draw(n: int, d: int, f: int, seed: int = 0, rank: float = 1.5) -> Data:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import native_absent
-from screening import ENCODERS, Data, assert_bits, call, token_code
+from screening import ENCODERS, Data, assert_bits, call, threads, token_code
 from torch import Tensor
 
 import gemmascope_fast as gsf
@@ -80,11 +80,12 @@ def compare_at(screen: Callable[[str], None], data: Data, entries: int) -> None:
     screen("never")
     expected = call("jumprelu_encode", data, bandwidth=0.0)
     assert expected[1].numel() == entries
-    screen("always")
-    for codes in (None, torch.ops.gemmascope_fast.pack_encoder(W, None)):
+    packed = torch.ops.gemmascope_fast.pack_encoder(W, None)
+    for mode, codes in (("gathered", packed), ("always", None), ("always", packed)):
+        screen(mode)
         found = call("jumprelu_encode", data, bandwidth=0.0, packed=codes)
-        assert_bits(found, expected, "packed" if codes is not None else "unpacked")
-        assert gsf.explain().screened_blocks == 1
+        assert_bits(found, expected, mode if codes is not None else "unpacked")
+        assert gsf.explain().screened_blocks == -(-W.shape[1] // 48)
 
 
 @pytest.mark.parametrize("of_x", [False, True], ids=["error of W", "error of x"])
@@ -106,6 +107,19 @@ def test_entries_a_whole_margin_above_the_second_stage(
     """What the fine codes leave is half of one, everywhere."""
     fine = 2 * token_code()
     compare_at(screen, attained(d, True, (fine * 100 // 254 + 0.498) / fine)[0], LATENTS)
+
+
+def test_second_stages_of_several_blocks(screen: Callable[[str], None]) -> None:
+    """The same in each of 40 blocks, of other sizes: five to a task."""
+    fine, count = 2 * token_code(), 40
+    x, W, _, limit = attained(640, True, (fine * 100 // 254 + 0.498) / fine)[0]
+    blocks, limits = torch.zeros(count, 48, 640), torch.full((count, 48), 1e30)
+    for i in range(count):
+        place = slice(14 * (i % 3), 14 * (i % 3) + LATENTS)  # 16 of them quantised together
+        blocks[i, place], limits[i, place] = W.t() * 4.0 ** (i % 5), limit * 4.0 ** (i % 5)
+    with threads(1):
+        data = x, blocks.flatten(0, 1).t(), torch.zeros(count * 48), limits.flatten()
+        compare_at(screen, data, count * LATENTS)
 
 
 @pytest.mark.parametrize("d", [5376, 16064])

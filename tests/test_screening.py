@@ -1,7 +1,8 @@
 """Screened encoders give the bits of the direct ones: nothing is missed, whatever the data.
 
-`GEMMASCOPE_FAST_SCREEN=always` screens at every size and on every instruction set, `never` not at
-all; the direct path is compared with float64 in the encoders' own tests.
+`GEMMASCOPE_FAST_SCREEN=always` screens at every size and on every instruction set, `gathered` in
+the order of work that AMX has with much x, `never` not at all; the direct path is compared with
+float64 in the encoders' own tests.
 """
 
 from __future__ import annotations
@@ -228,8 +229,12 @@ def test_values_that_are_not_finite(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("which", ["x", "W_enc", "both"])
-def test_16_bit_inputs(screen: Callable[[str], None], dtype: torch.dtype, which: str) -> None:
-    x, W, b, t = draw(40, 200, 300)
+@pytest.mark.parametrize("d", [192, 200])
+def test_16_bit_inputs(
+    screen: Callable[[str], None], dtype: torch.dtype, which: str, d: int
+) -> None:
+    """Rows of whole vectors are widened on the way, others before."""
+    x, W, b, t = draw(40, d, 300)
     x = x if which == "W_enc" else x.to(dtype)
     W = W if which == "x" else W.t().to(dtype).t()
     compare(screen, (x, W, b, t))
@@ -247,6 +252,26 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_strides(screen: Callable[[str], None], layout: str) -> None:
     x, W, b, t = draw(40, 200, 300)
     compare(screen, (LAYOUTS[layout](x), LAYOUTS[layout](W), b, t))
+
+
+@pytest.mark.parametrize("n", [9, 300, 600])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_candidates_of_many_blocks(
+    screen: Callable[[str], None], n: int, dtype: torch.dtype
+) -> None:
+    """Thousands of them, between blocks that are computed directly; the last block is not full."""
+    x, W, b, t = draw(n, 320, 6001, rank=1.7)
+    size = 4.0 ** (torch.arange(6001) // 48 % 4)
+    W, b, t = (W * size).t().to(dtype).t(), b * size, t * size
+    for begin, end in ((0, 70), (1000, 1010), (2016, 2300), (5990, 6001)):
+        t[begin:end] = -2000
+    compare(screen, (x, W, b, t))
+    screen("gathered")
+    with threads(1):
+        call("jumprelu_encode", (x, W, b, t), packed=gsf.pack(W).codes)
+    said = gsf.explain()
+    assert said.screened_blocks + said.direct_blocks == 126
+    assert said.screened_blocks > 20 and said.direct_blocks > 0
 
 
 def test_a_packed_centre_changes_no_result(screen: Callable[[str], None]) -> None:
@@ -350,12 +375,14 @@ print(digest.hexdigest(), screening.gsf.explain().path)
 
 
 def test_targets_and_threads_agree(run_python: Callable[..., str]) -> None:
-    found = {}
+    found: dict[tuple[str, int | str], str] = {}
     targets = ("generic", "avx2", "avx2_vnni", "avx512", "avx512_amx", "neon")
     for target in filter(available, targets):
         for count in (1, 2, 3) if target != "generic" else (2,):
             env = {"GEMMASCOPE_FAST_CPU": target, "GEMMASCOPE_FAST_SCREEN": "always"}
             found[target, count] = run_python(SCRIPT.format(threads=count), **env)
+        env["GEMMASCOPE_FAST_SCREEN"] = "gathered"
+        found[target, "gathered"] = run_python(SCRIPT.format(threads=2), **env)
     direct = run_python(SCRIPT.format(threads=2), GEMMASCOPE_FAST_SCREEN="never")
     expected = direct.replace("direct", "screened")
     assert direct != expected and set(found.values()) == {expected}, found

@@ -6,6 +6,10 @@
 // codes are read once, the block's codes lie in L2. What is left is sorted by latent and waits for the next block's product,
 // during which its rows of W_enc are read; then it is rescored four dots at a time. Where more than a quarter are candidates
 // the block is computed directly, and so are the next 1, 2, 4 ... blocks, up to 16, until one screens well again.
+//   With AMX the product is too short to read anything meanwhile, and where x is larger than L2 (256 tokens of d = 5376 are 5.5
+// MB) each block would read it from L3: as codes, as fine codes and as rows to rescore. Then up to 4 blocks are multiplied while
+// a chunk of x is at hand, and 2048 candidates wait to be rescored together, part by part of d: a part of x stays in L2 while the
+// candidates' rows of W_enc stream by.
 // Bound: the int8 products; then the rows of x and W_enc read by rescoring, from L3 and memory.
 #include <algorithm>
 #include <numeric>
@@ -23,8 +27,11 @@ constexpr int64_t kPanels = kRowsAtOnce / kScreenRows;
 constexpr int64_t kMostSkipped = 16;  // blocks computed directly before screening is tried again
 constexpr int64_t kLastShare =
     32;  // of the latents, the first ones, that part comes last in a random order
+constexpr int64_t kHotCodes = 1 << 20;  // bytes of latents that stay in L2 while tokens pass by
+constexpr size_t kGathered = 2048;      // candidates that are rescored together
 
-int64_t blocks_of(int64_t latents) { return (latents + kScreenBlock - 1) / kScreenBlock; }
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t blocks_of(int64_t latents) { return divide_up(latents, kScreenBlock); }
 
 }  // namespace
 
@@ -55,35 +62,49 @@ LatentBlock EncodeTiles::latent_block(int64_t begin, int64_t count, Scratch& scr
   return {own.codes.data(), own.stats.data(), own.scales.data()};
 }
 
-// What the products of this block read on the way, a piece for every kScreenUnit elements of every tile: the rows of W_enc
-// that the pending candidates want, and the next block's codes, or the weights they will be made of.
-void EncodeTiles::read_ahead(const Task& task, Block next, Scratch& scratch) const {
+EncodeTiles::Group EncodeTiles::group_at(const Task& task, int64_t place) const {
+  const int64_t fit = kHotCodes / (kScreenBlock * tokens_->d());
+  const int64_t most = gathers(task) ? std::clamp<int64_t>(fit, 1, kMostBlocks) : 1;
+  Group group;
+  for (; group.count < most && place < task.latent_end; place += kScreenBlock) {
+    group.blocks[group.count++] = block_at(task, place);
+  }
+  return group;
+}
+
+// What the products of a group read on the way, a piece for every kScreenUnit elements of every tile: the rows of W_enc that
+// the pending candidates want, and the next group's codes, or the weights they will be made of.
+void EncodeTiles::read_ahead(const Task& task, const Group& next, int64_t blocks,
+                             Scratch& scratch) const {
   std::vector<const char*>& pieces = scratch.pieces;
   pieces.clear();
   const auto add = [&](Stretch stretch) {
     for (int64_t at = 0; at < stretch.bytes; at += kPiece) pieces.push_back(stretch.at + at);
   };
   int32_t last = -1;
-  for (const Candidate& c : scratch.pending.entries) {
-    if (packed_ && c.latent != last) add(w_rows_.stretch(scratch.pending.begin + c.latent, 1));
+  for (const Wanted& c : scratch.pending.entries) {
+    if (packed_ && !gathers(task) && c.latent != last) add(w_rows_.stretch(c.latent, 1));
     last = c.latent;
   }
-  if (!packed_) add(w_rows_.stretch(next.begin, next.count));
-  if (packed_ && next.count > 0) {
-    const LatentBlock block = packed_->block(next.begin / kScreenBlock);
-    const auto* codes = reinterpret_cast<const char*>(block.codes);
-    add({codes, kScreenBlock * tokens_->d()});
+  for (int64_t b = 0; b < next.count; ++b) {
+    const auto [begin, count] = next.blocks[b];
+    if (!packed_) {
+      add(w_rows_.stretch(begin, count));
+      continue;
+    }
+    const LatentBlock block = packed_->block(begin / kScreenBlock);
+    add({reinterpret_cast<const char*>(block.codes), kScreenBlock * tokens_->d()});
   }
-  const int64_t panels = (task.rows() + kScreenRows - 1) / kScreenRows;
-  const size_t places = static_cast<size_t>(panels * tokens_->d() / kScreenUnit);
-  const auto* nothing = reinterpret_cast<const char*>(scratch.block.codes);
+  const int64_t panels = divide_up(task.rows(), kScreenRows);
+  const size_t places = static_cast<size_t>(blocks * panels * tokens_->d() / kScreenUnit);
+  const auto* nothing = reinterpret_cast<const char*>(scratch.codes[0].codes);
   scratch.ahead.assign(places, nothing);
   const size_t read = std::min(pieces.size(), places);
   for (size_t i = 0; i < read; ++i) scratch.ahead[i * places / read] = pieces[i];
 }
 
-// The products of rows [row, row + rows), rows <= kRowsAtOnce, with the block.
-void EncodeTiles::multiply(int64_t row, int64_t rows, const EncodeLimits& limits,
+// The products of rows [row, row + rows), rows <= kRowsAtOnce, with the blocks of a group, kRowsAtOnce rows a block.
+void EncodeTiles::multiply(int64_t row, int64_t rows, int64_t blocks, const EncodeLimits& limits,
                            const char* const* ahead, Scratch& scratch, uint64_t* masks) const {
   const int64_t d = tokens_->d(), width = screen_chunk(d);
   ScreenTokens tokens[kPanels];
@@ -92,45 +113,56 @@ void EncodeTiles::multiply(int64_t row, int64_t rows, const EncodeLimits& limits
     if (r % kScreenRows == 0) own = tokens_->tokens(row + r);
     if (limits.latent == nullptr) own.limit[r % kScreenRows] = limits.row(row + r);
   }
-  float* products = scratch.products.reserve(kRowsAtOnce * kScreenBlock);
+  float* products = scratch.products.reserve(blocks * kRowsAtOnce * kScreenBlock);
   const ScreenTable& table = tokens_->table();
   if (table.begin != nullptr) table.begin();
   for (int64_t chunk = 0; chunk < d / width; ++chunk) {
-    for (int64_t r = 0; r < rows; r += table.rows) {
-      const int64_t count = std::min(table.rows, rows - r);
-      const ScreenTile tile = {
-          scratch.block.codes, tokens_->codes(row + r), count, d, chunk, width, ahead};
-      table.tile(tile, scratch.bounds, tokens[r / kScreenRows], masks + r,
-                 products + r * kScreenBlock);
-      ahead += (count + kScreenRows - 1) / kScreenRows * (width / kScreenUnit);
+    for (int64_t b = 0; b < blocks; ++b) {
+      for (int64_t r = 0; r < rows; r += table.rows) {
+        const int64_t count = std::min(table.rows, rows - r), at = b * kRowsAtOnce + r;
+        const ScreenTile tile = {
+            scratch.codes[b].codes, tokens_->codes(row + r), count, d, chunk, width, ahead};
+        table.tile(tile, scratch.bounds[b], tokens[r / kScreenRows], masks + at,
+                   products + at * kScreenBlock);
+        ahead += divide_up(count, kScreenRows) * (width / kScreenUnit);
+      }
     }
   }
   if (table.end != nullptr) table.end();
 }
 
 // False when there are too many: then the list is incomplete.
-bool EncodeTiles::find_candidates(const Task& task, Block own, Block next, Scratch& scratch,
-                                  const EncodeLimits& limits) {
-  const int64_t count = own.count;
-  scratch.block = latent_block(own.begin, count, scratch);
-  scratch.bounds = screen_latents(limits, scratch.block, own.begin, count, tokens_->d());
-  read_ahead(task, next, scratch);
+bool EncodeTiles::find_candidates(const Task& task, const Group& own, const Group& next,
+                                  Scratch& scratch, const EncodeLimits& limits) {
+  uint64_t real[kMostBlocks] = {};
+  int64_t latents = 0;
+  for (int64_t b = 0; b < own.count; ++b) {
+    const auto [begin, count] = own.blocks[b];
+    scratch.codes[b] = latent_block(begin, count, scratch);
+    scratch.bounds[b] = screen_latents(limits, scratch.codes[b], begin, count, tokens_->d());
+    real[b] = (uint64_t{1} << count) - 1;
+    latents += count;
+  }
+  read_ahead(task, next, own.count, scratch);
   const char* const* ahead = scratch.ahead.data();
-  const uint64_t real = (uint64_t{1} << count) - 1;
-  const size_t most = static_cast<size_t>(task.rows() * count / kDenseShare);
+  const size_t most = static_cast<size_t>(task.rows() * latents / kDenseShare);
   std::vector<Candidate>& found = scratch.candidates;
   found.clear();
   for (int64_t row = task.row_begin; row < task.row_end; row += kRowsAtOnce) {
     const int64_t rows = std::min(kRowsAtOnce, task.row_end - row);
-    uint64_t masks[kRowsAtOnce];
-    multiply(row, rows, limits, ahead, scratch, masks);
-    ahead += (rows + kScreenRows - 1) / kScreenRows * (tokens_->d() / kScreenUnit);
+    uint64_t masks[kMostBlocks * kRowsAtOnce];
+    multiply(row, rows, own.count, limits, ahead, scratch, masks);
+    ahead += own.count * divide_up(rows, kScreenRows) * (tokens_->d() / kScreenUnit);
     const float* products = scratch.products.reserve(0);
     for (int64_t r = 0; r < rows; ++r) {
-      for (uint64_t mask = masks[r] & real; mask != 0; mask &= mask - 1) {
-        const int latent = __builtin_ctzll(mask);
-        found.push_back({static_cast<int32_t>(row + r - task.row_begin), latent,
-                         products[r * kScreenBlock + latent]});
+      for (int64_t b = 0; b < own.count; ++b) {
+        const int64_t at = b * kRowsAtOnce + r;
+        for (uint64_t mask = masks[at] & real[b]; mask != 0; mask &= mask - 1) {
+          const int latent = __builtin_ctzll(mask);
+          found.push_back({static_cast<int32_t>(row + r - task.row_begin),
+                           static_cast<int32_t>(b * kScreenBlock) + latent,
+                           products[at * kScreenBlock + latent]});
+        }
       }
     }
     if (found.size() > most && task.rows() > kScreenRows) return false;
@@ -138,25 +170,25 @@ bool EncodeTiles::find_candidates(const Task& task, Block own, Block next, Scrat
   return true;
 }
 
-// Drops the candidates that the fine codes rule out, in the groups of latents that have enough of them.
-void EncodeTiles::refine(const Task& task, Scratch& scratch, const EncodeLimits& limits) {
+// Drops the candidates that the fine codes rule out, in the groups of 16 latents that have enough of them.
+void EncodeTiles::refine(const Task& task, int64_t blocks, Scratch& scratch,
+                         const EncodeLimits& limits) {
   std::vector<Candidate>& found = scratch.candidates;
   const int64_t d = tokens_->d();
-  int64_t of_group[kScreenGroups] = {};
+  int64_t of_group[kMostBlocks * kScreenGroups] = {};
   for (const Candidate& c : found) ++of_group[c.latent / kGroupRows];
-  scratch.code_rows.resize(static_cast<size_t>(kScreenBlock * d));
-  for (int64_t g = 0; g < kScreenGroups; ++g) {
-    const int64_t at = g * kGroupRows * d;
-    if (of_group[g] >= kRefined) {
-      codes_to_rows(scratch.block.codes + at, d, scratch.code_rows.data() + at);
-    }
+  scratch.code_rows.resize(static_cast<size_t>(blocks * kScreenBlock * d));
+  for (int64_t g = 0; g < blocks * kScreenGroups; ++g) {
+    if (of_group[g] < kRefined) continue;
+    codes_to_rows(scratch.codes[g / kScreenGroups].codes + g % kScreenGroups * kGroupRows * d, d,
+                  scratch.code_rows.data() + g * kGroupRows * d);
   }
   scratch.fine_pairs.clear();
   for (const Candidate& c : found) {
     if (of_group[c.latent / kGroupRows] < kRefined) continue;
     FinePair pair = tokens_->fine_pair(task.row_begin + c.row);
     pair.w = scratch.code_rows.data() + c.latent * d;
-    pair.w_scale = scratch.block.scales + c.latent;
+    pair.w_scale = scratch.codes[c.latent / kScreenBlock].scales + c.latent % kScreenBlock;
     scratch.fine_pairs.push_back(pair);
   }
   const int64_t count = static_cast<int64_t>(scratch.fine_pairs.size());
@@ -169,58 +201,62 @@ void EncodeTiles::refine(const Task& task, Scratch& scratch, const EncodeLimits&
     if (of_group[c.latent / kGroupRows] < kRefined) continue;
     const int64_t row = task.row_begin + c.row;
     const float limit = limits.latent == nullptr ? limits.row(row) : 0.0f;
-    left -=
-        !may_pass(tokens_->fine(row), limit, scratch.bounds, c.latent, c.product, *dot++ / unit);
+    left -= !may_pass(tokens_->fine(row), limit, scratch.bounds[c.latent / kScreenBlock],
+                      c.latent % kScreenBlock, c.product, *dot++ / unit);
   }
   found.resize(left);
 }
 
 // Makes the candidates pending, by latent, so that a row of W_enc is in L1 while the rows of x that want it pass by.
-void EncodeTiles::sort_candidates(int64_t begin, int64_t count, Scratch& scratch) {
-  size_t place[kScreenBlock + 1] = {};
+void EncodeTiles::sort_candidates(const Group& group, Scratch& scratch) {
+  std::vector<Wanted>& pending = scratch.pending.entries;
+  size_t place[kMostBlocks * kScreenBlock + 1] = {pending.size()};
+  const int64_t latents = group.count * kScreenBlock;
   for (const Candidate& c : scratch.candidates) ++place[c.latent + 1];
-  for (int64_t l = 0; l < kScreenBlock; ++l) place[l + 1] += place[l];
-  scratch.pending.begin = begin;
-  scratch.pending.count = count;
-  scratch.pending.entries.resize(scratch.candidates.size());
+  for (int64_t l = 0; l < latents; ++l) place[l + 1] += place[l];
+  pending.resize(pending.size() + scratch.candidates.size());
   for (const Candidate& c : scratch.candidates) {
-    scratch.pending.entries[place[c.latent]++] = c;
+    pending[place[c.latent]++] = {c.row, static_cast<int32_t>(group.latent(c.latent))};
   }
+  scratch.pending.last = group.blocks[0];
 }
 
-// The rows of x and of W_enc that the candidates want, the latter converted where they are not float32 as they lie.
+// The rows of x and of W_enc that the candidates want, the latter converted where they do not lie as rows.
 void EncodeTiles::pair_rows(const Task& task, Scratch& scratch) {
   const Pending& own = scratch.pending;
-  const bool some = !w_rows_.in_place() && static_cast<int64_t>(own.entries.size()) < own.count / 4;
-  int64_t stride = w_rows_.padded_cols();
-  const float* w = some ? scratch.weights.reserve(own.count * stride)
-                        : w_rows_.rows(own.begin, own.count, scratch.weights, &stride);
+  const auto [begin, count] = own.last;
+  const bool whole = w_rows_.whole();
+  const bool some = !whole && static_cast<int64_t>(own.entries.size()) < count / 4;
+  const int64_t stride = w_rows_.padded_cols();
+  float* converted = whole ? nullptr : scratch.weights.reserve(count * stride);
+  if (!whole && !some) w_rows_.convert(begin, count, converted);
   scratch.pair_x.clear();
   scratch.pair_w.clear();
   int32_t last = -1;
-  for (const Candidate& c : own.entries) {
-    if (some && c.latent != last) {
-      w_rows_.convert(own.begin + c.latent, 1, scratch.weights.reserve(0) + c.latent * stride);
-    }
+  for (const Wanted& c : own.entries) {
+    float* row = whole ? nullptr : converted + (c.latent - begin) * stride;
+    if (some && c.latent != last) w_rows_.convert(c.latent, 1, row);
     last = c.latent;
     scratch.pair_x.push_back(x_ + (task.row_begin + c.row) * x_stride_);
-    scratch.pair_w.push_back(w + c.latent * stride);
+    scratch.pair_w.push_back(whole ? w_rows_.row(c.latent) : row);
   }
 }
 
 // Canonical dots of the pending candidates.
 void EncodeTiles::rescore(const Task& task, Scratch& scratch, const EncodeLimits& limits,
                           const Visit& visit) {
-  std::vector<Candidate>& found = scratch.pending.entries;
+  std::vector<Wanted>& found = scratch.pending.entries;
   if (found.empty()) return;
-  scratch.rescored += static_cast<int64_t>(found.size());
+  const int64_t count = static_cast<int64_t>(found.size()), d = x_rows_.padded_cols();
+  scratch.rescored += count;
   pair_rows(task, scratch);
-  float* dots = scratch.dots.reserve(static_cast<int64_t>(found.size()));
-  table_.pairs(scratch.pair_x.data(), scratch.pair_w.data(), static_cast<int64_t>(found.size()),
-               x_rows_.padded_cols(), dots);
+  const int64_t parts = gathers(task) ? divide_up(task.rows() * d, hot_floats_) : 1;
+  const int64_t width = divide_up(divide_up(d, parts), 16) * 16;
+  float* dots = scratch.dots.reserve(count);
+  table_.pairs(scratch.pair_x.data(), scratch.pair_w.data(), w_rows_.whole() ? w_rows_.dtype() : 0,
+               count, d, width, scratch.state.reserve(count * 16), dots);
   for (size_t i = 0; i < found.size(); ++i) {
-    const int64_t row = task.row_begin + found[i].row;
-    const int64_t latent = scratch.pending.begin + found[i].latent;
+    const int64_t row = task.row_begin + found[i].row, latent = found[i].latent;
     const float pre = dots[i] + limits.bias[latent];
     const float limit = limits.latent == nullptr ? limits.row(row) : limits.latent[latent];
     const int32_t position = 0;
@@ -250,17 +286,20 @@ void EncodeTiles::run_screened(const Task& task, Scratch& scratch, const EncodeL
                                const Visit& visit) {
   int64_t skip = 1;
   for (int64_t place = task.latent_begin; place < task.latent_end;) {
-    const Block own = block_at(task, place);
-    int64_t end = place + kScreenBlock;
-    const bool screened = find_candidates(task, own, block_at(task, end), scratch, limits);
-    rescore(task, scratch, limits, visit);
+    const Group own = group_at(task, place);
+    int64_t end = place + own.count * kScreenBlock;
+    const bool screened = find_candidates(task, own, group_at(task, end), scratch, limits);
+    if (!screened || !gathers(task) || scratch.pending.entries.size() >= kGathered) {
+      rescore(task, scratch, limits, visit);
+    }
     if (screened) {
       skip = 1;
-      ++scratch.screened_blocks;
+      scratch.screened_blocks += own.count;
       scratch.candidate_count += static_cast<int64_t>(scratch.candidates.size());
-      refine(task, scratch, limits);
-      sort_candidates(own.begin, own.count, scratch);
+      refine(task, own.count, scratch, limits);
+      sort_candidates(own, scratch);
     } else {
+      skip = std::max(skip, own.count);
       end = std::min(place + skip * kScreenBlock, task.latent_end);
       skip = std::min(2 * skip, kMostSkipped);
     }

@@ -19,12 +19,16 @@ constexpr int64_t kBlockBytes = 192 * 1024;
 constexpr int64_t kSmallBytes = 2 * kBlockBytes;
 // Multiply-adds, 4 us at a core's peak, below which other threads are not woken for a few rows.
 constexpr int64_t kSmallWork = 1 << 18;
-// A row block of x stays in a shared L3.
+// A row block of x stays in a shared L3. One that is read in parts need not: the fewer there are, the fewer times codes are read.
 constexpr int64_t kRowBlockBytes = 8 * 1024 * 1024;
+constexpr int64_t kGatheredBlockBytes = 4 * kRowBlockBytes;
 constexpr int64_t kMaxRowBlock = 1024;
 constexpr int64_t kMaxBlock = 256;
 // Enough tasks per thread that the last ones even out.
 constexpr int64_t kTasksPerSlot = 8;
+
+// What stays in L2 of x while rows of W_enc pass by.
+constexpr int64_t kHotFloats = 256 * 1024;
 
 // Latents below which screening's set-up costs more than the product.
 constexpr int64_t kScreenedLatents = 4 * kScreenBlock;
@@ -35,16 +39,23 @@ constexpr int64_t kWidestScreen = 65536;
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
-// Why entries are not screened, or null. GEMMASCOPE_FAST_SCREEN=always|never overrules what pays, not what is possible.
-const char* why_direct(const Matrix& x, const Matrix& w, bool packed) {
+// Overrules what pays, not what is possible: "always" or "never" screened; "gathered" screens always, and gathers the candidates
+// of many blocks even where x is small, for tests.
+std::string wanted_mode() {
   const char* wanted = std::getenv("GEMMASCOPE_FAST_SCREEN");
-  const std::string mode = wanted == nullptr ? "" : wanted;
+  return wanted == nullptr ? "" : wanted;
+}
+
+// Why entries are not screened, or null.
+const char* why_direct(const Matrix& x, const Matrix& w, bool packed) {
+  const std::string mode = wanted_mode();
   if (mode == "never") return "GEMMASCOPE_FAST_SCREEN=never";
   if (x.cols == 0 || x.rows == 0 || w.rows == 0) return "empty";
   if (x.cols > kWidestScreen) return "d_in exceeds what int32 sums of int8 products hold";
-  if (mode == "always") return nullptr;
+  if (mode == "always" || mode == "gathered") return nullptr;
   if (!mode.empty()) {
-    throw std::runtime_error("GEMMASCOPE_FAST_SCREEN=" + mode + ": expected always or never");
+    throw std::runtime_error("GEMMASCOPE_FAST_SCREEN=" + mode +
+                             ": expected always, never or gathered");
   }
   if (!screens().fast) return "this processor, or the chosen target, has no int8 dot products";
   if (w.rows < kScreenedLatents || x.cols < kScreenedWidth) return "the dictionary is small";
@@ -79,6 +90,9 @@ EncodeTiles::EncodeTiles(const char* op, const Matrix& x, const Matrix& w,
       d_sae_(w.rows),
       why_direct_(why_direct(x, w, packed.has_value())),
       packed_(packed) {
+  if (screened() && packed_ && w_rows_.whole()) {
+    hot_floats_ = wanted_mode() == "gathered" ? 1024 : screens().outruns_memory ? kHotFloats : 0;
+  }
   partition();
   convert_x();
   if (why_direct_ != nullptr || tasks() == 0) return;
@@ -112,7 +126,8 @@ EncodeTiles::~EncodeTiles() {
 
 void EncodeTiles::partition() {
   const int64_t row_bytes = std::max<int64_t>(64, x_rows_.padded_cols() * 4);
-  const int64_t rows = std::clamp<int64_t>(kRowBlockBytes / row_bytes, 48, kMaxRowBlock);
+  const int64_t most = hot_floats_ > 0 ? kGatheredBlockBytes : kRowBlockBytes;
+  const int64_t rows = std::clamp<int64_t>(most / row_bytes, 48, kMaxRowBlock);
   const int64_t unit = why_direct_ == nullptr ? kGroupRows : table_.tile_rows;
   row_blocks_ = divide_up(n_, rows);
   row_block_ = round_up(divide_up(n_, std::max<int64_t>(row_blocks_, 1)), unit);

@@ -69,15 +69,25 @@ class EncodeTiles {
   struct Block {
     int64_t begin, count;
   };
+  // Blocks that the tokens' codes pass by together.
+  static constexpr int64_t kMostBlocks = 4;
+  struct Group {
+    Block blocks[kMostBlocks] = {};
+    int64_t count = 0;
+    // Where latent l of the group is: the group's blocks follow each other.
+    int64_t latent(int64_t l) const { return blocks[l / kScreenBlock].begin + l % kScreenBlock; }
+  };
   struct Candidate {
-    int32_t row, latent;  // relative to the task and to the block
+    int32_t row, latent;  // relative to the task and to the group
     float product;
   };
-  // Candidates that no code rules out, by latent, of the block that begins at `begin`; scored after the next block's product,
-  // which reads their rows of W_enc on the way.
+  struct Wanted {
+    int32_t row, latent;  // relative to the task; of W_enc
+  };
+  // Candidates that no code rules out, by latent; `last` is the block of the last ones where groups have one block.
   struct Pending {
-    int64_t begin = 0, count = 0;
-    std::vector<Candidate> entries;
+    Block last{0, 0};
+    std::vector<Wanted> entries;
   };
   struct Scratch {
     FloatBuffer weights, state, dots, products, fine_dots;
@@ -87,11 +97,12 @@ class EncodeTiles {
     std::vector<Candidate> candidates;
     Pending pending;
     std::vector<FinePair> fine_pairs;
-    std::vector<const float*> pair_x, pair_w;
+    std::vector<const float*> pair_x;
+    std::vector<const void*> pair_w;
     std::vector<const char*> pieces, ahead;
     std::vector<uint8_t> code_rows;
-    ScreenLatents bounds;
-    LatentBlock block;
+    ScreenLatents bounds[kMostBlocks];
+    LatentBlock codes[kMostBlocks];
     int64_t screened_blocks = 0, direct_blocks = 0, candidate_count = 0, rescored = 0;
   };
 
@@ -108,13 +119,18 @@ class EncodeTiles {
   Block block_at(const Task& task, int64_t place) const;
   // The latents of places [place, end) are about to be visited.
   void count_visited(const Task& task, int64_t place, int64_t end);
-  void read_ahead(const Task& task, Block next, Scratch& scratch) const;
-  void multiply(int64_t row, int64_t rows, const EncodeLimits& limits, const char* const* ahead,
-                Scratch& scratch, uint64_t* masks) const;
-  bool find_candidates(const Task& task, Block own, Block next, Scratch& scratch,
+  // Whether the candidates of many blocks are rescored together, and blocks multiplied in groups.
+  bool gathers(const Task& task) const {
+    return hot_floats_ > 0 && task.rows() * x_stride_ > 2 * hot_floats_;
+  }
+  Group group_at(const Task& task, int64_t place) const;
+  void read_ahead(const Task& task, const Group& next, int64_t blocks, Scratch& scratch) const;
+  void multiply(int64_t row, int64_t rows, int64_t blocks, const EncodeLimits& limits,
+                const char* const* ahead, Scratch& scratch, uint64_t* masks) const;
+  bool find_candidates(const Task& task, const Group& own, const Group& next, Scratch& scratch,
                        const EncodeLimits& limits);
-  void refine(const Task& task, Scratch& scratch, const EncodeLimits& limits);
-  static void sort_candidates(int64_t begin, int64_t count, Scratch& scratch);
+  void refine(const Task& task, int64_t blocks, Scratch& scratch, const EncodeLimits& limits);
+  static void sort_candidates(const Group& group, Scratch& scratch);
   void pair_rows(const Task& task, Scratch& scratch);
   void rescore(const Task& task, Scratch& scratch, const EncodeLimits& limits, const Visit& visit);
 
@@ -127,6 +143,9 @@ class EncodeTiles {
   const float* x_ = nullptr;
   int64_t x_stride_ = 0;
   const char* why_direct_;  // null: screened
+  // Of x: as many stay in L2 while rows of W_enc pass by. Set where these can be read in any order and the product is too fast
+  // for them to be read meanwhile.
+  int64_t hot_floats_ = 0;
   std::optional<PackedEncoder> packed_;
   std::vector<float> center_;
   std::unique_ptr<ScreenedTokens> tokens_;

@@ -71,10 +71,12 @@ float* FloatBuffer::reserve(int64_t size) {
 }
 
 PaddedRows::PaddedRows(const Matrix& m)
-    : m_(m), padded_(divide_up(m.cols, kLanes) * kLanes), table_(dot_table(simd_target())) {
-  const bool unit = m.col_stride == 1 || m.cols <= 1;
-  in_place_ = m.dtype == Dtype::kFloat32 && unit && padded_ == m.cols;
-  transposed_ = !unit && (m.row_stride == 1 || m.rows <= 1);
+    : m_(m),
+      padded_(divide_up(m.cols, kLanes) * kLanes),
+      unit_(m.col_stride == 1 || m.cols <= 1),
+      table_(dot_table(simd_target())) {
+  in_place_ = m.dtype == Dtype::kFloat32 && whole();
+  transposed_ = !unit_ && (m.row_stride == 1 || m.rows <= 1);
 }
 
 const float* PaddedRows::rows(int64_t begin, int64_t count, FloatBuffer& buffer,
@@ -97,7 +99,7 @@ void PaddedRows::convert(int64_t begin, int64_t count, float* target) const {
   for (int64_t r = 0; r < count; ++r) {
     float* row = target + r * padded_;
     const void* source = m_.row(begin + r);
-    if (!transposed_ && (m_.col_stride == 1 || m_.cols <= 1)) {
+    if (unit_) {
       table_.widen(source, dtype, m_.cols, row);
     } else if (!transposed_ && m_.dtype == Dtype::kFloat32) {
       widen_strided(table_, static_cast<const float*>(source), m_.dtype, m_.col_stride, m_.cols,
@@ -133,7 +135,7 @@ void PaddedRows::lanes(int64_t begin, int64_t count, FloatBuffer& buffer, float*
       __builtin_prefetch(source + (k + 8) * m_.col_stride * size);
       table_.widen(source + k * m_.col_stride * size, dtype, count, target + k * kLanes);
     }
-  } else if (m_.col_stride == 1 || m_.cols <= 1) {
+  } else if (unit_) {
     table_.transpose(m_.row(begin), m_.row_stride, dtype, count, m_.cols, target, kLanes);
   } else {
     float* rows = buffer.reserve(count * padded_);

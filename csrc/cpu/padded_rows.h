@@ -45,6 +45,10 @@ class PaddedRows {
   int64_t cols() const { return m_.cols; }
   int64_t padded_cols() const { return padded_; }
   bool in_place() const { return in_place_; }
+  // Rows of whole vectors, contiguous, of `dtype`: what is widened on the way need not be converted.
+  bool whole() const { return unit_ && padded_ == m_.cols; }
+  int dtype() const { return static_cast<int>(m_.dtype); }
+  const void* row(int64_t r) const { return m_.row(r); }
   // True when a column of rows, not a row, is contiguous in memory.
   bool transposed() const { return transposed_; }
   // How W_enc lies, the rows being its latents.
@@ -65,7 +69,7 @@ class PaddedRows {
  private:
   Matrix m_;
   int64_t padded_;
-  bool in_place_, transposed_;
+  bool unit_, in_place_, transposed_;
   const DotTable& table_;
 };
 

@@ -219,46 +219,75 @@ static void panel(const float* x, int64_t x_stride, int64_t rows, const float* w
   }
 }
 
-// One dot is a chain of fma, each waiting for the one before: several go side by side. Those at `next` are read meanwhile.
-template <int kPairs>
-static inline void pair_dots(const float* const* x, const float* const* w, int64_t next, int64_t d,
-                             float* out) {
-  const float *xs[kPairs], *ws[kPairs], *xn[kPairs], *wn[kPairs];
-  Vec acc[kPairs][kParts];
+struct DotPairs {
+  const float* const* x;
+  const void* const* w;
+  int64_t d;
+  float* state;
+  float* out;
+};
+
+// One dot is a chain of fma, each waiting for the one before: several go side by side, elements [k0, k1). Those at `next` are
+// read meanwhile.
+template <int kPairs, int kDtype>
+static inline void pair_dots(const DotPairs& p, int64_t first, int64_t next, int64_t k0,
+                             int64_t k1) {
+  constexpr int64_t kSize = kDtype == 0 ? 4 : 2;
+  const float *xs[kPairs], *xn[kPairs];
+  const void* ws[kPairs];
+  const char* wn[kPairs];
+  F16x acc[kPairs];
+  float* state = p.state + first * kLanes;
 #pragma GCC unroll 4
   for (int i = 0; i < kPairs; ++i) {
-    xs[i] = x[i];
-    ws[i] = w[i];
-    xn[i] = x[next + i];
-    wn[i] = w[next + i];
-#pragma GCC unroll 4
-    for (int part = 0; part < kParts; ++part) acc[i][part] = zero_vec();
+    xs[i] = p.x[first + i];
+    ws[i] = p.w[first + i];
+    xn[i] = p.x[next + i];
+    wn[i] = static_cast<const char*>(p.w[next + i]);
+    acc[i] = k0 == 0 ? zero() : load(state + i * kLanes);
   }
-  for (int64_t k = 0; k < d; k += kWidth * kParts) {
+  for (int64_t k = k0; k < k1; k += kLanes) {
 #pragma GCC unroll 4
     for (int i = 0; i < kPairs; ++i) {
       __builtin_prefetch(xn[i] + k, 0, 2);
-      __builtin_prefetch(wn[i] + k, 0, 2);
+      __builtin_prefetch(wn[i] + k * kSize, 0, 2);
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < kPairs * kParts; ++i) {
-      const int64_t at = k + i % kParts * kWidth;
-      Vec& own = acc[i / kParts][i % kParts];
-      own = fma_vec(load_vec(xs[i / kParts] + at), load_vec(ws[i / kParts] + at), own);
+    for (int i = 0; i < kPairs; ++i) {
+      acc[i] = fma(load(xs[i] + k), load_as(ws[i], kDtype, k), acc[i]);
     }
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < kPairs; ++i) out[i] = reduce(lanes(acc[i]));
+  for (int i = 0; i < kPairs; ++i) {
+    if (k1 < p.d) {
+      store(state + i * kLanes, acc[i]);
+    } else {
+      p.out[first + i] = reduce(acc[i]);
+    }
+  }
 }
 
-static void pairs(const float* const* x, const float* const* w, int64_t count, int64_t d,
-                  float* out) {
+template <int kDtype>
+static void pairs_of(const DotPairs& p, int64_t count, int64_t block) {
   constexpr int kPairs = 4;
-  int64_t i = 0;
-  for (; i + kPairs <= count; i += kPairs) {
-    pair_dots<kPairs>(x + i, w + i, i + 2 * kPairs <= count ? kPairs : 0, d, out + i);
-  }
-  for (; i < count; ++i) pair_dots<1>(x + i, w + i, 0, d, out + i);
+  int64_t k0 = 0;
+  do {
+    const int64_t k1 = k0 + block < p.d ? k0 + block : p.d;
+    int64_t i = 0;
+    for (; i + kPairs <= count; i += kPairs) {
+      pair_dots<kPairs, kDtype>(p, i, i + 2 * kPairs <= count ? i + kPairs : i, k0, k1);
+    }
+    for (; i < count; ++i) pair_dots<1, kDtype>(p, i, i, k0, k1);
+    k0 = k1;
+  } while (k0 < p.d);
+}
+
+static void pairs(const float* const* x, const void* const* w, int dtype, int64_t count, int64_t d,
+                  int64_t block, float* state, float* out) {
+  const DotPairs p = {x, w, d, state, out};
+  if (dtype == 0) return pairs_of<0>(p, count, block);
+  if (dtype == 1) return pairs_of<1>(p, count, block);
+  pairs_of<2>(p, count, block);
 }
 
 static int64_t above(const float* dots, const float* bias, const float* limit, int64_t limit_stride,

@@ -17,8 +17,11 @@ struct DotTable {
   void (*panel)(const float* x, int64_t x_stride, int64_t rows, const float* w, int64_t w_stride,
                 int64_t latents, int64_t d, float* state, float* out, int64_t out_stride);
 
-  // out[i] = <x[i], w[i]> for i < count, the same bits as `panel`.
-  void (*pairs)(const float* const* x, const float* const* w, int64_t count, int64_t d, float* out);
+  // out[i] = <x[i], w[i]> for i < count, the same bits as `panel`; dtype, of the rows w, is csrc/common/matrix.h's. Of all pairs
+  // `block` elements come first, a multiple of 16, then the next ones. state: count * 16 floats of scratch, used when d exceeds
+  // block.
+  void (*pairs)(const float* const* x, const void* const* w, int dtype, int64_t count, int64_t d,
+                int64_t block, float* state, float* out);
 
   // With pre = dots[j] + bias[j]: lists the j (ascending) for which pre <= limit[j * limit_stride]
   // does not hold (so NaN is listed), with their pre. Both lists need room for count + 16 elements.

@@ -33,9 +33,18 @@ extern const ScreenTable kScreenTable, kVnniScreenTable, kVexScreenTable, kAmxSc
 const ScreenTable kScreenTable = {false, 32, kLatentCode, quantise, tile, fine_dots};
 const ScreenTable kVnniScreenTable = {true, 32, kLatentCode, quantise, tile_vnni, fine_dots_vnni};
 #if GSF_AMX
-const ScreenTable kAmxScreenTable = {
-    true,          32,          kLatentCode, quantise,         tile_amx, fine_dots_vnni, kGroupRows,
-    codes_by_unit, begin_tiles, end_tiles,   &kVnniScreenTable};
+const ScreenTable kAmxScreenTable = {true,
+                                     32,
+                                     kLatentCode,
+                                     quantise,
+                                     tile_amx,
+                                     fine_dots_vnni,
+                                     kGroupRows,
+                                     codes_by_unit,
+                                     begin_tiles,
+                                     end_tiles,
+                                     &kVnniScreenTable,
+                                     true};
 #endif
 #elif defined(__AVX2__)
 const ScreenTable kScreenTable = {true, 256, Pairs::kCode, quantise, tile<Pairs>, fine_dots<Pairs>};

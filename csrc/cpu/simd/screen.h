@@ -128,6 +128,9 @@ struct ScreenTable {
 
   // What multiplies kScreenRows tokens or fewer; null: this.
   const ScreenTable* few = nullptr;
+
+  // True where a block's product is over before the rows of W_enc that its candidates want can be read meanwhile.
+  bool outruns_memory = false;
 };
 
 const ScreenTable& screen_table(SimdTarget target);

@@ -117,13 +117,22 @@ void dots(int64_t d) {
     }
   }
   end(at("panel", {d}));
-  std::vector<const float*> xs, ws;
+  std::vector<const float*> xs;
   for (int64_t i = 0; i < kRows; ++i) xs.push_back(x.data() + i * d);
-  for (int64_t i = 0; i < kRows; ++i) ws.push_back(w.data() + (i + 2) * d);
-  begin();
-  kDotTable.pairs(xs.data(), ws.data(), kRows, d, out.data());
-  take(out.data(), kRows);
-  end(at("pairs", {d}));
+  const std::vector<uint16_t> halves = words<uint16_t>(kRows * d);
+  for (int dtype = 0; dtype < 3; ++dtype) {
+    std::vector<const void*> ws;
+    for (int64_t i = 0; i < kRows; ++i) {
+      ws.push_back(dtype == 0 ? static_cast<const void*>(w.data() + (i + 2) * d)
+                              : halves.data() + i * d);
+    }
+    begin();
+    for (int64_t block : {d, int64_t{16}, int64_t{48}}) {
+      kDotTable.pairs(xs.data(), ws.data(), dtype, kRows, d, block, state.data(), out.data());
+      take(out.data(), kRows);
+    }
+    end(at("pairs", {d, dtype}));
+  }
 }
 
 void above(int64_t count, int64_t limit_stride) {
