@@ -47,6 +47,13 @@ def check_count(
     return value
 
 
+def check_flag(op: str, name: str, value: Any) -> bool:
+    """Return `value`, True or False: any string would count as True."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a bool, got {value!r}")
+    return value
+
+
 def as_device(op: str, device: Any) -> torch.device:
     """The torch device that `device` names.
 

@@ -328,6 +328,8 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"rows": "all"}, ValueError, "rows must be one of exact, live"),
     ({"moments": "fp8"}, ValueError, "moments must be one of fp32, 8bit"),
     ({"fused": 1}, TypeError, "fused must be a bool"),
+    ({"resume": "no"}, TypeError, "train: resume must be a bool, got 'no'"),
+    ({"progress": 2}, TypeError, "train: progress must be a bool, got 2"),
     ({"matryoshka": [8, 4, 96]}, ValueError, "matryoshka must be ascending"),
     ({"matryoshka": [8, 32]}, ValueError, "matryoshka must end with d_sae=96, got 32"),
     ({"matryoshka": 8}, TypeError, "matryoshka must be a sequence"),

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, overload
 
 import torch
 
-from ..arguments import as_device, as_path
+from ..arguments import as_device, as_path, check_flag
 from . import config as configs
 from . import files, folders, hub
 from .building import Module, build
@@ -112,8 +112,7 @@ def load(
             layers do not belong together, or an argument is out of range.
     """
     check_dtype("load", dtype)
-    if not isinstance(streamed, bool):
-        raise TypeError(f"load: streamed must be a bool, got {type(streamed).__name__}")
+    check_flag("load", "streamed", streamed)
     target = _device(device)
     make: Callable[..., Module | Streamed] = stream if streamed else build
     path = _located(source, subfolder, revision)

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..arguments import check_number
+from ..arguments import check_flag, check_number
 from .losses import LossTerm
 
 
@@ -30,8 +30,7 @@ class EntryTerm(LossTerm):
 
     def __post_init__(self) -> None:
         check_number(type(self).__name__, "coefficient", self.coefficient)
-        if not isinstance(self.by_norm, bool):
-            raise TypeError(f"{type(self).__name__}: by_norm must be a bool, got {self.by_norm!r}")
+        check_flag(type(self).__name__, "by_norm", self.by_norm)
 
     @abstractmethod
     def per_entry(self, values: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import as_path
+from ..arguments import as_path, check_flag
 from ..modules import SAE, JumpReLU, TopK
 from ..multilayer import Crosscoder, CrossLayerTranscoder, MultiLayer
 from .settings import OP, Settings
@@ -20,12 +20,16 @@ CHECKPOINTS = "checkpoints"
 NAMED = ("l0", "model_name", "hf_hook_point_in", "hf_hook_point_out")
 
 
-def asked(out: Any, metadata: Any, on_metrics: Any) -> tuple[Path | None, dict[str, Any]]:
+def asked(
+    out: Any, metadata: Any, on_metrics: Any, **flags: Any
+) -> tuple[Path | None, dict[str, Any]]:
     """The arguments of `train` that say where results go: its folder, if any, and metadata.
 
     Raises:
-        TypeError: one has the wrong type.
+        TypeError: one has the wrong type, or a flag is no bool.
     """
+    for name, flag in flags.items():
+        check_flag(OP, name, flag)
     if on_metrics is not None and not callable(on_metrics):
         raise TypeError(f"{OP}: on_metrics must be callable, got {type(on_metrics).__name__}")
     if not isinstance(metadata, (Mapping, type(None))):

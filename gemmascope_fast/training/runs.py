@@ -153,7 +153,7 @@ def train(
         checkpoint_every=checkpoint_every,
         **sizes_of(rows_of),
     )
-    folder, extra = asked(out, metadata, on_metrics)
+    folder, extra = asked(out, metadata, on_metrics, resume=resume, progress=progress)
     if mesh is not None:
         said = {"resume": resume, "on_metrics": on_metrics, "progress": progress}
         return _on_mesh(mesh, rows_of, settings, folder, metadata=extra, **said)

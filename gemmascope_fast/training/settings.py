@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..activations import parts
-from ..arguments import check_count, check_number
+from ..arguments import check_count, check_flag, check_number
 from ..checks import check_float_dtype
 from ..modules import SAE, Activation, BatchTopK, JumpReLU, TopK, Transcoder
 from ..multilayer import Crosscoder, CrossLayerTranscoder, MultiLayer
@@ -89,8 +89,7 @@ class Settings:
                     f"{op}: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
         for name in ("fused", "affine"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{op}: {name} must be a bool, got {getattr(self, name)!r}")
+            check_flag(op, name, getattr(self, name))
         self._check_layers(op)
         self._check_dtypes(op)
         self._check_sparsity(op)
