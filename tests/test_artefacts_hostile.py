@@ -230,6 +230,17 @@ def test_a_file_that_is_gone_for_a_moment(again, tmp_path, monkeypatch):
     assert files.config_bytes(tmp_path) == (b"[]" if again else None)
 
 
+def test_a_file_that_cannot_be_resolved(tmp_path, monkeypatch):
+    write(tmp_path / "config.json", b"{}")
+
+    def lost(self, strict=False):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(files.Path, "resolve", lost)
+    with pytest.raises(ValueError, match=r"config.json leads nowhere: .*No such file"):
+        files.member(tmp_path, "config.json")
+
+
 @pytest.mark.parametrize("change", ["written", "cut"])
 def test_a_file_changed_while_it_is_read(change, tmp_path, monkeypatch):
     from gemmascope_fast.artefacts import gemma_scope_2

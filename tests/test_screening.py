@@ -274,6 +274,25 @@ def test_candidates_of_many_blocks(
     assert said.screened_blocks > 20 and said.direct_blocks > 0
 
 
+@pytest.mark.parametrize("share", [1.3, -20])
+@pytest.mark.parametrize("every", [3, 4])
+def test_blocks_that_fire_between_others_that_do_not(
+    screen: Callable[[str], None], every: int, share: float
+) -> None:
+    """Each block is computed directly or screened by itself, whatever it is multiplied with."""
+    x, W, b, t = draw(300, 320, 48 * 84, rank=4.5)
+    t[torch.arange(48 * 84) // 48 % every == every - 1] = share - 2.6
+    compare(screen, (x, W, b, t))
+    codes = gsf.pack(W).codes
+    for mode in ("always", "gathered"):
+        screen(mode)
+        with threads(1):
+            call("jumprelu_encode", (x, W, b, t), packed=codes)
+        said = gsf.explain()
+        assert (said.direct_blocks, said.screened_blocks) == (84 // every, 84 - 84 // every)
+        assert said.rescored < 300 * 20
+
+
 def test_a_packed_centre_changes_no_result(screen: Callable[[str], None]) -> None:
     data = shifted(5.0)
     compare(screen, data, center=data[0].mean(0))

@@ -9,7 +9,7 @@
 //   With AMX the product is too short to read anything meanwhile, and where x is larger than L2 (256 tokens of d = 5376 are 5.5
 // MB) each block would read it from L3: as codes, as fine codes and as rows to rescore. Then up to 4 blocks are multiplied while
 // a chunk of x is at hand, and 2048 candidates wait to be rescored together, part by part of d: a part of x stays in L2 while the
-// candidates' rows of W_enc stream by.
+// candidates' rows of W_enc stream by. A group with a block of too many is done again block by block, as are the next ones.
 // Bound: the int8 products; then the rows of x and W_enc read by rescoring, from L3 and memory.
 #include <algorithm>
 #include <numeric>
@@ -62,9 +62,9 @@ LatentBlock EncodeTiles::latent_block(int64_t begin, int64_t count, Scratch& scr
   return {own.codes.data(), own.stats.data(), own.scales.data()};
 }
 
-EncodeTiles::Group EncodeTiles::group_at(const Task& task, int64_t place) const {
+EncodeTiles::Group EncodeTiles::group_at(const Task& task, int64_t place, bool alone) const {
   const int64_t fit = kHotCodes / (kScreenBlock * tokens_->d());
-  const int64_t most = gathers(task) ? std::clamp<int64_t>(fit, 1, kMostBlocks) : 1;
+  const int64_t most = gathers(task) && !alone ? std::clamp<int64_t>(fit, 1, kMostBlocks) : 1;
   Group group;
   for (; group.count < most && place < task.latent_end; place += kScreenBlock) {
     group.blocks[group.count++] = block_at(task, place);
@@ -131,21 +131,19 @@ void EncodeTiles::multiply(int64_t row, int64_t rows, int64_t blocks, const Enco
   if (table.end != nullptr) table.end();
 }
 
-// False when there are too many: then the list is incomplete.
+// False when there are too many in one of the blocks: then the list is incomplete.
 bool EncodeTiles::find_candidates(const Task& task, const Group& own, const Group& next,
                                   Scratch& scratch, const EncodeLimits& limits) {
   uint64_t real[kMostBlocks] = {};
-  int64_t latents = 0;
+  int64_t of_block[kMostBlocks] = {};
   for (int64_t b = 0; b < own.count; ++b) {
     const auto [begin, count] = own.blocks[b];
     scratch.codes[b] = latent_block(begin, count, scratch);
     scratch.bounds[b] = screen_latents(limits, scratch.codes[b], begin, count, tokens_->d());
     real[b] = (uint64_t{1} << count) - 1;
-    latents += count;
   }
   read_ahead(task, next, own.count, scratch);
   const char* const* ahead = scratch.ahead.data();
-  const size_t most = static_cast<size_t>(task.rows() * latents / kDenseShare);
   std::vector<Candidate>& found = scratch.candidates;
   found.clear();
   for (int64_t row = task.row_begin; row < task.row_end; row += kRowsAtOnce) {
@@ -157,6 +155,7 @@ bool EncodeTiles::find_candidates(const Task& task, const Group& own, const Grou
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t b = 0; b < own.count; ++b) {
         const int64_t at = b * kRowsAtOnce + r;
+        of_block[b] += __builtin_popcountll(masks[at] & real[b]);
         for (uint64_t mask = masks[at] & real[b]; mask != 0; mask &= mask - 1) {
           const int latent = __builtin_ctzll(mask);
           found.push_back({static_cast<int32_t>(row + r - task.row_begin),
@@ -165,7 +164,9 @@ bool EncodeTiles::find_candidates(const Task& task, const Group& own, const Grou
         }
       }
     }
-    if (found.size() > most && task.rows() > kScreenRows) return false;
+    for (int64_t b = 0; b < own.count && task.rows() > kScreenRows; ++b) {
+      if (of_block[b] > task.rows() * own.blocks[b].count / kDenseShare) return false;
+    }
   }
   return true;
 }
@@ -284,11 +285,16 @@ void EncodeTiles::run_unscreened(const Task& task, int64_t place, int64_t end, S
 
 void EncodeTiles::run_screened(const Task& task, Scratch& scratch, const EncodeLimits& limits,
                                const Visit& visit) {
-  int64_t skip = 1;
+  int64_t skip = 1, alone = task.latent_begin;  // until there, blocks go one by one
   for (int64_t place = task.latent_begin; place < task.latent_end;) {
-    const Group own = group_at(task, place);
+    const Group own = group_at(task, place, place < alone);
     int64_t end = place + own.count * kScreenBlock;
-    const bool screened = find_candidates(task, own, group_at(task, end), scratch, limits);
+    const Group next = group_at(task, end, end < alone);
+    const bool screened = find_candidates(task, own, next, scratch, limits);
+    if (!screened && own.count > 1) {
+      alone = place + kMostSkipped * kScreenBlock;
+      continue;
+    }
     if (!screened || !gathers(task) || scratch.pending.entries.size() >= kGathered) {
       rescore(task, scratch, limits, visit);
     }
@@ -299,7 +305,6 @@ void EncodeTiles::run_screened(const Task& task, Scratch& scratch, const EncodeL
       refine(task, own.count, scratch, limits);
       sort_candidates(own, scratch);
     } else {
-      skip = std::max(skip, own.count);
       end = std::min(place + skip * kScreenBlock, task.latent_end);
       skip = std::min(2 * skip, kMostSkipped);
     }

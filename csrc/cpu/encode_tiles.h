@@ -123,7 +123,8 @@ class EncodeTiles {
   bool gathers(const Task& task) const {
     return hot_floats_ > 0 && task.rows() * x_stride_ > 2 * hot_floats_;
   }
-  Group group_at(const Task& task, int64_t place) const;
+  // The blocks from a place of a task that are multiplied together; one of them where they go alone.
+  Group group_at(const Task& task, int64_t place, bool alone) const;
   void read_ahead(const Task& task, const Group& next, int64_t blocks, Scratch& scratch) const;
   void multiply(int64_t row, int64_t rows, int64_t blocks, const EncodeLimits& limits,
                 const char* const* ahead, Scratch& scratch, uint64_t* masks) const;

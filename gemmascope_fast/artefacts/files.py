@@ -13,6 +13,7 @@ import stat
 from pathlib import Path
 
 CONFIG = "config.json"
+TRIES = 3  # of a file that is there and cannot be found
 CONFIG_LIMIT = 64 << 10  # bytes; published ones have about 300
 
 
@@ -27,14 +28,17 @@ def member(folder: Path, name: str) -> Path | None:
         ValueError: it is not a regular file, or a link that leaves the folder.
     """
     path = folder / name
-    if not os.path.lexists(path):
-        return None
-    try:
-        target, root = path.resolve(strict=True), folder.resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, below Python 3.13
-        if path.is_symlink():
-            raise ValueError(f"load: {path} is a link that leads nowhere") from error
-        return member(folder, name)  # a save removed it just now, and may have written it again
+    for tries in range(TRIES, 0, -1):
+        if not os.path.lexists(path):
+            return None
+        try:
+            target, root = path.resolve(strict=True), folder.resolve()
+            break
+        except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, below Python 3.13
+            if path.is_symlink():
+                raise ValueError(f"load: {path} is a link that leads nowhere") from error
+            if tries == 1:  # else a save removed it just now, and may have written it again
+                raise ValueError(f"load: {path} leads nowhere: {error}") from error
     if not target.is_relative_to(root) and target.parent != _hub_blobs(root):
         raise ValueError(
             f"load: {path} is a link that leaves its folder; pass the file or folder it leads to"
