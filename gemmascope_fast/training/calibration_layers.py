@@ -112,6 +112,8 @@ def fold_layers_(module: MultiLayer, source: LayersAffine, target: LayersAffine)
         module.b_enc[at].div_(scale).sub_(image(mean, module.W_enc[at]))
         if module.threshold is not None:
             module.threshold[at].div_(scale)
+        if module.ema_threshold is not None:
+            module.ema_threshold[at].div_(scale)
         for block, output in enumerate(module.outputs(at)):
             module.decoder(at)[:, block].mul_(scale / target.scale[output])
         module.b_dec[at].div_(target.scale[at]).add_(target.mean[at])

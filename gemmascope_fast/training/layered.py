@@ -52,6 +52,10 @@ def layered_loss(
     wanted = all(layer.needs >= {"W_enc", "W_dec"} for layer in joint.layers)
     deferrable = bool(deferred) and wanted and "x" not in joint.needs
     loss, metrics, sums = _evaluate(joint, checked, limits, deferrable)
+    if module.training:
+        for at, layer in enumerate(joint.layers):
+            for smallest in layer.smallest:
+                module.observe(at, smallest)
     if not joint.needs:
         return loss, metrics
     kept = [into.kept for into in sums.layers]
@@ -112,8 +116,9 @@ def _tensors(
     for at in range(module.n_layers):
         W_enc, W_dec = autocast(module.W_enc[at], module.W_dec[at])
         own = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": widen(module.b_enc[at])}
-        if module.threshold is not None:
-            own["threshold"] = widen(module.threshold[at])
+        threshold = module.gate(at)[1]
+        if threshold is not None:
+            own["threshold"] = widen(threshold)
         if isinstance(module, CrossLayerTranscoder) and module.W_skip is not None:
             own["W_skip"] = module.W_skip[at]
         layers.append(own)
@@ -126,7 +131,7 @@ def _joint(module: MultiLayer, shared: dict[str, Tensor], layers: list[dict[str,
     floats = [shared["x"], shared["b_dec"], *of_layers]
     acc = torch.float64 if any(t.dtype == torch.float64 for t in floats) else torch.float32
     n = shared["x"].shape[0]
-    activation, made = module.activation, []
+    activation, made = module.gate(0)[0], []
     for at, own in enumerate(layers):
         part = shared["x"].detach().view(n, module.n_layers, module.d_model)[:, at]
         needs = _needs(own) | (_needs(shared) & {"x"})

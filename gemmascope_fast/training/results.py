@@ -80,16 +80,13 @@ def finish(trainer: Trainer, folder: Path | None, metadata: Mapping[str, Any]) -
     """The module for raw activations, saved where there is a folder and a format for it."""
     x, _ = trainer.stream.next(trainer.settings.batch_size)
     x = x.to(trainer.device)
-    scale, bandwidth = trainer.maps[0].scale, trainer.settings.preset.bandwidth
     module: SAE | MultiLayer = trainer.finish().eval()
     with torch.no_grad():
         l0 = _l0(module, x)
     module.metadata = {"l0": l0, **trainer.source.metadata(), **metadata}
     if folder is not None and not isinstance(module.activation, TopK):
         named: dict[str, Any] = {name: module.metadata.get(name) for name in NAMED}
-        plain = module
-        if isinstance(module, SAE) and not isinstance(module.activation, JumpReLU):
-            plain = module.to_jumprelu(bandwidth=bandwidth / scale)
+        plain = module if isinstance(module.activation, JumpReLU) else module.to_jumprelu()
         plain.save_pretrained(folder, **named)
     return module
 
