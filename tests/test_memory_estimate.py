@@ -53,6 +53,10 @@ RUNS: dict[str, dict[str, Any]] = {
         **{"d_in": 512, "d_sae": 8192, "batch_size": 1024, "target_l0": 50, "steps": 2},
         **{"kind": "crosscoder", "layers": 3},
     },
+    "crosscoder, batchtopk": {
+        **{"d_in": 512, "d_sae": 8192, "batch_size": 1024, "steps": 3, "kind": "crosscoder"},
+        **{"layers": 3, "activation": "batchtopk", "k": 20},
+    },
     "clt, unfused": {
         **{"d_in": 384, "d_out": 384, "d_sae": 8192, "batch_size": 1024, "target_l0": 50},
         **{"kind": "clt", "layers": 4, "affine": True, "fused": False, "steps": 2},

@@ -188,6 +188,38 @@ def test_topk_keeps_k_in_every_layer_and_has_no_loss_of_dead_latents(tmp_path: P
     assert [path.name for path in out.iterdir()] == ["checkpoints"]
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_batchtopk_learns_and_becomes_a_jumprelu(kind: str, fused: bool, tmp_path: Path) -> None:
+    """Each layer keeps k on average; what it encodes with afterwards is a threshold of its own."""
+    seen: list[dict[str, float]] = []
+    x = rows(3000)
+    options: dict[str, Any] = {"activation": "batchtopk", "k": 2.5, "out": tmp_path}
+    preset = replace(FAST, threshold_decay=0.9)
+    module = train(
+        kind, x[:2500], steps=300, preset=preset, fused=fused, on_metrics=seen.append, **options
+    )
+    assert seen[-1]["loss"] < 0.4 * seen[0]["loss"] and seen[-1]["l0"] == 2.5 * L
+    assert module.activation == gsf.BatchTopK(2.5) and not module.training
+    held = source(kind, x[2500:])
+    pair = held if kind == "clt" else (held, held)
+    found = gsf.evaluate(module, *pair)
+    assert max(found.fvu_by_layer) < 0.45
+    assert found.l0_by_layer == pytest.approx([2.5] * L, rel=0.15)
+    assert module.metadata["l0"] == pytest.approx(2.5 * L, rel=0.15)
+    loaded = gsf.load(tmp_path)
+    assert (
+        isinstance(loaded.activation, gsf.JumpReLU)
+        and loaded.metadata["l0"] == module.metadata["l0"]
+    )
+    for layer, threshold in enumerate(loaded.threshold):
+        assert torch.equal(threshold, module.ema_threshold[layer].float().expand(F))
+    with torch.no_grad():
+        encoded = zip(loaded.encode(x), module.encode(x), strict=True)
+        assert all(torch.equal(a.values, b.values) for a, b in encoded)
+        assert torch.equal(loaded(x), module(x))
+
+
 def test_latents_of_all_layers_are_counted() -> None:
     run = trainer("crosscoder", rows(600), batch_size=64)
     with torch.no_grad():
@@ -261,6 +293,21 @@ def test_folded_weights_do_to_raw_activations_what_scaled_ones_did(kind: Any, pa
     assert folded.activation.bandwidth == pytest.approx(0.01 / (0.5 * 2 * 30) ** (1 / 3))
 
 
+def test_running_thresholds_go_back_with_their_layers() -> None:
+    run = trainer("clt", rows(500), activation="batchtopk", k=2.5, target_l0=None)
+    for _ in range(3):
+        run.step()
+    scaled, exported = run.module.ema_threshold, run.exported()
+    expected = scaled / torch.tensor(run.maps[0].scale, dtype=torch.float64)
+    torch.testing.assert_close(exported.ema_threshold, expected, rtol=1e-12, atol=0)
+    x = rows(50)
+    pairs = (exported.eval(), x), (run.module.eval(), run.maps[0](x.flatten(1)))
+    raw, inside = (module.encode(t) for module, t in pairs)
+    for layer, scale in enumerate(run.maps[0].scale):
+        a, b = raw[layer].to_dense(), inside[layer].to_dense() / scale
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 / scale)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_exported_and_finished_are_the_same_and_compute_what_training_did(kind: str) -> None:
     x = rows(500)
@@ -306,8 +353,14 @@ class Killed(Exception):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"fused": False}, {"moments": "8bit"}, {"preset": replace(FAST, beta1=0.5, centred=True)}],
-    ids=["fused", "buffered", "8bit", "momentum"],
+    [
+        {},
+        {"fused": False},
+        {"moments": "8bit"},
+        {"preset": replace(FAST, beta1=0.5, centred=True)},
+        {"activation": "batchtopk", "k": 2.5},
+    ],
+    ids=["fused", "buffered", "8bit", "momentum", "batchtopk"],
 )
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_has_the_bits_of_one_without_a_stop(
@@ -328,8 +381,9 @@ def test_a_resumed_run_has_the_bits_of_one_without_a_stop(
     for a, b in zip(whole[6:], halves, strict=True):
         a.pop("seconds"), b.pop("seconds")
         assert a == b
-    for (name, a), b in zip(expected.named_parameters(), found.parameters(), strict=True):
-        assert torch.equal(a, b), name
+    assert expected.state_dict().keys() == found.state_dict().keys()
+    for name, a in expected.state_dict().items():
+        assert torch.equal(a, found.state_dict()[name]), name
 
 
 def test_another_number_of_layers_is_another_run(tmp_path: Path) -> None:
@@ -432,7 +486,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
         {"kind": "transcoder", "source": (X, X)},
         "kind='transcoder' does not fit a source with a target, of 3 layers",
     ),
-    ({"activation": "batchtopk", "k": 3}, "activation='batchtopk' is for .* no running threshold"),
+    ({"activation": "batchtopk", "k": F + 0.5}, r"k must be in \(0, d_sae=32\], got 32.5"),
     ({"matryoshka": [8, F]}, r"matryoshka=\(8, 32\) is for kind='sae' and kind='transcoder'"),
     ({"precision": "screened"}, "precision='screened' is for kind='sae'"),
     ({"affine": True}, "affine=True needs kind='transcoder' or kind='clt'"),
@@ -508,3 +562,8 @@ def test_the_command_trains_layers(
     printed = capsys.readouterr().out
     assert f"{name}(n_layers=3, d_model=8, d_sae=32" in printed and "L0 " in printed
     assert type(gsf.load(tmp_path / "run")).__name__ == name
+    at = argv.index("--target-l0")
+    argv[at : at + 2] = ["--activation", "batchtopk", "--k", "2.5", "--no-resume"]
+    assert main([*argv, "--batch-size", "64"]) == 0
+    assert f"{name}(n_layers=3, d_model=8, d_sae=32, BatchTopK(k=2.5))" in capsys.readouterr().out
+    assert isinstance(gsf.load(tmp_path / "run").activation, gsf.JumpReLU)
