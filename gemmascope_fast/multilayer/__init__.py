@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import Activation
+from ..modules import Transcoder
 from ..sparse import SparseActs
 from .base import MultiLayer, check_stack
 from .decoding import multi_decode
@@ -89,6 +90,7 @@ class CrossLayerTranscoder(MultiLayer):
     Source: Ameisen et al. 2025, Circuit Tracing: Revealing Computational Graphs in Language Models.
     """
 
+    single = Transcoder
     W_skip: nn.ParameterList | None
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
@@ -12,14 +12,39 @@ from ..activations import Activation, BatchTopK, JumpReLU
 from ..checks import check_float
 from ..effective import smallest_active
 from ..functional import batchtopk_encode, jumprelu_encode, topk_encode
+from ..modules import SAE
 from ..sparse import SparseActs
 from ..training.losses import DEFAULT_TERMS, LossTerm
-from .converting import folded
+from .converting import assembled, folded
 from .weights import Weights
 
 
 class MultiLayer(Weights):
     """Encoders of L layers, each of which writes to several layers; see its subclasses."""
+
+    single: ClassVar[type[SAE]] = SAE
+
+    @classmethod
+    def from_layers(cls, dictionaries: Sequence[SAE]) -> Self:
+        """One module of L single-layer dictionaries, to train on from or to use as it is.
+
+        The latents of layer i have the encoder of dictionary i, write to output i what it writes,
+        and zeros to the outputs after it: activations are the same, the reconstruction is up to
+        rounding. Weights are copies. The layers share one bandwidth, the geometric mean of theirs,
+        and Gemma Scope's gradients. `metadata` has the sum of their l0, the model's name, and hook
+        points in braces, as far as they go together.
+
+        Args:
+            dictionaries: of layers 0 to L - 1, with JumpReLU, of one width, dtype and device:
+                `SAE`s for a `Crosscoder`; `Transcoder`s for a `CrossLayerTranscoder`, all of them
+                with an affine skip connection or none.
+
+        Raises:
+            TypeError: `dictionaries` is no sequence of that class.
+            ValueError: there are none, their sizes differ, or one has another activation or other
+                semantics (`to_jumprelu` may make it fit).
+        """
+        return cast("Self", assembled(cls, dictionaries))
 
     def encode(self, x: Tensor, *, max_nnz: int | None = None) -> list[SparseActs]:
         """Sparse activations of `x [*batch, L, d_model]`, one object per layer.
