@@ -149,9 +149,9 @@ class MeshTrainer(Trainer):
                     dist.broadcast(t, group=self.layout.tp_group, group_src=0)
         return x, target
 
-    def _calibrate(self) -> None:
+    def _calibrate(self, start: Any = None) -> None:
         """Every rank reads the first block whole, once, then its own part of it."""
-        super()._calibrate()
+        super()._calibrate(start)
         own = [self.module.b_enc, self.module.threshold]
         self._agree([p.detach() for p in own if p is not None], self.layout.dp_group)
         shared = [self.module.b_dec.detach(), *(place.mean for place in self.maps)]

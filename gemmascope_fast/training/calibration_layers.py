@@ -45,6 +45,11 @@ class LayersAffine:
             part.mul_(scale)  # a tensor of the scales would make CUDA wait for its copy
         return scaled
 
+    def inverse(self) -> LayersAffine:
+        """The way back."""
+        scale = torch.tensor(self.scale, dtype=self.mean.dtype, device=self.mean.device)
+        return LayersAffine(-self.mean * scale[:, None], tuple(1 / s for s in self.scale))
+
 
 def measure_layers(
     name: str,

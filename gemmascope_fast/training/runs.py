@@ -25,6 +25,7 @@ from .progress import Shown, bar
 from .results import CHECKPOINTS, asked, check_out, finish
 from .settings import OP, Settings, prefixes
 from .sources import Source
+from .starting import check_start
 from .trainer import Trainer
 from .trainer_layers import trainer_of
 
@@ -66,6 +67,7 @@ def train(
     on_metrics: OnMetrics | None = None,
     progress: bool = True,
     metadata: Mapping[str, Any] | None = None,
+    start: SAE | MultiLayer | None = None,
     mesh: DeviceMesh | None = None,
 ) -> SAE | MultiLayer:
     """Train a sparse autoencoder, transcoder, crosscoder or cross-layer transcoder on activations.
@@ -108,6 +110,11 @@ def train(
             fvu, l0, density, fired (latents in this batch), dead, lr, seconds.
         progress: print the memory estimate and show a progress bar on the standard error.
         metadata: of the saved result: model_name, hf_hook_point_in, hf_hook_point_out, ...
+        start: begin with the weights of this module, thresholds included, and calibrate nothing: of
+            the class, the sizes and the activation that are trained, for raw activations, as `load`
+            and `Crosscoder.from_layers` return it. It is copied; its bandwidth and k are not used,
+            and neither is it when a checkpoint is resumed. Decoder rows get unit norm, encoders and
+            thresholds that norm; with topk or batchtopk the rows must have one norm. On one device.
         mesh: of dims ("dp", "tp") over all ranks of `torchrun`, each of which makes this call:
             latents are cut over "tp", the rows of every batch over "dp" (docs/distributed.md);
             for SAEs and transcoders. `on_metrics` and `progress` are rank 0's, `device` the mesh's.
@@ -153,6 +160,7 @@ def train(
         checkpoint_every=checkpoint_every,
         **sizes_of(rows_of),
     )
+    check_start(start, settings, mesh)
     folder, extra = asked(out, metadata, on_metrics, resume=resume, progress=progress)
     if mesh is not None:
         said = {"resume": resume, "on_metrics": on_metrics, "progress": progress}
@@ -164,7 +172,7 @@ def train(
         each = "" if settings.layers is None else f"{settings.layers} x "
         print(f"train: {each}{d_sae:,} latents, {steps:,} steps; {found}", file=sys.stderr)
     with _recording(), nullcontext() if folder is None else checkpoint.held(folder / CHECKPOINTS):
-        trainer = _start(rows_of, settings, place, folder, resume)
+        trainer = _start(rows_of, settings, place, folder, resume, start)
         with bar(steps, progress) as shown:
             run_steps(trainer, folder, on_metrics, shown)
         return finish(trainer, folder, extra)
@@ -189,7 +197,12 @@ def _on_mesh(mesh: DeviceMesh, source: Source, settings: Settings, *to: Any, **o
 
 
 def _start(
-    source: Source, settings: Settings, device: torch.device, folder: Path | None, resume: bool
+    source: Source,
+    settings: Settings,
+    device: torch.device,
+    folder: Path | None,
+    resume: bool,
+    start: SAE | MultiLayer | None,
 ) -> Trainer:
     """The run from its beginning, or from the newest checkpoint that can be read."""
     saved = [] if folder is None else checkpoint.found(folder / CHECKPOINTS)
@@ -214,7 +227,7 @@ def _start(
         return made
     if unreadable:
         raise ValueError(f"{unreadable[0]}; resume=False starts anew")
-    return trainer_of(settings)(source, settings, device)
+    return trainer_of(settings)(source, settings, device, start)
 
 
 def run_steps(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from .calibration import ROWS, Affine, fold_, measure, start
 from .recipe import terms
 from .settings import Settings
 from .sources import Source, Stream
+from .starting import take
 from .updates import PREFIX, Updates
 
 VERSION = 1
@@ -53,6 +54,7 @@ class Trainer:
         source: of the activations.
         settings: of the run.
         device: where it trains.
+        start: checked by `check_start`; None draws the initial weights and calibrates them.
 
     Attributes:
         module: the weights, in units of scaled activations; `exported()` reads raw ones.
@@ -60,11 +62,13 @@ class Trainer:
         taken: steps taken.
     """
 
-    def __init__(self, source: Source, settings: Settings, device: torch.device) -> None:
+    def __init__(
+        self, source: Source, settings: Settings, device: torch.device, start: Any = None
+    ) -> None:
         self.source, self.settings, self.device = source, settings, device
         self._begin()
         self.stream = Stream(source, settings.seed)
-        self._calibrate()
+        self._calibrate(start)
 
     @classmethod
     def resumed(cls, source: Source, settings: Settings, device: torch.device, path: Path) -> Any:
@@ -135,15 +139,13 @@ class Trainer:
     def exported(self) -> Any:
         """A copy of the module that reads raw activations."""
         module = copy.deepcopy(self.module).requires_grad_(False)
-        self._fold(module)
-        return module.requires_grad_(True)
+        return self._raw(module).requires_grad_(True)
 
     def finish(self) -> Any:
         """The module itself, turned into one that reads raw activations; the run is over."""
         self.updates.release()
         del self.updates
-        self._fold(self.module)
-        return self.module
+        return self._raw(self.module)
 
     def save(self, folder: Path) -> Path:
         """Write a checkpoint.
@@ -209,13 +211,17 @@ class Trainer:
             "time": time.time(),
         }
 
-    def _calibrate(self) -> None:
-        """Measure scale and mean, then set biases and thresholds."""
+    def _calibrate(self, start: Any = None) -> None:
+        """Measure scale and mean, then set biases and thresholds, or all weights from `start`."""
         settings, preset = self.settings, self.settings.preset
         place = self._measure("x", 0)
         self.maps = (place, place)
         if self.source.d_out is not None:
             self.maps = (place, self._measure("target", 1))
+        if start is not None:
+            back = [place.inverse() for place in self.maps]
+            take(self.module, start, lambda module: self._fold(module, back))
+            return
         sample = self.scaled(*self.stream.peek(0, preset.calibration_tokens))
         if settings.start_l0 is not None and len(sample[0]) < 2:
             raise ValueError("train: the first block must have at least 2 rows to calibrate on")
@@ -231,10 +237,16 @@ class Trainer:
         starts = self.settings.start_l0, self.settings.preset.init_threshold
         start(self.module, x, target, *starts, d_sae=self.settings.d_sae)
 
-    def _fold(self, module: Any) -> None:
-        """Turn a trained module into one that reads raw activations."""
-        module.screened = None
-        fold_(module, *self.maps)
+    def _raw(self, module: Any) -> Any:
+        """The trained `module`, turned into one that reads raw activations."""
+        if self.settings.precision == "screened":
+            module.unscreen()
+        self._fold(module, self.maps)
+        return module
+
+    def _fold(self, module: Any, maps: Sequence[Any]) -> None:
+        """Turn a module that reads what `maps` make into one that reads what they are given."""
+        fold_(module, *maps)
 
     def _parts(self, side: int) -> Callable[[], Iterator[Tensor]]:
         """The tokens that scale and mean are estimated from: of x (0) or of the target (1)."""
