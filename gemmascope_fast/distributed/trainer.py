@@ -132,8 +132,10 @@ class MeshTrainer(Trainer):
             bytes_ = gather_parts(dead.to(torch.uint8), self.layout.d_sae, self.layout.tp_group)
             dead = bytes_.bool()
         found = terms(self.settings, self.taken, dead)
-        loss, metrics = sae_loss(self.module, x, target, found, whole=self.peers)
-        return loss, metrics
+        self._active = []
+        return sae_loss(  # type: ignore[no-any-return]
+            self.module, x, target, found, whole=self.peers, active=self._active
+        )
 
     def _fired(self, fired: Tensor) -> Tensor:
         counts = torch.stack([fired.sum(), self.silent().sum()])

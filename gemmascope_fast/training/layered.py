@@ -41,8 +41,12 @@ def layered_loss(
     target: Tensor | None,
     terms: Sequence[LossTerm],
     limits: Limits = DEFAULT_LIMITS,
+    active: list[Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and metrics of `module` on x; `MultiLayer.loss` documents them."""
+    """Loss and metrics of `module` on x; `MultiLayer.loss` documents them.
+
+    `active` is that of `sae_loss`, layer after layer.
+    """
     checked = check_terms(OP, terms)
     _check_fit(module, checked)
     target = _check_call(module, x, target)

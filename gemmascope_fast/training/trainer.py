@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..optim.rows import as_rows
 from . import checkpoint
+from .blocked import sae_loss
 from .calibration import ROWS, Affine, fold_, measure, start
 from .recipe import terms
 from .settings import Settings
@@ -61,6 +62,8 @@ class Trainer:
         maps: from raw to scaled activations, of x and of the target.
         taken: steps taken.
     """
+
+    _evaluate: Any = staticmethod(sae_loss)
 
     def __init__(
         self, source: Source, settings: Settings, device: torch.device, start: Any = None
@@ -111,7 +114,7 @@ class Trainer:
                 *(self.taken, position),
             )
         loss.backward()  # type: ignore[no-untyped-call]
-        fired = self.updates.fired()
+        fired = self.updates.fired(self._active)
         self.updates.step(rate)
         self.taken += 1
         self.last_fired.masked_fill_(fired, self.taken)
@@ -192,8 +195,9 @@ class Trainer:
 
     def _loss(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of scaled tokens and its metrics."""
-        loss, metrics = self.module.loss(x, target, terms(self.settings, self.taken, self.silent()))
-        return loss, metrics
+        self._active: list[Tensor] = []
+        found = terms(self.settings, self.taken, self.silent())
+        return self._evaluate(self.module, x, target, found, active=self._active)  # type: ignore[no-any-return]
 
     def _fired(self, fired: Tensor) -> Tensor:
         """Latents of the whole dictionary that fired in the step just taken."""
