@@ -177,13 +177,16 @@ def test_fused_and_buffered_updates_are_the_same_run() -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * largest)
 
 
-def test_topk_keeps_k_in_every_layer_and_has_no_loss_of_dead_latents(tmp_path: Path) -> None:
+def test_topk_keeps_k_in_every_layer(tmp_path: Path) -> None:
     seen: list[dict[str, float]] = []
     out = tmp_path / "run"
     options: dict[str, Any] = {"activation": "topk", "k": 2, "out": out, "d_sae": 96}
     module = train("crosscoder", rows(), steps=40, on_metrics=seen.append, **options)
     assert seen[-1]["loss"] < seen[0]["loss"] and seen[-1]["dead"] > 0
-    assert all(m["l0"] <= 2 * L and "auxk" not in m for m in seen)
+    assert all(m["l0"] <= 2 * L for m in seen)
+    revived = ["auxk" in m for m in seen]
+    assert not any(revived[:8]) and revived[8:] == [m["dead"] > 0 for m in seen[7:-1]]
+    assert any(revived)
     assert module.metadata["l0"] == pytest.approx(2 * L, abs=0.2)
     assert [path.name for path in out.iterdir()] == ["checkpoints"]
 
@@ -218,6 +221,25 @@ def test_batchtopk_learns_and_becomes_a_jumprelu(kind: str, fused: bool, tmp_pat
         encoded = zip(loaded.encode(x), module.encode(x), strict=True)
         assert all(torch.equal(a.values, b.values) for a, b in encoded)
         assert torch.equal(loaded(x), module(x))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dead_latents_have_a_loss_of_their_own_until_they_fire(kind: str, fused: bool) -> None:
+    given: dict[str, Any] = {"activation": "topk", "k": 2, "target_l0": None, "d_sae": 96}
+    run, moved = trainer(kind, rows(), fused=fused, **given), 0
+    draw, drawn = run._batch, []
+    run._batch = lambda: drawn.append(draw()) or drawn[-1]  # type: ignore[func-returns-value, method-assign]
+    for _ in range(12):
+        silent, before = run.silent(), copy.deepcopy(run.module)
+        found = run.step()
+        fired = before.count_latents(drawn[-1][0])[0] > 0
+        assert torch.equal(run.last_fired == run.taken, fired)
+        assert ("auxk" in found) == bool(silent.any())
+        pairs = zip(run.module.W_dec, before.W_dec, strict=True)
+        changed = torch.cat([(a != b).any(1) for a, b in pairs])
+        moved += int((silent & ~fired & changed).sum())
+    assert moved > 10
 
 
 def test_latents_of_all_layers_are_counted() -> None:

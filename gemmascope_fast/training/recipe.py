@@ -16,8 +16,8 @@ def terms(settings: Settings, step: int, dead: Tensor) -> list[LossTerm]:
     Args:
         settings: of the run.
         step: steps taken.
-        dead: `[d_sae]` bool, latents that topk and batchtopk give a loss of their own, in one
-            layer.
+        dead: `[d_sae]` bool, or `[L * d_sae]`: latents that topk and batchtopk give a loss of
+            their own.
     """
     s, preset = settings, settings.preset
     found: list[LossTerm] = [Reconstruction()]
@@ -30,6 +30,6 @@ def terms(settings: Settings, step: int, dead: Tensor) -> list[LossTerm]:
         found.append(pull if preset.per_token else QuadraticMeanL0(lam, target=target))
         if preset.frequency:
             found.append(Frequency(preset.frequency, w0=preset.frequency_scale))
-    elif s.layers is None and preset.auxk > 0 and bool(dead.any()):
+    elif preset.auxk > 0 and bool(dead.any()):
         found.append(AuxK(dead, s.k_aux, preset.auxk))
     return found

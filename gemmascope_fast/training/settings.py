@@ -183,7 +183,10 @@ class Settings:
 
     @property
     def k_aux(self) -> int:
-        """Dead latents that reconstruct a token's residual; half the width (arXiv 2406.04093)."""
+        """Dead latents of a layer that reconstruct a token's residual: half the width.
+
+        Source: arXiv 2406.04093, appendix A.2.
+        """
         return max(self.d_in // 2, 1)
 
     def record(self) -> dict[str, Any]:
