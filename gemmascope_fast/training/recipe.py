@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
 from .losses import LossTerm, Matryoshka, QuadraticL0, Reconstruction
@@ -33,3 +36,18 @@ def terms(settings: Settings, step: int, dead: Tensor) -> list[LossTerm]:
     elif preset.auxk > 0 and bool(dead.any()):
         found.append(AuxK(dead, s.k_aux, preset.auxk))
     return found
+
+
+def evaluate(
+    settings: Settings,
+    module: Any,
+    x: Tensor,
+    target: Tensor | None,
+    found: Sequence[LossTerm],
+    active: list[Tensor],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`module.loss`, which tells `active` what `sae_loss` says."""
+    from . import blocked, layered  # they import sympy: not with this package
+
+    run = blocked.sae_loss if settings.layers is None else layered.layered_loss
+    return run(module, x, target, found, active=active)  # type: ignore[no-any-return]

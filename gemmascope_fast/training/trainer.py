@@ -22,9 +22,8 @@ from torch import Tensor
 
 from ..optim.rows import as_rows
 from . import checkpoint
-from .blocked import sae_loss
 from .calibration import ROWS, Affine, fold_, measure, start
-from .recipe import terms
+from .recipe import evaluate, terms
 from .settings import Settings
 from .sources import Source, Stream
 from .starting import take
@@ -62,8 +61,6 @@ class Trainer:
         maps: from raw to scaled activations, of x and of the target.
         taken: steps taken.
     """
-
-    _evaluate: Any = staticmethod(sae_loss)
 
     def __init__(
         self, source: Source, settings: Settings, device: torch.device, start: Any = None
@@ -197,7 +194,7 @@ class Trainer:
         """Loss of scaled tokens and its metrics."""
         self._active: list[Tensor] = []
         found = terms(self.settings, self.taken, self.silent())
-        return self._evaluate(self.module, x, target, found, active=self._active)  # type: ignore[no-any-return]
+        return evaluate(self.settings, self.module, x, target, found, self._active)
 
     def _fired(self, fired: Tensor) -> Tensor:
         """Latents of the whole dictionary that fired in the step just taken."""

@@ -9,15 +9,12 @@ import torch
 from torch import Tensor
 
 from .calibration_layers import LayersAffine, fold_layers_, measure_layers, start_layers
-from .layered import layered_loss
 from .settings import Settings
 from .trainer import Trainer
 
 
 class LayersTrainer(Trainer):
     """One run over several layers; the source's rows are `[L * d]`, the module's x `[L, d]`."""
-
-    _evaluate = staticmethod(layered_loss)
 
     @property
     def _layers(self) -> int:
