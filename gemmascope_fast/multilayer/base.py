@@ -130,8 +130,8 @@ class MultiLayer(Weights):
             x: `[*batch, L, d_model]` floating point.
             target: of the same shape; default x for a `Crosscoder`, needed by a
                 `CrossLayerTranscoder`.
-            terms: as for `SAE.loss`, but prefixes of the latents (`Matryoshka`) and terms with
-                activations of their own (`AuxK`, `MultiTopK`, `PreAct`).
+            terms: as for `SAE.loss`, but for prefixes of the latents (`Matryoshka`), `MultiTopK`
+                and `PreAct`.
 
         Returns:
             The loss and metrics of `SAE.loss`; `fvu` is of all layers together, `density` is

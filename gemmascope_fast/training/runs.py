@@ -81,10 +81,11 @@ def train(
             for a crosscoder, a pair of them for a CLT; a folder of shards (`write_shards`); or a
             `Source`.
         d_sae: number of latents, >= 1; of each layer.
-        activation: "jumprelu", "topk" or "batchtopk" (of one layer).
+        activation: "jumprelu", "topk" or "batchtopk".
         target_l0: active latents per token that jumprelu is pulled to, summed over the layers, in
             (0, d_sae), or (0, L * d_sae).
-        k: active latents per token (and layer) of topk (int) and batchtopk, in (0, d_sae].
+        k: active latents per token and layer, of topk (int) and batchtopk, in (0, d_sae]: layers
+            do not compete.
         steps: of the run, >= 1.
         batch_size: tokens per step, >= 1.
         preset: "gemma_scope_2" (calibrated start), "gemma_scope_2_literal", or a `Preset`.
@@ -121,9 +122,9 @@ def train(
 
     Returns:
         The module, for raw activations, in evaluation mode: batchtopk encodes with its running
-        threshold. Layers share one bandwidth: its scale is the geometric mean of theirs. With
-        `out`, the folder is an artefact that `load` reads (batchtopk as the JumpReLU of that
-        threshold); of topk it holds the checkpoints only. With `mesh` the module is a `ShardedSAE`
+        threshold, one per layer. Layers share one bandwidth: its scale is the geometric mean of
+        theirs. With `out`, the folder is an artefact that `load` reads (batchtopk as the JumpReLU
+        of that threshold); of topk it holds the checkpoints only. With `mesh` it is a `ShardedSAE`
         or `ShardedTranscoder`.
 
     Raises:
