@@ -124,8 +124,8 @@ def train(
         The module, for raw activations, in evaluation mode: batchtopk encodes with its running
         threshold, one per layer. Layers share one bandwidth: its scale is the geometric mean of
         theirs. With `out`, the folder is an artefact that `load` reads (batchtopk as the JumpReLU
-        of that threshold); of topk it holds the checkpoints only. With `mesh` it is a `ShardedSAE`
-        or `ShardedTranscoder`.
+        of that threshold); of topk it holds the checkpoints only. With `mesh` the module is a
+        `ShardedSAE` or `ShardedTranscoder`.
 
     Raises:
         NonFiniteError: a loss or weight is NaN or infinite; the last checkpoint stays.
