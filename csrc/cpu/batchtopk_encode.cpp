@@ -231,6 +231,7 @@ std::vector<Entry> select(EncodeTiles& tiles, const float* bias, int64_t count,
     collect(tiles, bias, pool, nullptr);
     if (proved(pool, limit_of(pool.bound()))) return std::move(pool.finish());
   }
+  float reached = 0;  // by count entries
   const int64_t n = tiles.rows(), k = (count + n - 1) / n;
   if (tiles.screened() && k <= tiles.latents() / kFew) {
     tiles.shuffle();
@@ -240,8 +241,9 @@ std::vector<Entry> select(EncodeTiles& tiles, const float* bias, int64_t count,
                        [&] { return std::min(count, n * ranks.rank(visited(tiles))); });
     collect(tiles, bias, pool, &likely);
     if (proved(pool, limit_of(likely.bound()))) return std::move(pool.finish());
+    if (static_cast<int64_t>(pool.finish().size()) == count) reached = smallest(pool.finish());
   }
-  Pool<Entry> pool(count, 0.0f, all);
+  Pool<Entry> pool(count, reached, all);
   collect(tiles, bias, pool, nullptr);
   return std::move(pool.finish());
 }
