@@ -38,13 +38,25 @@ def chunk_of(d: int) -> int:
     return next(c for c in range(block, d + 1, block) if d % c == 0 and (c >= 256 or c == d))
 
 
-def rotated(X: Tensor) -> Tensor:
-    """Rows x with H x = X; element t * (d / block) + c is place t of transform c."""
-    d, H = X.shape[1], torch.ones(1, 1, dtype=torch.float64)
+def hadamard(d: int) -> Tensor:
+    H = torch.ones(1, 1, dtype=torch.float64)
     while len(H) < block_of(d):
         H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
+    return H
+
+
+def rotated(X: Tensor) -> Tensor:
+    """Rows x with H x = X; element t * (d / block) + c is place t of transform c."""
+    d, H = X.shape[1], hadamard(X.shape[1])
     places = X.double().view(len(X), -1, len(H)) @ H / len(H)
     return places.transpose(1, 2).reshape(len(X), d).float()
+
+
+def transformed(x: Tensor) -> Tensor:
+    """H x, which `rotated` undoes."""
+    H = hadamard(x.shape[1])
+    places = x.double().view(len(x), len(H), -1).transpose(1, 2)
+    return (places @ H).reshape(len(x), -1).float()
 
 
 def attained(d: int, of_x: bool, left_over: float) -> tuple[Data, Tensor]:
@@ -98,6 +110,36 @@ def test_entries_a_whole_margin_above_their_product(
     x, W, b, limit = data
     call("jumprelu_encode", (x, W, b, limit + margin / 64), bandwidth=0.0)
     assert gsf.explain().candidates == 0  # the margin is that, and no more
+
+
+@pytest.mark.parametrize("op", ["topk_encode", "batchtopk_encode"])
+@pytest.mark.parametrize("d", [256, 640, 5376])
+@pytest.mark.parametrize("of_x", [False, True], ids=["error of W", "error of x"])
+def test_selected_entries_a_whole_margin_above_what_codes_say(
+    screen: Callable[[str], None], op: str, d: int, of_x: bool
+) -> None:
+    """Beside as many a little below them whose codes are right: those set the limit."""
+    fine = 2 * token_code()
+    left_over = (fine * 100 // 254 + 0.498) / fine if of_x else 255 / 512
+    x, W, _, limit = attained(d, of_x, left_over)[0]
+    value, rows = float(limit.max()), torch.zeros(2_000, d)
+    rows[96 : 96 + LATENTS] = W.t() * (value / limit)[:, None]  # 16 have a second stage
+    right = x[5:6]
+    if of_x:  # half of its signs, so that what is left over adds up to nothing
+        codes = transformed(right).view(-1, chunk_of(d))
+        large = codes.abs() > codes.abs().median(1, keepdim=True).values
+        right = rotated((codes.sign() * torch.where(large, 1, -1)).view(1, d))
+    rows[1_000 : 1_000 + LATENTS] = right * (0.9995 * value / float(right @ x[5]))
+    b, count = torch.zeros(2_000), 1.0 * LATENTS
+    given = (LATENTS,) if op == "topk_encode" else (count / len(x), None, None)
+    encode = getattr(torch.ops.gemmascope_fast, op)
+    screen("never")
+    expected = encode(x, rows.t(), b, *given, True, None)
+    assert (expected[2] > 0.9999 * value).sum() == LATENTS
+    screen("always")
+    for codes in (torch.ops.gemmascope_fast.pack_encoder(rows.t(), None), None):
+        assert_bits(encode(x, rows.t(), b, *given, True, codes), expected, op)
+        assert gsf.explain().screened_blocks > 0
 
 
 @pytest.mark.parametrize("d", [64, 256, 640, 1152])
