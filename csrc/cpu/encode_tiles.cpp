@@ -20,9 +20,11 @@ constexpr int64_t kSmallBytes = 2 * kBlockBytes;
 // Multiply-adds, 4 us at a core's peak, below which other threads are not woken for a few rows.
 constexpr int64_t kSmallWork = 1 << 18;
 // A row block of x stays in a shared L3. One that is read in parts need not: the fewer there are, the fewer times codes are read.
+// Nor one for which codes are made: that costs more than reading all of x again.
 constexpr int64_t kRowBlockBytes = 8 * 1024 * 1024;
-constexpr int64_t kGatheredBlockBytes = 4 * kRowBlockBytes;
+constexpr int64_t kLargeBlockBytes = 4 * kRowBlockBytes;
 constexpr int64_t kMaxRowBlock = 1024;
+constexpr int64_t kMaxLargeBlock = 4096;
 constexpr int64_t kMaxBlock = 256;
 // Enough tasks per thread that the last ones even out.
 constexpr int64_t kTasksPerSlot = 8;
@@ -126,8 +128,10 @@ EncodeTiles::~EncodeTiles() {
 
 void EncodeTiles::partition() {
   const int64_t row_bytes = std::max<int64_t>(64, x_rows_.padded_cols() * 4);
-  const int64_t most = hot_floats_ > 0 ? kGatheredBlockBytes : kRowBlockBytes;
-  const int64_t rows = std::clamp<int64_t>(most / row_bytes, 48, kMaxRowBlock);
+  const bool makes_codes = why_direct_ == nullptr && !packed_;
+  const int64_t most = hot_floats_ > 0 || makes_codes ? kLargeBlockBytes : kRowBlockBytes;
+  const int64_t rows =
+      std::clamp<int64_t>(most / row_bytes, 48, makes_codes ? kMaxLargeBlock : kMaxRowBlock);
   const int64_t unit = why_direct_ == nullptr ? kGroupRows : table_.tile_rows;
   row_blocks_ = divide_up(n_, rows);
   row_block_ = round_up(divide_up(n_, std::max<int64_t>(row_blocks_, 1)), unit);
