@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+import pickle
 import threading
 import types
 from importlib import metadata
@@ -35,6 +38,20 @@ def test_attributes_and_entries_come_back() -> None:
     assert table == {"a": 1}
 
 
+def test_copies_are_made_without_the_methods() -> None:
+    host, changes = Base(), Changes()
+    host.kept = [1]  # type: ignore[attr-defined]
+    changes.methods(host, {"method": types.MethodType(lambda self: "ours", host)})
+    twins = [copy.copy(host), copy.deepcopy(host), pickle.loads(pickle.dumps(host))]
+    for twin in twins:
+        assert (vars(twin), twin.method()) == ({"kept": [1]}, "base")
+    assert host.method() == "ours"
+    host.method = "theirs"  # type: ignore[assignment, method-assign]
+    assert vars(copy.copy(host)) == {"kept": [1], "method": "theirs"}
+    changes.undo()
+    assert vars(host) == {"kept": [1], "method": "theirs"}
+
+
 def test_the_same_name_changed_twice_comes_back_to_the_first() -> None:
     module = types.SimpleNamespace(f="stock")
     changes = Changes()
@@ -42,6 +59,33 @@ def test_the_same_name_changed_twice_comes_back_to_the_first() -> None:
     changes.attribute(module, "f", "two")
     changes.undo()
     assert module.f == "stock"
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_changes_to_one_place_come_back_in_any_order(order: tuple[int, ...]) -> None:
+    host, table = types.SimpleNamespace(), {"a": "stock"}
+    three = [Changes() for _ in range(3)]
+    for at, changes in enumerate(three):
+        changes.attribute(host, "f", f"change {at}")
+        changes.entry(table, "a", f"change {at}")
+    left = set(range(3))
+    for at in order:
+        three[at].undo()
+        left.remove(at)
+        top = f"change {max(left)}" if left else "stock"
+        assert (getattr(host, "f", "stock"), table["a"]) == (top, top)
+    assert not vars(host)
+
+
+def test_what_stood_there_may_be_put_there_again() -> None:
+    host, stock, ours = types.SimpleNamespace(), object(), object()
+    host.f = stock
+    with Changes() as first:
+        first.attribute(host, "f", ours)
+        with Changes() as second:
+            second.attribute(host, "f", stock)
+        assert host.f is ours
+    assert host.f is stock
 
 
 def test_what_somebody_else_put_there_stays() -> None:

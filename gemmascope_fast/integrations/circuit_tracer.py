@@ -107,12 +107,10 @@ def accelerate(obj: Any) -> Changes:
     changes = Changes()
     for transcoder in _transcoders(obj):
         for kind, methods in _places():
-            if not isinstance(transcoder, kind):
-                continue
-            for serve in methods:
-                method = getattr(transcoder, serve.__name__)
-                bound = replaced(method.__func__, serve).__get__(transcoder)
-                changes.attribute(transcoder, serve.__name__, bound)
+            if isinstance(transcoder, kind):
+                own = {m.__name__: (getattr(transcoder, m.__name__).__func__, m) for m in methods}
+                ours = {name: replaced(*given).__get__(transcoder) for name, given in own.items()}
+                changes.methods(transcoder, ours)
     return changes
 
 

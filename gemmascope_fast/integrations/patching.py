@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import re
 import threading
-from collections.abc import Callable, MutableMapping
+import weakref
+from collections.abc import Callable, Mapping, MutableMapping
 from importlib import metadata
 from types import ModuleType, TracebackType
 from typing import Any, Self
@@ -16,11 +18,46 @@ import torch
 _MISSING = object()
 
 
+class _Change:
+    """`value` in the place of what stood there, of an attribute or of an entry of a mapping."""
+
+    def __init__(
+        self,
+        place: tuple[int, Any],
+        read: Callable[[], Any],
+        write: Callable[[Any], None],
+        value: Any,
+    ) -> None:
+        with _lock:
+            self.place, self.read, self.write, self.old = place, read, write, read()
+            write(value)
+            self.mine, self.number = read(), next(_numbering)
+            _standing[self.number] = self
+
+    def undo(self) -> None:
+        """Put back what stood there; a later change stays, and will put that back in its turn."""
+        with _lock:
+            del _standing[self.number]
+            for later in list(_standing.values()):
+                over = later.place == self.place and later.number > self.number
+                if over and later.old is self.mine:
+                    later.old = self.old
+                    return
+            if self.read() is self.mine:
+                self.write(self.old)
+
+
+_lock = threading.RLock()
+_numbering = itertools.count()
+_standing: weakref.WeakValueDictionary[int, _Change] = weakref.WeakValueDictionary()
+"""Changes that can still be undone, in the order in which they were made."""
+
+
 class Changes:
     """Changes to a host, undone in reverse order; a context manager that undoes them at its end.
 
     A change that somebody else has overwritten since is left alone when ours is undone: what
-    stands there then is theirs.
+    stands there then is theirs. Of two `Changes` to one place either may be undone first.
 
     Args:
         undone: called once, after the changes are undone.
@@ -32,35 +69,47 @@ class Changes:
 
     def attribute(self, owner: Any, name: str, value: Any) -> None:
         """Set `owner.name`; undoing restores what its own namespace held, or removes the name."""
-        namespace = vars(owner)
-        old = namespace.get(name, _MISSING)
-        setattr(owner, name, value)
-        mine = vars(owner).get(name, _MISSING)
 
-        def undo() -> None:
-            if vars(owner).get(name, _MISSING) is not mine:
-                return
-            if old is _MISSING:
+        def write(value: Any) -> None:
+            if value is _MISSING:
                 delattr(owner, name)
             else:
-                setattr(owner, name, old)
+                setattr(owner, name, value)
 
-        self._undo.append(undo)
+        def read() -> Any:
+            return vars(owner).get(name, _MISSING)
+
+        self._undo.append(_Change((id(owner), name), read, write, value).undo)
+
+    def methods(self, obj: Any, methods: Mapping[str, Any]) -> None:
+        """Set bound methods on one object, of which copies and pickles are made without them."""
+        for name, method in methods.items():
+            self.attribute(obj, name, method)
+
+        def state() -> Any:
+            found = type(obj).__getstate__(obj)  # type: ignore[call-arg]
+            if not isinstance(found, dict):
+                return found
+            ours = {**methods, "__getstate__": state}
+            return {
+                name: value for name, value in found.items() if value is not ours.get(name, obj)
+            }
+
+        self.attribute(obj, "__getstate__", state)
 
     def entry(self, mapping: MutableMapping[Any, Any], key: Any, value: Any) -> None:
         """Set `mapping[key]`; undoing restores the old value, or removes the key."""
-        old = mapping.get(key, _MISSING)
-        mapping[key] = value
 
-        def undo() -> None:
-            if mapping.get(key, _MISSING) is not value:
-                return
-            if old is _MISSING:
+        def write(value: Any) -> None:
+            if value is _MISSING:
                 del mapping[key]
             else:
-                mapping[key] = old
+                mapping[key] = value
 
-        self._undo.append(undo)
+        def read() -> Any:
+            return mapping.get(key, _MISSING)
+
+        self._undo.append(_Change((id(mapping), key), read, write, value).undo)
 
     def finally_(self, undo: Callable[[], None]) -> None:
         """Have `undo` called where the changes are taken back."""

@@ -67,7 +67,7 @@ def uninstall() -> None:
 
 
 def accelerate(module: Any) -> Changes:
-    """Serve one SAELens module.
+    """Serve one SAELens module, and not its copies.
 
     Args:
         module: an `SAE` or `TrainingSAE`.
@@ -90,8 +90,7 @@ def accelerate(module: Any) -> Changes:
             f"accelerate: {type(module).__name__} encodes in a way that is not served here"
         )
     changes = Changes()
-    for name, method in bound(module).items():
-        changes.attribute(module, name, method)
+    changes.methods(module, bound(module))
     return changes
 
 
