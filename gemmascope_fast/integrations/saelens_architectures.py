@@ -14,9 +14,9 @@ from typing import Any
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY, get_sae_class
 from sae_lens.saes.sae import TrainingSAEConfig
 
-from . import saelens_host as host
 from .patching import Changes
 from .saelens_methods import SERVED, replacement
+from .saelens_stock import original
 
 PREFIX = "gemmascope_fast_"
 NAMES = ("jumprelu", "topk", "batchtopk", "matryoshka_batchtopk")
@@ -43,7 +43,7 @@ def _module(cls: Any, name: str) -> type:
 
     names = dict.fromkeys(method for method, _ in SERVED.values())
     served = {method: getattr(cls, method) for method in names}
-    found = {method: getattr(own, host.STOCK, own) for method, own in served.items()}
+    found = {method: original(own) for method, own in served.items()}
     methods = {method: replacement(own, *SERVED[own]) for method, own in found.items()}
     return type(f"GemmaScopeFast{cls.__name__}", (cls,), {**methods, "save_model": save_model})
 

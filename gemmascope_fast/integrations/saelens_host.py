@@ -1,10 +1,8 @@
 """What this backend reads of a SAELens module, and when it leaves the work to SAELens.
 
-A module is served when every method that takes part in the call is SAELens' own, looked up on the
-instance and then on its class: a subclass, or a user, that replaced one gets SAELens' dense path.
-So does a module whose `hook_sae_acts_pre` or `hook_sae_acts_post` has a hook, whose activation
-function is another, or whose weights are float64; and a JumpReLU so dense that matrix products are
-faster. Imports `sae_lens`.
+A module is served when every method that takes part in the call is SAELens' own and nobody watches
+(`saelens_stock`). SAELens' dense path serves too where the activation function is another or the
+weights are float64, and a JumpReLU so dense that matrix products are faster. Imports `sae_lens`.
 """
 
 from __future__ import annotations
@@ -23,9 +21,7 @@ from ..effective import decoder_norms
 from ..sparse import SparseActs
 from ..training.planning import CROSSOVER, sampled_density
 from .saelens_pass import Encoder
-
-STOCK = "__sae_lens__"
-"""Attribute of our methods: the method of SAELens that one replaces."""
+from .saelens_stock import stock, watched
 
 SAE, TrainingSAE = sae.SAE, sae.TrainingSAE
 JumpReLU, JumpReLUTraining = jumprelu_sae.JumpReLUSAE, jumprelu_sae.JumpReLUTrainingSAE
@@ -44,23 +40,15 @@ DEVICES = tuple(
 """Those with kernels."""
 
 
-def stock(module: Any, name: str) -> Any:
-    """SAELens' own function behind the method `name` of a module, whoever replaced it last."""
-    found = vars(module).get(name, None)
-    if found is None:
-        found = getattr(type(module), name)
-    return getattr(found, STOCK, getattr(found, "__func__", found))
-
-
 def _jumprelu(module: Any) -> Encoder | None:
     """Inference: ReLU, then a gate without gradient; a threshold below 0 acts as 0."""
-    if not isinstance(module.activation_fn, nn.ReLU):
+    if type(module.activation_fn) is not nn.ReLU:
         return None
     return Encoder("jumprelu", module.threshold.detach().clamp(min=0))
 
 
 def _relu(module: Any) -> Encoder | None:
-    if not isinstance(module.activation_fn, nn.ReLU):
+    if type(module.activation_fn) is not nn.ReLU:
         return None
     return Encoder("jumprelu", torch.zeros_like(module.b_enc))
 
@@ -93,23 +81,10 @@ ENCODERS: dict[FunctionType, Callable[[Any], Encoder | None]] = {
 }
 """By SAELens' function."""
 
-DECODERS = {
-    function: rescale
-    for function, rescale in (
-        (JumpReLU.decode, False),
-        (TrainingSAE.decode, False),
-        (TopK.decode, True),
-        (TopKTraining.decode, True),
-        (Transcoder.decode, False),
-    )
-}
-"""Whether the decoder divides by its norms where the configuration rescales."""
-
-
 TRAINED = (JumpReLUTraining, TopKTraining, BatchTopKTraining, MatryoshkaTraining)
 
 # SAELens' functions, whatever stands on its classes later.
-PROCESS, TRAINING_ENCODE = SAE.process_sae_in, TrainingSAE.encode
+TRAINING_ENCODE = TrainingSAE.encode
 TRANSCODER_DECODE, TRANSCODER_FORWARD = Transcoder.decode, Transcoder.forward
 SKIP_FORWARD = SkipTranscoder.forward
 JUMPRELU_STEP = JumpReLUTraining.training_forward_pass
@@ -129,7 +104,7 @@ def _encoding(module: Any) -> Any:
 
 def encoder_of(module: Any) -> Encoder | None:
     """What the module encodes with, or None where SAELens has to."""
-    if not supported(module) or _hooked(module):
+    if not supported(module) or watched(module):
         return None
     make = ENCODERS.get(_encoding(module))
     return None if make is None else make(module)
@@ -139,16 +114,6 @@ def supported(module: Any) -> bool:
     """Whether the ops have kernels for the module's weights."""
     W_enc: Tensor = module.W_enc
     return W_enc.dtype != torch.float64 and W_enc.device.type in DEVICES
-
-
-def _hooked(module: Any) -> bool:
-    """Whether somebody looks at the dense activations, or at what they are made of."""
-    for name in ("hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post"):
-        point = getattr(module, name)
-        tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        if any(getattr(point, table) for table in tables):
-            return True
-    return False
 
 
 def fits(module: Any, encoder: Encoder, sae_in: Tensor) -> bool:
@@ -170,15 +135,13 @@ def fits(module: Any, encoder: Encoder, sae_in: Tensor) -> bool:
 
 def centred(module: Any, x: Tensor) -> bool:
     """Whether the encoder sees x less b_dec, and x is a constant."""
-    own = stock(module, "process_sae_in") is PROCESS and not module.hook_z_reshaping_mode
     plain = module.cfg.normalize_activations not in ("constant_norm_rescale", "layer_norm")
-    return own and plain and module.cfg.apply_b_dec_to_input is True and not x.requires_grad
+    plain = plain and not module.hook_z_reshaping_mode
+    return plain and module.cfg.apply_b_dec_to_input is True and not x.requires_grad
 
 
 def own_step(module: Any, step_input: Any) -> bool:
     """Whether a training step has nothing that only SAELens can do, its errors included."""
-    if stock(module, "decode") not in DECODERS:
-        return False
     if torch.compiler.is_compiling() and isinstance(module, MatryoshkaTraining):
         return False
     cfg, mask = module.cfg, step_input.dead_neuron_mask
@@ -187,9 +150,6 @@ def own_step(module: Any, step_input: Any) -> bool:
     if isinstance(module, JumpReLUTraining):
         mode = cfg.jumprelu_sparsity_loss_mode
         return mode in ("step", "tanh") or (mode == "quadratic" and (cfg.target_l0 or 0) > 0)
-    if stock(module, "training_forward_pass") in BATCH_STEPS:
-        if stock(module, "update_topk_threshold") is not BatchTopKTraining.update_topk_threshold:
-            return False
     if cfg.normalize_activations not in ("constant_norm_rescale", "layer_norm"):
         return bool(cfg.d_in > 1)
     nested = stock(module, "training_forward_pass") is MATRYOSHKA_STEP
@@ -198,8 +158,8 @@ def own_step(module: Any, step_input: Any) -> bool:
 
 def rescales(module: Any) -> bool:
     """Whether activations are multiplied by the norms of the decoder's rows."""
-    divides = DECODERS.get(stock(module, "decode"), False)
-    return divides and bool(module.cfg.rescale_acts_by_decoder_norm)
+    topk = isinstance(module, (TopK, TopKTraining))
+    return topk and bool(module.cfg.rescale_acts_by_decoder_norm)
 
 
 def scaled(module: Any, acts: SparseActs) -> SparseActs:

@@ -21,6 +21,7 @@ from . import saelens_host as host
 from .lazy_acts import LazyActs
 from .saelens_pass import sparse_pass
 from .saelens_steps import training_forward_pass
+from .saelens_stock import STOCK, intact, stock, transformed
 
 Method = Callable[..., Any]
 Fast = Callable[..., Any]
@@ -47,7 +48,7 @@ def decode(module: Any, feature_acts: Any) -> Any:
     A zero has a gradient too, the dot product with its decoder row.
     """
     W_dec: Tensor = module.W_dec
-    if host.stock(module, "decode") not in host.DECODERS or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return NotImplemented
     if isinstance(feature_acts, LazyActs):
         acts = feature_acts.acts
@@ -64,13 +65,13 @@ def decode(module: Any, feature_acts: Any) -> Any:
 
 def forward(module: Any, x: Tensor) -> Any:
     """Reconstruction without dense activations."""
-    if host.stock(module, "decode") not in host.DECODERS or module.use_error_term:
+    if module.use_error_term:
         return NotImplemented
     found = _entries(module, x, (module.W_dec, module.b_dec))
     if found is NotImplemented:
         return found
     recon = host.finish(module, found[0][0])
-    own = host.stock(module, "forward")
+    own = stock(module, "forward")
     if own is host.SKIP_FORWARD:
         return recon + x @ module.W_skip.T.to(x.device)
     return recon if own is host.TRANSCODER_FORWARD else module.hook_sae_output(recon)
@@ -122,24 +123,24 @@ SERVED: dict[Method, tuple[str, Fast]] = {
 
 
 def replacement(own: Method, name: str, serve: Fast) -> Method:
-    """A method that serves a module whose `name` is SAELens' `own`, and calls `own` otherwise."""
+    """A method that serves a module that runs SAELens' `own` as it is, and calls it otherwise."""
 
     @functools.wraps(own)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if host.stock(self, name) is own:
+        if stock(self, name) is own and intact(self, name) and not transformed():
             found = serve(self, *args, **kwargs)
             if found is not NotImplemented:
                 return found
         return own(self, *args, **kwargs)
 
-    setattr(method, host.STOCK, own)
+    setattr(method, STOCK, (method, own))
     return method
 
 
 def bound(module: Any) -> dict[str, Method]:
     """The methods of one module that can be replaced, replaced, by name."""
     names = dict.fromkeys(name for _, name, _ in PLACES)
-    found = {name: host.stock(module, name) for name in names if hasattr(module, name)}
+    found = {name: stock(module, name) for name in names if hasattr(module, name)}
     return {
         name: MethodType(replacement(own, *SERVED[own]), module)
         for name, own in found.items()

@@ -22,6 +22,7 @@ from ..sparse import SparseActs
 from . import saelens_host as host
 from .lazy_acts import LazyActs
 from .saelens_pass import sparse_pass
+from .saelens_stock import stock
 
 Losses = dict[str, Tensor]
 
@@ -98,13 +99,12 @@ class Step:
 
 def training_forward_pass(module: Any, step_input: Any) -> Any:
     """Losses of a batch and their graph, without a dense tensor of activations."""
-    own = host.stock(module, "training_forward_pass")
+    own = stock(module, "training_forward_pass")
     if own is host.JUMPRELU_STEP:
         with torch.no_grad():  # as SAELens does: a threshold below 0 would pass negatives
             module.threshold.data.clamp_(min=0.0)
-    aux = AUX.get(host.stock(module, "calculate_aux_loss"))
     encoder = host.encoder_of(module)
-    if aux is None or encoder is None or not host.own_step(module, step_input):
+    if encoder is None or not host.own_step(module, step_input):
         return NotImplemented
     sae_in = module.process_sae_in(step_input.sae_in)
     if not host.fits(module, encoder, sae_in):
@@ -115,7 +115,10 @@ def training_forward_pass(module: Any, step_input: Any) -> Any:
     recons, acts = sparse_pass(encoder, sae_in, *weights, ends, centred)
     step = Step(module, step_input, sae_in, acts, recons)
     sae_out = host.finish(module, recons[-1])
-    found = {"mse_loss": _mse(step, sae_out), **aux(step, sae_out)}
+    found = {
+        "mse_loss": _mse(step, sae_out),
+        **AUX[stock(module, "calculate_aux_loss")](step, sae_out),
+    }
     for width, recon in zip((ends or ())[:-1], recons, strict=False):
         found[f"inner_mse_loss_{width}"] = _mse(step, recon)
     output = StepOutput(
