@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from importlib import metadata
 from types import ModuleType, SimpleNamespace
@@ -88,26 +87,35 @@ def test_auxk_of_the_dead_latents(k: int, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_pre_acts_stand_for_the_dense_tensor() -> None:
     x, weight, bias, _ = problem()
-    pre, lazy = linear(x, weight, bias).relu(), encode(x, weight, bias, K, strict=False)[2]
-    assert isinstance(lazy, torch.Tensor) and lazy.shape == pre.shape and lazy.dtype == pre.dtype
-    assert len(lazy) == N and lazy.dim() == 2 and lazy.device == pre.device
-    assert "computed when used" in repr(lazy)
-    assert torch.equal(lazy > 0, pre > 0)
-    torch.testing.assert_close(lazy[3, :5] * 2, 2 * pre[3, :5])
-    torch.testing.assert_close(torch.cat([lazy, lazy]), torch.cat([pre, pre]))
-    torch.testing.assert_close(lazy.topk(2, largest=False)[0], pre.topk(2, largest=False)[0])
-    masked = torch.where(DEAD, lazy, -torch.inf)
-    torch.testing.assert_close(masked.exp(), torch.where(DEAD, pre, -math.inf).exp())
-    torch.testing.assert_close(masked.topk(40)[0], torch.where(DEAD, pre, -math.inf).topk(40)[0])
-    torch.testing.assert_close(torch.where(DEAD, lazy, 0.0), torch.where(DEAD, pre, 0.0))
-    same(*(gradients(t.square().sum(), [x, weight, bias]) for t in (lazy, pre)))
+    pre = linear(x, weight, bias).relu()
+
+    def lazy() -> Tensor:
+        return encode(x, weight, bias, K, strict=False)[2]
+
+    made = lazy()
+    assert isinstance(made, torch.Tensor) and made.shape == pre.shape and made.dtype == pre.dtype
+    assert len(made) == N and made.dim() == 2 and made.device == pre.device
+    assert "computed when used" in repr(made)
+    assert torch.equal(lazy() > 0, pre > 0)
+    torch.testing.assert_close(lazy()[3, :5] * 2, 2 * pre[3, :5])
+    torch.testing.assert_close(torch.cat([lazy(), made]), torch.cat([pre, pre]))
+    torch.testing.assert_close(lazy().topk(2, largest=False)[0], pre.topk(2, largest=False)[0])
+    for given in (lazy(), made):  # before and after there are elements
+        masked, expected = (torch.where(DEAD, t, -torch.inf) for t in (given, pre))
+        torch.testing.assert_close(masked.topk(40)[0], expected.topk(40)[0])
+        torch.testing.assert_close(masked.exp(), expected.exp())
+        torch.testing.assert_close(given.topk(3)[0], pre.topk(3)[0])
+        torch.testing.assert_close(torch.where(DEAD, given, 0.0), torch.where(DEAD, pre, 0.0))
+    same(*(gradients(t.square().sum(), [x, weight, bias]) for t in (lazy(), pre)))
     with torch.no_grad():
-        assert not lazy.sum().requires_grad
+        unread, total = lazy(), made.sum()
+        assert not total.requires_grad and made.requires_grad
         weight.add_(1)
+        assert torch.equal(made.sum(), total)
     with pytest.raises(RuntimeError, match="pre_acts: the coder's input or weights changed after"):
-        lazy.sum()
+        unread.sum()
     with pytest.raises(RuntimeError, match="pre_acts: the coder's input or weights changed after"):
-        lazy.topk(3)
+        unread.topk(3)
 
 
 def test_latents_edited_after_encoding_are_read_again() -> None:

@@ -1,8 +1,8 @@
 """`LazyActs`: a `torch.Tensor` of shape `[*batch, d_sae]` whose storage is a `SparseActs`.
 
 A trainer asks few things of its activations: which latents fired (`acts.bool().float().sum(0)`), L0
-(`sum(-1)`), shapes, dtypes. Those are answered from the stored entries; every other use of the
-tensor makes the dense one, and keeps none.
+(`sum(-1)`), shapes, dtypes. Those are answered from the stored entries; any other use makes the
+dense tensor, which it is from then on.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class LazyActs(LazyTensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"LazyActs({self.acts!r}, dtype={self.dtype})"
 
-    def dense(self) -> Tensor:
+    def computed(self) -> Tensor:
         """`[*batch, d_sae]`, with the autograd history of the entries' values."""
         return self.acts.to_dense().to(self.dtype)
 
@@ -73,7 +73,15 @@ def _compared(ordering: Callable[[Tensor, Any], Tensor]) -> Callable[..., Any]:
 
 
 def _float(lazy: LazyActs, **options: Any) -> Any:
-    return NotImplemented if options else LazyActs(lazy.acts, torch.float32)
+    if options:
+        return NotImplemented
+    return lazy if lazy.dtype == torch.float32 else LazyActs(lazy.acts, torch.float32)
+
+
+def _detach(lazy: LazyActs) -> LazyActs:
+    detached = LazyActs(lazy.acts.detach(), lazy.dtype)
+    detached.origin = lazy
+    return detached
 
 
 def _sum(lazy: LazyActs, dim: Any = None, keepdim: bool = False, **options: Any) -> Any:
@@ -96,12 +104,15 @@ def _sum(lazy: LazyActs, dim: Any = None, keepdim: bool = False, **options: Any)
     return NotImplemented
 
 
+_requires_grad: Any = torch.Tensor.requires_grad  # a descriptor
+
 _ANSWERS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.bool: _nonzero,
     torch.Tensor.float: _float,
     torch.Tensor.sum: _sum,
     torch.sum: _sum,
-    torch.Tensor.detach: lambda lazy: LazyActs(lazy.acts.detach(), lazy.dtype),
+    torch.Tensor.detach: _detach,
+    _requires_grad.__get__: lambda lazy: lazy.acts.values.requires_grad,
     torch.Tensor.to_dense: lambda lazy: lazy.dense(),
     torch.Tensor.__gt__: _compared(torch.gt),
     torch.Tensor.gt: _compared(torch.gt),

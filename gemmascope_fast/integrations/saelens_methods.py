@@ -50,7 +50,7 @@ def decode(module: Any, feature_acts: Any) -> Any:
     W_dec: Tensor = module.W_dec
     if torch.compiler.is_compiling():
         return NotImplemented
-    if isinstance(feature_acts, LazyActs):
+    if isinstance(feature_acts, LazyActs) and not feature_acts.made:
         acts = feature_acts.acts
     elif _sparse_enough(feature_acts, W_dec):
         acts = SparseActs.from_dense(feature_acts)

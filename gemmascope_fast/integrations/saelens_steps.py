@@ -55,13 +55,16 @@ def versions(module: Any) -> tuple[int, ...]:
 
 
 class StepOutput(TrainStepOutput):  # type: ignore[misc]
-    """A `TrainStepOutput` that holds entries; the dense tensors are made when they are read."""
+    """A `TrainStepOutput` that holds entries; dense tensors are made by the uses that need one."""
+
+    _feature_acts: Any
 
     @property
     def feature_acts(self) -> Any:
         """`[n, d_sae]` activations, dense where a use needs it."""
-        kept = self._feature_acts
-        return LazyActs(kept, self.sae_out.dtype) if isinstance(kept, SparseActs) else kept
+        if isinstance(self._feature_acts, SparseActs):
+            self._feature_acts = LazyActs(self._feature_acts, self.sae_out.dtype)
+        return self._feature_acts
 
     @feature_acts.setter
     def feature_acts(self, value: Any) -> None:

@@ -2,7 +2,7 @@
 
 A coder reads it for AuxK, `torch.where(dead[None], pre_acts, -inf).topk(k)`, and for Multi-TopK,
 `pre_acts.topk(k)`. Both are answered by an encoder, over the dead latents' weights alone for the
-first. Any other use gets the dense tensor, which is not kept.
+first. Any other use makes the dense tensor, which it is from then on.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class PreActs(LazyTensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"PreActs(shape={tuple(self.shape)}, dtype={self.dtype}, computed when used)"
 
-    def dense(self) -> Tensor:
+    def computed(self) -> Tensor:
         """The tensor, with its autograd history.
 
         Raises:
