@@ -34,6 +34,7 @@ class Hidden:
     module: Any
     sae_in: Tensor
     versions: tuple[int, ...]
+    differentiable: bool
 
     def dense(self) -> Tensor:
         """`[n, d_sae]`, rescaled where SAELens rescales.
@@ -46,7 +47,9 @@ class Hidden:
                 "TrainStepOutput.hidden_pre: the weights have changed since the forward pass, "
                 "which did not store it; read it before the optimizer's step"
             )
-        return host.rescaled(self.module, self.sae_in @ self.module.W_enc + self.module.b_enc)
+        with torch.set_grad_enabled(self.differentiable):
+            pre = self.sae_in @ self.module.W_enc + self.module.b_enc
+            return host.rescaled(self.module, pre)
 
 
 def versions(module: Any) -> tuple[int, ...]:
@@ -58,6 +61,7 @@ class StepOutput(TrainStepOutput):  # type: ignore[misc]
     """A `TrainStepOutput` that holds entries; dense tensors are made by the uses that need one."""
 
     _feature_acts: Any
+    _hidden_pre: Any
 
     @property
     def feature_acts(self) -> Any:
@@ -73,8 +77,9 @@ class StepOutput(TrainStepOutput):  # type: ignore[misc]
     @property
     def hidden_pre(self) -> Any:
         """`[n, d_sae]` pre-activations."""
-        kept = self._hidden_pre
-        return kept.dense() if isinstance(kept, Hidden) else kept
+        if isinstance(self._hidden_pre, Hidden):
+            self._hidden_pre = self._hidden_pre.dense()
+        return self._hidden_pre
 
     @hidden_pre.setter
     def hidden_pre(self, value: Any) -> None:
@@ -128,7 +133,7 @@ def training_forward_pass(module: Any, step_input: Any) -> Any:
         sae_in=step_input.sae_in,
         sae_out=sae_out,
         feature_acts=host.scaled(module, acts),
-        hidden_pre=Hidden(module, sae_in, versions(module)),
+        hidden_pre=Hidden(module, sae_in, versions(module), torch.is_grad_enabled()),
         loss=torch.stack([value.to(sae_out.dtype) for value in found.values()]).sum(),
         losses=found,
     )

@@ -249,12 +249,64 @@ def test_accelerated_twice() -> None:
 def test_hidden_pre_is_refused_once_the_weights_have_moved() -> None:
     module = make(TRAINED["step"])
     with saelens.install():
-        output = module.training_forward_pass(step_input(batch(0)))
-        assert output.hidden_pre.shape == (40, F)
+        read, unread = (module.training_forward_pass(step_input(batch(0))) for _ in range(2))
+        assert read.hidden_pre.shape == (40, F)
         with torch.no_grad():
             module.W_enc.add_(1)
+        assert read.hidden_pre.shape == (40, F)
         with pytest.raises(RuntimeError, match="hidden_pre: the weights have changed since"):
-            _ = output.hidden_pre
+            _ = unread.hidden_pre
+
+
+@pytest.mark.parametrize("name", ["feature_acts", "hidden_pre"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_writes_to_what_a_step_returns(kind: str, name: str) -> None:
+    stock, ours = (make(TRAINED[kind]) for _ in range(2))
+    saelens.accelerate(ours)
+    outputs = [m.training_forward_pass(step_input(batch(0))) for m in (stock, ours)]
+    for output in outputs:
+        with torch.no_grad():
+            assert getattr(output, name).abs().any()
+        getattr(output, name).mul_(2)
+        getattr(output, name).detach()[:, 3:7] = 0.5
+    written = [getattr(output, name) for output in outputs]
+    close(written[1] * 1, written[0], name)
+    close((written[1] > 0).sum(0), (written[0] > 0).sum(0), "fired")
+    close(ours.decode(written[1]), stock.decode(written[0]), "decode")
+    grads = [
+        torch.autograd.grad(acts.abs().sum(), (m.W_enc, m.b_enc))
+        for m, acts in zip((stock, ours), written, strict=True)
+    ]
+    for theirs, mine in zip(*grads, strict=True):
+        close(mine, theirs, "gradient")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_feature_acts(kind: str) -> None:
+    """Refused where they would lack the loss's part; a backward hook of SAELens' has them."""
+    module, seen = make(TRAINED[kind]), list[Tensor]()
+    output = module.training_forward_pass(step_input(batch(0)))
+    (expected,) = torch.autograd.grad(output.loss, output.feature_acts)
+    with saelens.install():
+        output = module.training_forward_pass(step_input(batch(0)))
+        for ask in (
+            lambda: torch.autograd.grad(output.loss, output.feature_acts),
+            lambda: output.feature_acts.retain_grad(),
+            lambda: output.feature_acts.register_hook(print),
+        ):
+            with pytest.raises(RuntimeError, match="without these dense activations"):
+                ask()
+        module.hook_sae_acts_post.add_hook(lambda g, hook: seen.append(g), dir="bwd")
+        module.training_forward_pass(step_input(batch(0))).loss.backward()
+    close(seen[0], expected, "feature_acts")
+
+
+def test_second_derivatives_are_refused() -> None:
+    module, x = make(INFERENCE["jumprelu"]), batch(0, 160).requires_grad_()
+    with saelens.install():
+        (first,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="sae_backward is not differentiable: second deriv"):
+            first.square().sum().backward()
 
 
 @pytest.mark.parametrize("kind", ["step", "quadratic", "topk", "batchtopk"])

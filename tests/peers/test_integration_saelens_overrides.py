@@ -19,7 +19,7 @@ from saelens_modules import INFERENCE, TRAINED, Largest, make, saes, step_input
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from gemmascope_fast.integrations import saelens
+from gemmascope_fast.integrations import saelens, saelens_stock
 from gemmascope_fast.integrations.lazy_acts import LazyActs
 
 ALL = INFERENCE | TRAINED
@@ -109,12 +109,14 @@ def test_another_loss_of_dead_latents_trains(kind: str) -> None:
 
 
 def test_a_class_that_was_changed_stays_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = "topk rescaled"
-    module, own = make(INFERENCE[kind]), saes.TopKSAE.encode
-    monkeypatch.setattr(saes.TopKSAE, "encode", lambda self, x: 2 * own(self, x))
-    expected = module(X)
+    module = make(TRAINED["topk"])
+    monkeypatch.setattr(saes.TopKTrainingSAE, "calculate_topk_aux_loss", lambda self, **given: 5.0)
     with saelens.install():
-        close(module(X), expected, "changed before")
+        output = module.training_forward_pass(step_input(X, "few"))
+    assert output.losses["auxiliary_reconstruction_loss"] == 5
+    found = saelens_stock._called(saes.TopKTrainingSAE, "training_forward_pass")
+    assert found.pop("calculate_topk_aux_loss") is None  # had it been changed before the import
+    assert len(found) == 5 and all(found.values())
 
 
 def seen(kept: list[Any]) -> Callable[..., None]:
