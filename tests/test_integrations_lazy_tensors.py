@@ -118,6 +118,7 @@ def test_a_detached_tensor_shares_its_elements_both_ways() -> None:
     assert torch.equal(detached.sum(0), 2 * dense.sum(0))
     detached[0] = 3.0
     assert torch.equal(lazy[0], torch.full((F,), 3.0)) and lazy.float() is lazy
+    assert "3.0" in repr(detached) and "LazyActs" not in repr(detached)
     copied = lazy.bool()
     lazy.zero_()
     assert copied.any() and not lazy.any()

@@ -36,7 +36,7 @@ class LazyActs(LazyTensor):
         return cast("LazyActs", made)
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"LazyActs({self.acts!r}, dtype={self.dtype})"
+        return repr(self.dense()) if self.made else f"LazyActs({self.acts!r}, dtype={self.dtype})"
 
     def computed(self) -> Tensor:
         """`[*batch, d_sae]`, with the autograd history of the entries' values."""

@@ -8,9 +8,10 @@
 
 `install` replaces methods on SAELens' own classes, so that objects made before, names imported
 before, subclasses and pickles keep working, and `isinstance` says what it always said. A method
-that somebody overrides, in a subclass or on an instance, is left in charge: the call then runs on
-SAELens' dense path, as it does while a hook sits on the input or the activations, on weights in
-float64, and on batches so dense that matrix products are faster (the first steps of a JumpReLU).
+that somebody replaces is left in charge: the call then runs on SAELens' dense path, as it does
+while a hook sits on the input, the activations or what computes them, under `torch.func`, on
+weights in float64, and on batches so dense that matrix products are faster (the first steps of a
+JumpReLU).
 
 Served: `encode`, `decode` and `forward` of jumprelu, topk and the four transcoders, and those and
 `training_forward_pass` of jumprelu, topk, batchtopk and matryoshka_batchtopk. `encode` returns

@@ -301,12 +301,15 @@ def test_gradients_of_feature_acts(kind: str) -> None:
     close(seen[0], expected, "feature_acts")
 
 
-def test_second_derivatives_are_refused() -> None:
+def test_second_derivatives_are_refused_without_a_hook() -> None:
     module, x = make(INFERENCE["jumprelu"]), batch(0, 160).requires_grad_()
     with saelens.install():
         (first,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="sae_backward is not differentiable: second deriv"):
             first.square().sum().backward()
+        module.hook_sae_acts_pre.add_hook(lambda pre, hook: None)  # SAELens' code has them
+        (first,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+        assert torch.autograd.grad(first.square().sum(), x)[0].any()
 
 
 @pytest.mark.parametrize("kind", ["step", "quadratic", "topk", "batchtopk"])
