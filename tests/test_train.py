@@ -413,3 +413,24 @@ def test_a_place_that_cannot_hold_the_result_is_told_before_the_run(
     with pytest.raises(PermissionError, match="train: out cannot be written: no permission for"):
         gsf.train(source, d_sae=96, target_l0=4, steps=2, out=tmp_path / "a", progress=False)
     assert sorted(path for path in tmp_path.rglob("*")) == before and source.asked == 0
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+@pytest.mark.parametrize("kind", ["sae", "transcoder"])
+def test_float64_activations_train_as_float32_ones(kind: str, activation: str) -> None:
+    check_float64(kind, activation)
+
+
+def test_float64_activations_of_several_layers() -> None:
+    check_float64("crosscoder", "topk")
+
+
+def check_float64(kind: str, activation: str) -> None:
+    x = sparse_data(300).double()
+    given: Any = {"sae": x, "transcoder": (x, x[:, :7]), "crosscoder": x.view(100, 3, 24)}[kind]
+    narrow = tuple(t.float() for t in given) if kind == "transcoder" else given.float()
+    options = {"activation": activation, "k": 4, "kind": kind, "preset": "gemma_scope_2"}
+    made, expected = train(given, **options), train(narrow, **options)
+    assert next(made.parameters()).dtype == torch.float32
+    for name, p in expected.named_parameters():
+        torch.testing.assert_close(made.get_parameter(name), p, rtol=1e-4, atol=1e-5)

@@ -129,8 +129,14 @@ class Trainer:
 
     def scaled(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
         """`(x, target)` as the module sees them; the target defaults to x."""
-        scaled = self.maps[0](x.to(self.device))
-        return scaled, scaled if target is None else self.maps[1](target.to(self.device))
+        scaled = self._narrow(self.maps[0](x.to(self.device)))
+        if target is None:
+            return scaled, scaled
+        return scaled, self._narrow(self.maps[1](target.to(self.device)))
+
+    def _narrow(self, x: Tensor) -> Tensor:
+        """float64 only beside weights of float64: activations alone would ask for the reference."""
+        return x if self.settings.dtype == torch.float64 else x.float()
 
     def exported(self) -> Any:
         """A copy of the module that reads raw activations."""
