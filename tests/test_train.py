@@ -234,6 +234,42 @@ def test_the_result_is_an_artefact(tmp_path: Path) -> None:
     assert read.metadata["model_name"] == "m" and read.metadata["l0"] == sae.metadata["l0"]
 
 
+@pytest.mark.parametrize("kind", ["sae", "transcoder"])
+def test_a_topk_result_is_an_artefact(tmp_path: Path, kind: str) -> None:
+    x = sparse_data(500)
+    given = x if kind == "sae" else (x, x * 2)
+    metadata = {"model_name": "m", "hf_hook_point_in": "h"}
+    options = {"activation": "topk", "k": 4, "kind": kind, "metadata": metadata}
+    options |= {"affine": kind == "transcoder", "out": tmp_path}
+    made = train(given, **options)
+    read = gsf.load(tmp_path)
+    assert type(read) is type(made) and read.activation == gsf.TopK(4)
+    assert torch.equal(read(x), made(x)) and read.metadata["model_name"] == "m"
+    assert read.metadata["l0"] == made.metadata["l0"] and read.metadata["hf_hook_point_in"] == "h"
+    again = train(given, **options)  # from the last checkpoint, over its own result
+    assert torch.equal(again(x), made(x))
+
+
+def test_a_folder_of_a_run_without_a_result_says_so(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"activation": "topk", "k": 4, "out": tmp_path}
+    train(sparse_data(300).view(100, 3, 24), kind="crosscoder", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    with pytest.raises(FileNotFoundError, match="checkpoints of gsf.train and no artefact"):
+        gsf.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["params.safetensors", "config.json"])
+def test_somebody_elses_files_are_not_overwritten(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=f"train: out would lose its {name}, which no run left"):
+        train(sparse_data(300), out=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    (tmp_path / name).unlink()
+    for resume in (True, False):  # over its own
+        train(sparse_data(300), out=tmp_path, resume=resume)
+    assert gsf.load(tmp_path).d_sae == 96
+
+
 # ---- schedules
 
 

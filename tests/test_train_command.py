@@ -46,6 +46,25 @@ def test_the_command_trains_what_the_function_trains(
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(
+    "kind, more, text",
+    [
+        ("sae", ("--target-l0", "3"), "an artefact in the format gemma_scope_2, which gsf.load"),
+        ("sae", ("--activation", "topk", "--k", "3"), "an artefact in the format saelens"),
+        ("crosscoder", ("--activation", "topk", "--k", "3"), "NO ARTEFACT was written"),
+    ],
+)
+def test_the_last_line_says_what_was_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, more: tuple[str, ...], text: str
+) -> None:
+    save_file(
+        {"x": data() if kind == "sae" else data().view(100, 3, 12)}, tmp_path / "x.safetensors"
+    )
+    more = ("--kind", kind, *more)
+    assert main(arguments(tmp_path / "x.safetensors", tmp_path / "run", *more)) == 0
+    assert text in capsys.readouterr().out
+
+
 def test_a_file_of_pairs_trains_a_transcoder(tmp_path: Path) -> None:
     save_file({"x": data(), "target": data()[:, :5].clone()}, tmp_path / "x.safetensors")
     more = ("--kind", "transcoder", "--affine", "--target-l0", "3")

@@ -69,22 +69,27 @@ def save(
     write_plan(folder, FORMATS[format](module, dtype, metadata))
 
 
-def check(folder: Path, metadata: Mapping[str, Any], module: Any) -> None:
-    """Raise what `save` in Gemma Scope 2's format would raise of the folder and of the metadata.
+def check(folder: Path, metadata: Mapping[str, Any], module: Any, format: str) -> tuple[str, ...]:
+    """Raise what `save` would raise of the folder and of the metadata.
 
     Args:
         folder: the path.
         metadata: as for `save`.
         module: of the kind and the number of layers of what is to be saved; its sizes don't matter.
+        format: as for `save`.
+
+    Returns:
+        The names of the files that it would write.
 
     Raises:
         TypeError, ValueError: as `Pretrained.save_pretrained`.
     """
     files.check_utf8(OP, folder)
-    plan = writing_gemma_scope_2.plan(module, None, metadata)
+    plan = FORMATS[format](module, None, metadata)
     _check_place(folder, plan)
     if folder.is_dir():
         _check_kind(folder, plan)
+    return (*plan.tensors, plan.config)
 
 
 def write_plan(folder: Path, plan: Plan, write: Writer = write_tensors) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from .hooks import ModelSource
 from .preset import PRESETS, find_preset
+from .results import CHECKPOINTS, format_of
 from .runs import train
 from .settings import ACTIVATIONS, KINDS, MOMENTS, PRECISIONS, ROWS
 from .sources import Source, TensorSource
@@ -87,11 +88,23 @@ def main(argv: Sequence[str]) -> int:
             source = _source(args.pop("source"), own, **live)
             module = train(source, mesh=mesh, **args, **dtypes)
             if os.environ.get("RANK", "0") == "0":
-                print(f"{args['out']}: {module}, L0 {module.metadata['l0']:.1f}")
+                print(_written(args["out"], module))
     except _told() as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _written(out: Path, module: Any) -> str:
+    """What a run that has ended leaves in `out`."""
+    format = format_of(module)
+    said = f"{module}, L0 {module.metadata['l0']:.1f}"
+    if format is not None:
+        return f"{out}: {said}; an artefact in the format {format}, which gsf.load reads"
+    return (
+        f"{out / CHECKPOINTS}: {said}; NO ARTEFACT was written, since no format holds it: the same "
+        "call of gsf.train in Python returns the module from the last checkpoint"
+    )
 
 
 def _told() -> tuple[type[Exception], ...]:

@@ -116,8 +116,10 @@ def train(
         The module, for raw activations, in evaluation mode: batchtopk encodes with its running
         threshold. Layers share one bandwidth: its scale is the geometric mean of theirs. With
         `out`, the folder is an artefact that `load` reads (batchtopk as the JumpReLU of that
-        threshold); of topk it holds the checkpoints only. With `mesh` the module is a `ShardedSAE`
-        or `ShardedTranscoder`.
+        threshold), in Gemma Scope 2's format; a topk SAE in SAELens', a topk transcoder of one
+        width in sparsify's. Of other topk (two widths, several layers, a mesh) it holds the
+        checkpoints only, because no format has them: this call again returns the module. With
+        `mesh` the module is a `ShardedSAE` or `ShardedTranscoder`.
 
     Raises:
         NonFiniteError: a loss or weight is NaN or infinite; the last checkpoint stays.
