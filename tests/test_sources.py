@@ -37,6 +37,33 @@ def rows_of(block: Block) -> list[int]:
     return [int(v) for v in block.take(0, len(block))[0][:, 0]]
 
 
+def test_rows_that_are_not_finite_are_named_as_in_the_source(tmp_path: Path) -> None:
+    """Of a tensor with rows left out, of a target, of shards in small blocks and of a rank's."""
+    x = numbered(9000)
+    bad = x.clone()
+    bad[8611] = float("nan")
+    write_shards(tmp_path, [bad[:7000], bad[7000:]])
+    cases: list[tuple[Source, str, int]] = [
+        (
+            TensorSource(bad, mask=torch.arange(9000) >= 200),
+            "x is not finite in row 8611 of the",
+            1,
+        ),
+        (TensorSource(x, bad), "target is not finite in row 8611 of the source", 1),
+        (ShardSource(tmp_path, block_rows=2048), "row 1611 of shard-00001.safetensors of", 1),
+        (ShardSource(tmp_path), "x is not finite in row 1611 of shard-00001.safetensors", 2),
+    ]
+    for source, text, ranks in cases:
+        said = set()
+        for rank in range(ranks):
+            stream = Stream(source, 0, share=(rank, ranks))
+            for _ in range(7):
+                x, target = stream.next(1300)
+                said.add(stream.blame(x=x, target=target))
+        said.remove("the activations are finite, the weights have diverged")
+        assert len(said) == 1 and text in said.pop()
+
+
 # ---- in memory
 
 

@@ -98,6 +98,15 @@ class ShardSource(Source):
             return super().part(seed, index, rank, ranks)
         return self._shuffled(seed, index, chosen, rank, ranks)
 
+    def place(self, seed: int, index: int, row: int, share: tuple[int, int] = (0, 1)) -> str:
+        """The shard and the row of it."""
+        chosen, (rank, ranks) = self._chosen(seed, index), share
+        for chunk in chosen[rank::ranks] if len(chosen) >= SPREAD * ranks else chosen:
+            if row < chunk.stop - chunk.start:
+                return f"row {chunk.start + row} of {self._files[chunk.shard].name}"
+            row -= chunk.stop - chunk.start
+        return super().place(seed, index, row, share)
+
     def identity(self) -> dict[str, Any]:
         """Digest of the manifest; a change inside a shard of the same size is not seen."""
         return {"kind": "shards", "digest": self._digest, "block_rows": self._block_rows}

@@ -102,8 +102,8 @@ class Trainer:
             self.updates.zero_grad()
             raise NonFiniteError(
                 f"train: the loss is {float(loss.detach())} at step {self.taken}, on the "
-                f"{settings.batch_size} tokens from row {position[1]} of block {position[0]}; the "
-                "step was not taken",
+                f"{settings.batch_size} tokens from row {position[1]} of block {position[0]} as "
+                f"shuffled: {self.stream.blame(x=x, target=target)}; the step was not taken",
                 *(self.taken, position),
             )
         loss.backward()  # type: ignore[no-untyped-call]
