@@ -156,18 +156,37 @@ def test_a_bar_is_drawn_by_what_is_installed(
             monkeypatch.delitem(sys.modules, module)
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    with progress.bar(10, True) as shown:
+    with progress.bar(10, True, 64) as shown:
         shown(4, "loss 0.5")
         shown(10, "loss 0.25")
-    assert ("0.25" in terminal.getvalue()) == (len(absent) < 2)
+    assert "0.25" in terminal.getvalue()
+    assert ("train: step 10 of 10: loss 0.25" in terminal.getvalue()) == (len(absent) == 2)
 
 
-def test_no_bar_without_a_terminal_or_wish(monkeypatch: pytest.MonkeyPatch) -> None:
-    for stream, wanted in ((io.StringIO(), True), (Terminal(), False)):
-        monkeypatch.setattr(sys, "stderr", stream)
-        with progress.bar(3, wanted) as shown:
-            shown(3, "loss 1")
-        assert stream.getvalue() == ""
+def test_lines_without_a_terminal_and_nothing_without_a_wish(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every 10 s at most, less often in a long run; the last always."""
+    clock = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock)
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    with progress.bar(1000, False, 64) as shown:
+        shown(1000, "loss 1")
+    assert stream.getvalue() == ""
+    with progress.bar(1000, True, 64) as shown:
+        for step in range(1, 1001):
+            clock = 2.0 * step
+            shown(step, "loss 1")
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "train: step 5 of 1,000: loss 1, 32 tokens/s, 0:33:10 left"
+    assert lines[-1] == "train: step 1,000 of 1,000: loss 1, 32 tokens/s"
+    assert len(lines) < 100
+
+
+def test_a_run_off_a_terminal_ends_with_its_fvu(capsys: pytest.CaptureFixture[str]) -> None:
+    gsf.train(data(), d_sae=32, target_l0=3, steps=3, batch_size=64)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("train: step 3 of 3: loss ") and ", FVU " in last and ", L0 " in last
 
 
 # ---- evaluate

@@ -106,7 +106,8 @@ def train(
         device: default that of a tensor source, else CUDA where there is one, else the CPU.
         on_metrics: called after every step with a dict of floats: step, tokens, loss, its terms,
             fvu, l0, density, fired (latents in this batch), dead, lr, seconds.
-        progress: print the memory estimate and show a progress bar on the standard error.
+        progress: print the memory estimate and show progress on the standard error: a bar where
+            rich or tqdm is installed, a line now and then elsewhere and off a terminal.
         metadata: of the saved result: model_name, hf_hook_point_in, hf_hook_point_out, ...
         mesh: of dims ("dp", "tp") over all ranks of `torchrun`, each of which makes this call:
             latents are cut over "tp", the rows of every batch over "dp" (docs/distributed.md);
@@ -167,7 +168,7 @@ def train(
         print(f"train: {each}{d_sae:,} latents, {steps:,} steps; {found}", file=sys.stderr)
     with _recording(), nullcontext() if folder is None else checkpoint.held(folder / CHECKPOINTS):
         trainer = _start(rows_of, settings, place, folder, resume)
-        with bar(steps, progress) as shown:
+        with bar(steps, progress, batch_size) as shown:
             run_steps(trainer, folder, on_metrics, shown)
         return finish(trainer, folder, extra)
 
@@ -234,7 +235,8 @@ def run_steps(
         if on_metrics is not None or last or began - noted > NOTE_SECONDS:
             noted = began
             plain = _plain(metrics, trainer, began)
-            shown(trainer.taken, f"loss {plain['loss']:.4g}, L0 {plain['l0']:.1f}")
+            loss, fvu, l0 = (plain[name] for name in ("loss", "fvu", "l0"))
+            shown(trainer.taken, f"loss {loss:.4g}, FVU {fvu:.4g}, L0 {l0:.1f}")
             if on_metrics is not None:
                 on_metrics(plain)
 
