@@ -89,6 +89,21 @@ def as_device(op: str, device: Any) -> torch.device:
         raise ValueError(f"{op}: device must name a torch device, got {device!r}") from error
 
 
+def present_device(op: str, device: Any) -> torch.device:
+    """The torch device that `device` names, on which tensors can be made.
+
+    Raises:
+        ValueError: it names none, or none that this machine and this build of torch have.
+    """
+    found = as_device(op, device)
+    try:
+        torch.empty(0, device=found)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        why = str(error).partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"{op}: device must be one that is here, got {found}: {why}") from error
+    return found
+
+
 def as_path(op: str, argument: str, value: Any) -> Path:
     """`value` as a path.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import Activation, BatchTopK, JumpReLU, TopK, check_activation
-from .arguments import check_size
+from .arguments import check_size, present_device
 from .checks import check_float_dtype, skip_input
 from .effective import decoded, encoded, folded
 from .freezing import Frozen
@@ -74,9 +74,9 @@ class SAE(Pretrained, Frozen):
         op = type(self).__name__
         d_in, d_sae = check_size(op, "d_in", d_in), check_size(op, "d_sae", d_sae)
         d_out = d_in if d_out is None else check_size(op, "d_out", d_out)
-        activation = JumpReLU() if activation is None else activation
-        check_activation(op, activation, d_sae)
+        activation = check_activation(op, JumpReLU() if activation is None else activation, d_sae)
         check_float_dtype(op, "dtype", dtype)
+        device = None if device is None else present_device(op, device)
         self.metadata = {}
         self.semantics = as_semantics(op, semantics)
         wide = torch.float64 if dtype == torch.float64 else torch.float32

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import gemmascope_fast as gsf
+from gemmascope_fast.artefacts import writing
 from gemmascope_fast.training import checkpoint
 from gemmascope_fast.training.settings import Settings
 from gemmascope_fast.training.trainer import Trainer
@@ -206,6 +207,28 @@ def test_checkpoints_hold_every_dtype_and_layout(tmp_path: Path) -> None:
     read = checkpoint.read(path, "optimizer.") | plain
     assert same(read, tensors) and read["optimizer.t"].stride() == (1, 5)
     assert checkpoint.load_record(path) == {"a": [1, {"b": None}]}
+
+
+def test_what_the_file_system_refuses_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(28, "No space left on device")
+
+    def refuse(*_: Any) -> None:
+        raise full
+
+    file = tmp_path / "run" / "checkpoints" / "step-000000004.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "sync", refuse)
+        with pytest.raises(OSError, match=f"train: out cannot be written: No space.*{file}"):
+            train(data(), tmp_path / "run")
+        patch.setattr(writing, "sync", refuse)
+        with pytest.raises(
+            OSError, match="save_pretrained: path cannot be written: No.*/sae/params"
+        ):
+            gsf.SAE(4, 8).save_pretrained(tmp_path / "sae")
+    with pytest.raises(FileNotFoundError, match="train: out cannot be written: .*/proc/xx/check"):
+        train(data(), Path("/proc/xx"))
 
 
 # ---- bad batches

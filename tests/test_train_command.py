@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import gemmascope_fast as gsf
 from gemmascope_fast.cli import main
 from gemmascope_fast.training import command, progress
+from gemmascope_fast.training.trainer import Trainer
 
 
 def data(n: int = 300, d: int = 12) -> torch.Tensor:
@@ -134,6 +135,60 @@ def test_files_that_hold_no_activations(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "x.safetensors").write_bytes(b"nothing")
     assert main(arguments(tmp_path / "x.safetensors", tmp_path / "run", "--target-l0", "3")) == 2
     assert "is not a safetensors file" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_a_line_and_the_same_command_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gsf.sources.write_shards(tmp_path / "x", [data()])
+    log, step = tmp_path / "metrics.jsonl", Trainer.step
+
+    def stopped(trainer: Trainer) -> Any:
+        if trainer.taken == 3:
+            raise KeyboardInterrupt
+        return step(trainer)
+
+    more = ("--target-l0", "3", "--metrics", str(log), "--checkpoint-every", "2")
+    monkeypatch.setattr(Trainer, "step", stopped)
+    assert main(arguments(tmp_path / "x", tmp_path / "run", *more)) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("train: stopped after step 3 of 4; ") and "step-000000002" in last
+    monkeypatch.undo()
+    with open(log, "a") as file:
+        file.write('{"step": 3, "lo')  # killed in the middle of a line
+    assert main(arguments(tmp_path / "x", tmp_path / "run", *more)) == 0
+    assert "train: goes on from step 2, a checkpoint" in capsys.readouterr().err
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3, 4]
+    assert main(arguments(tmp_path / "x", tmp_path / "other", *more)) == 0  # appends
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == 2 * [1, 2, 3, 4]
+
+
+def test_an_interrupt_before_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gsf.sources.write_shards(tmp_path / "x", [data()])
+    for name, text in (("step", "step 0 of 4; nothing stays"), ("_begin", "before the first step")):
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            assert main(arguments(tmp_path / "x", tmp_path / "run", "--target-l0", "3")) == 130
+        assert text in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_device_that_is_not_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gsf.sources.write_shards(tmp_path / "x", [data()])
+    more = ("--target-l0", "3", "--device", "cuda:99")
+    assert main(arguments(tmp_path / "x", tmp_path / "run", *more)) == 2
+    said = capsys.readouterr().err
+    assert "ValueError: train: device must be one that is here, got cuda:99" in said
+    assert said.count("\n") == 1
+    for op, call in (
+        ("SAE", lambda device: gsf.SAE(4, 8, device=device)),
+        ("Transcoder", lambda device: gsf.Transcoder(4, 8, device=device)),
+        ("Crosscoder", lambda device: gsf.Crosscoder(2, 4, 8, device=device)),
+        ("load", lambda device: gsf.load(tmp_path, device=device)),
+    ):
+        with pytest.raises(ValueError, match=f"{op}: device must be one that is here, got cuda:99"):
+            call("cuda:99")
 
 
 # ---- progress

@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 
 from ..arguments import as_path
-from ..durable import sync, sync_folder
+from ..durable import sync, sync_folder, told
 from . import files, folders, layer_files, writing_gemma_scope_2, writing_saelens, writing_sparsify
 from .files import CONFIG, CONFIG_LIMIT
 from .gemma_scope_2 import CONFIG_KEY, PARAMS, REPLACES_KEY, digest
@@ -101,7 +101,7 @@ def write_plan(folder: Path, plan: Plan, write: Writer = write_tensors) -> None:
         write: makes one file of tensors, given its header's metadata.
     """
     _check_place(folder, plan)
-    with folders.written(OP, folder):
+    with told(OP, "path", folder), folders.written(OP, folder):
         _check_kind(folder, plan)
         layer_files.complete(folder)
         folders.remove_temporaries(folder)
@@ -120,8 +120,10 @@ def _replace(folder: Path, plan: Plan, write: Writer) -> None:
     try:
         header = _header(folder, plan, token)
         for name, tensors in plan.tensors.items():
-            _write(temporary[name], lambda file, t=tensors: write(file, t, header))  # type: ignore[misc]
-        _write(temporary[plan.config], lambda file: file.write(plan.text))
+            with told(OP, "path", folder / name):
+                _write(temporary[name], lambda file, t=tensors: write(file, t, header))  # type: ignore[misc]
+        with told(OP, "path", folder / plan.config):
+            _write(temporary[plan.config], lambda file: file.write(plan.text))
         if len(plan.tensors) > 1:
             sync_folder(folder)  # the temporary names count from the first rename on
         if plan.config != CONFIG:

@@ -65,6 +65,8 @@ def train_on(
             _announce(source, settings, layout)
         with nullcontext() if place is None else checkpoint.held(place):
             trainer = _start(source, settings, layout, folder, resume)
+            if progress and first and trainer.taken:
+                print(f"{OP}: goes on from step {trainer.taken:,}, a checkpoint", file=sys.stderr)
             with bar(settings.steps, progress and first, settings.batch_size) as shown:
                 run_steps(trainer, folder, on_metrics if first else None, shown)
             return _finish(trainer, folder, dict(metadata))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import Activation, BatchTopK, JumpReLU, check_activation
-from ..arguments import check_size
+from ..arguments import check_size, present_device
 from ..checks import check_float, check_float_dtype
 from ..freezing import Freezable
 from ..functional import batchtopk_encode, jumprelu_encode, topk_encode
@@ -58,6 +58,7 @@ class MultiLayer(Pretrained, Freezable):
         activation = JumpReLU() if activation is None else activation
         check_activation(kind, activation, d_sae)
         check_float_dtype(kind, "dtype", dtype)
+        device = None if device is None else present_device(kind, device)
         self.metadata = {}
         wide = torch.float64 if dtype == torch.float64 else torch.float32
 

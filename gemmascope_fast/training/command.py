@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..arguments import present_device
 from .hooks import ModelSource
 from .preset import PRESETS, find_preset
 from .results import CHECKPOINTS, format_of
@@ -57,7 +58,12 @@ def parser() -> argparse.ArgumentParser:
     add("--autocast", choices=DTYPES, help="of the products; default that of the matrices")
     add("--precision", choices=PRECISIONS, default="exact", help="screened: int8 candidates (CUDA)")
     add("--device", help="such as cuda:0; default CUDA where there is one")
-    add("--metrics", type=Path, help="append every step's metrics to this file, one JSON a line")
+    add(
+        "--metrics",
+        type=Path,
+        help="append every step's metrics to this file, one JSON a line; "
+        "a run that goes on cuts what it takes again",
+    )
     several = made.add_argument_group("several processes, started by torchrun")
     several.add_argument("--tp", type=int, help="ranks that share the latents; default all")
     several.add_argument("--timeout", type=float, help="seconds that a rank may stand still")
@@ -70,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train; 0 on success, 2 with a message on the standard error otherwise."""
+    """Train; 0 on success, 130 when interrupted, 2 with a message on the standard error else."""
     args = vars(parser().parse_args(argv))
     preset = find_preset(args.pop("preset"))
     changes = {name: value for name in OVERRIDES if (value := args.pop(name)) is not None}
@@ -92,6 +98,11 @@ def main(argv: Sequence[str]) -> int:
     except _told() as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:
+        print(
+            stop.args[0] if stop.args else "train: stopped before the first step", file=sys.stderr
+        )
+        return 130
     return 0
 
 
@@ -144,11 +155,32 @@ def _writer(path: Path | None) -> Callable[[dict[str, float]], None] | None:
     if path is None:
         return None
 
+    first = True
+
     def write(metrics: dict[str, float]) -> None:
+        nonlocal first
+        if first and metrics["step"] > 1 and path.exists():
+            _cut(path, metrics["step"])
+        first = False
         with open(path, "a") as file:
             file.write(json.dumps(metrics) + "\n")
 
     return write
+
+
+def _cut(path: Path, step: float) -> None:
+    """Take from the end of a file of metrics the steps from `step` on, which are taken again."""
+    end = kept = 0
+    with open(path, "r+b") as file:
+        for line in file:
+            end += len(line)
+            try:
+                read = json.loads(line)
+            except ValueError:  # the process was killed while it wrote
+                continue
+            if not (isinstance(read, dict) and read.get("step", 0) >= step):
+                kept = end
+        file.truncate(kept)
 
 
 def _source(
@@ -182,6 +214,7 @@ def _live(
         raise ModuleNotFoundError(
             "train: transformers is not installed; run `pip install transformers`"
         ) from error
+    present_device("train", device)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     network = transformers.AutoModel.from_pretrained(model).to(device).eval()
     ids = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)

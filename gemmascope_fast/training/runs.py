@@ -75,9 +75,9 @@ def train(
     returned.
 
     Args:
-        source: `[N, d_in]` tensor; a pair `([N, d_in], [N, d_out])` for a transcoder; `[N, L, d]`
-            for a crosscoder, a pair of them for a CLT; a folder of shards (`write_shards`); or a
-            `Source`.
+        source: `[N, d_in]` tensor or numpy array; a pair `([N, d_in], [N, d_out])` for a
+            transcoder; `[N, L, d]` for a crosscoder, a pair of them for a CLT; a folder of shards
+            (`write_shards`); or a `Source`.
         d_sae: number of latents, >= 1; of each layer.
         activation: "jumprelu", "topk" or "batchtopk" (of one layer).
         target_l0: active latents per token that jumprelu is pulled to, summed over the layers, in
@@ -168,6 +168,8 @@ def train(
         print(f"train: {each}{d_sae:,} latents, {steps:,} steps; {found}", file=sys.stderr)
     with _recording(), nullcontext() if folder is None else checkpoint.held(folder / CHECKPOINTS):
         trainer = _start(rows_of, settings, place, folder, resume)
+        if progress and trainer.taken:
+            print(f"{OP}: goes on from step {trainer.taken:,}, a checkpoint", file=sys.stderr)
         with bar(steps, progress, batch_size) as shown:
             run_steps(trainer, folder, on_metrics, shown)
         return finish(trainer, folder, extra)
@@ -223,7 +225,20 @@ def _start(
 def run_steps(
     trainer: Trainer, folder: Path | None, on_metrics: OnMetrics | None, shown: Shown
 ) -> None:
-    """Take the steps that are left."""
+    """Take the steps that are left; a KeyboardInterrupt says where it came."""
+    try:
+        _steps(trainer, folder, on_metrics, shown)
+    except KeyboardInterrupt as stop:
+        saved = [] if folder is None else sorted((folder / CHECKPOINTS).glob("step-*"))
+        left = f"{saved[-1]} stays, from which the same call goes on" if saved else "nothing stays"
+        at = f"{OP}: stopped after step {trainer.taken:,} of {trainer.settings.steps:,}; {left}"
+        stop.args = stop.args or (at,)
+        raise
+
+
+def _steps(
+    trainer: Trainer, folder: Path | None, on_metrics: OnMetrics | None, shown: Shown
+) -> None:
     settings, noted = trainer.settings, -math.inf
     every = settings.checkpoint_every or min(LONGEST, -(-settings.steps // 10))
     while trainer.taken < settings.steps:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_device
-from .rows import check_layers, check_rows, kept_rows, row_shape
+from .rows import check_layers, check_rows, from_numpy, kept_rows, row_shape
 
 EMPTY_BLOCKS = 64
 """Consecutive blocks without a row after which a stream gives up."""
@@ -106,7 +106,8 @@ class TensorSource(Source):
     """Activations in memory; each block is one shuffled pass over all of them.
 
     Args:
-        x: `[N, d_in]`, or of several layers `[N, L, d]`, floating point, strided, on any device.
+        x: `[N, d_in]`, or of several layers `[N, L, d]`, floating point, strided, on any device;
+            an array of numpy, too.
             Layers that are not contiguous (`[L, N, d]` transposed) are copied.
         target: `[N, d_out]` for transcoders, `[N, L, d]` for those across layers, on the same
             device.
@@ -118,6 +119,7 @@ class TensorSource(Source):
     """
 
     def __init__(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None):
+        x, target, mask = from_numpy(x), from_numpy(target), from_numpy(mask)
         check_rows("x", x)
         if target is not None:
             check_rows("target", target)
