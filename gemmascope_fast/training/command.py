@@ -95,15 +95,18 @@ def main(argv: Sequence[str]) -> int:
             module = train(source, mesh=mesh, **args, **dtypes)
             if os.environ.get("RANK", "0") == "0":
                 print(_written(args["out"], module))
-    except _told() as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print(
-            stop.args[0] if stop.args else "train: stopped before the first step", file=sys.stderr
-        )
-        return 130
+    except (KeyboardInterrupt, *_told()) as error:
+        return _said(error)
     return 0
+
+
+def _said(error: BaseException) -> int:
+    """Print what ended a run, on one line, and return the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        print(error if error.args else "train: stopped before the first step", file=sys.stderr)
+        return 130
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    return 2
 
 
 def _written(out: Path, module: Any) -> str:
