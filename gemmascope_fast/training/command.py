@@ -58,12 +58,7 @@ def parser() -> argparse.ArgumentParser:
     add("--autocast", choices=DTYPES, help="of the products; default that of the matrices")
     add("--precision", choices=PRECISIONS, default="exact", help="screened: int8 candidates (CUDA)")
     add("--device", help="such as cuda:0; default CUDA where there is one")
-    add(
-        "--metrics",
-        type=Path,
-        help="append every step's metrics to this file, one JSON a line; "
-        "a run that goes on cuts what it takes again",
-    )
+    add("--metrics", type=Path, help="append each step's metrics to this file, one JSON a line")
     several = made.add_argument_group("several processes, started by torchrun")
     several.add_argument("--tp", type=int, help="ranks that share the latents; default all")
     several.add_argument("--timeout", type=float, help="seconds that a rank may stand still")
@@ -95,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
             module = train(source, mesh=mesh, **args, **dtypes)
             if os.environ.get("RANK", "0") == "0":
                 print(_written(args["out"], module))
-    except (KeyboardInterrupt, *_told()) as error:
+    except _told() as error:
         return _said(error)
     return 0
 
@@ -121,9 +116,16 @@ def _written(out: Path, module: Any) -> str:
     )
 
 
-def _told() -> tuple[type[Exception], ...]:
+def _told() -> tuple[type[BaseException], ...]:
     """Errors of the user's or of the machine's: a line says all of them."""
-    errors = (FloatingPointError, ModuleNotFoundError, OSError, TypeError, ValueError)
+    errors = (
+        KeyboardInterrupt,
+        FloatingPointError,
+        ModuleNotFoundError,
+        OSError,
+        TypeError,
+        ValueError,
+    )
     if "WORLD_SIZE" not in os.environ:
         return errors
     import torch.distributed as dist
