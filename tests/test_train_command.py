@@ -167,7 +167,10 @@ def test_an_interrupt_before_a_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gsf.sources.write_shards(tmp_path / "x", [data()])
-    for name, text in (("step", "step 0 of 4; nothing stays"), ("_begin", "before the first step")):
+    for name, text in (
+        ("step", "step 0 of 4; there is no checkpoint"),
+        ("_begin", "before the first step"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             assert main(arguments(tmp_path / "x", tmp_path / "run", "--target-l0", "3")) == 130

@@ -81,7 +81,9 @@ def train(
         d_sae: number of latents, >= 1; of each layer.
         activation: "jumprelu", "topk" or "batchtopk" (of one layer).
         target_l0: active latents per token that jumprelu is pulled to, summed over the layers, in
-            (0, d_sae), or (0, L * d_sae).
+            (0, d_sae), or (0, L * d_sae). A run ends below it where target_l0 / d_sae is not far
+            below the preset's `frequency_scale`, 1 %, whose penalty then pulls as hard the other
+            way, and where few steps of a small lr leave thresholds behind (docs/quickstart.md).
         k: active latents per token (and layer) of topk (int) and batchtopk, in (0, d_sae].
         steps: of the run, >= 1.
         batch_size: tokens per step, >= 1.
@@ -229,7 +231,7 @@ def run_steps(
         _steps(trainer, folder, on_metrics, shown)
     except KeyboardInterrupt as stop:
         saved = [] if folder is None else sorted((folder / CHECKPOINTS).glob("step-*"))
-        left = f"{saved[-1]} stays, from which the same call goes on" if saved else "nothing stays"
+        left = f"the same command goes on from {saved[-1]}" if saved else "there is no checkpoint"
         at = f"{OP}: stopped after step {trainer.taken:,} of {trainer.settings.steps:,}; {left}"
         stop.args = stop.args or (at,)
         raise
