@@ -238,12 +238,11 @@ def folded(module: Any, bandwidth: float) -> Any:
         )
     if isinstance(module.activation, BatchTopK) and float(module.ema_threshold) < 0:
         raise ValueError(f"{op}: the running threshold has not seen a batch yet: train first")
-    options: dict[str, Any] = {"d_out": module.d_out, "device": module.W_enc.device}
+    options: dict[str, Any] = {"d_out": module.d_out, "dtype": module.W_enc.dtype}
     if getattr(module, "W_skip", None) is not None:
         options["affine"] = True
-    plain = type(module)(
-        module.d_in, module.d_sae, JumpReLU(bandwidth), dtype=module.W_enc.dtype, **options
-    )
+    made = type(module)(module.d_in, module.d_sae, JumpReLU(bandwidth), device="meta", **options)
+    plain = made.to_empty(device=module.W_enc.device)  # nothing is drawn
     b_enc, W_dec = given.b_enc, module.W_dec
     if module.semantics.centers(module.activation) and module.centred:
         b_enc = b_enc - module.b_dec @ given.W_enc.to(module.b_dec.dtype)

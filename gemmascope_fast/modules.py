@@ -142,7 +142,6 @@ class SAE(Pretrained, Frozen):
         if self.ema_threshold is None or smallest is None:
             return
         moved = self.semantics.moved(self.ema_threshold, smallest)
-        moved = torch.where(moved.isfinite(), moved, self.ema_threshold)
         if torch.compiler.is_compiling():  # which loses writes to a float64 scalar on a CPU
             self.ema_threshold = moved
         else:
@@ -166,9 +165,9 @@ class SAE(Pretrained, Frozen):
         """Serve `to`, `half`, ...; biases and threshold are never rounded to 16 bits."""
 
         def keep_vectors(t: Tensor) -> Tensor:
-            if t.dim() == 0:
-                return t.to(fn(t).device)
             moved = fn(t)
+            if t.dim() == 0:
+                return moved if moved.dtype == t.dtype else t.to(moved.device)
             rounded = t.dim() == 1 and moved.dtype in (torch.bfloat16, torch.float16)
             kept = torch.float32 if t.dtype == torch.float64 else t.dtype
             return t.to(moved.device, kept) if rounded else moved

@@ -200,10 +200,14 @@ class Semantics:
         return theta
 
     def moved(self, running: Tensor, smallest: Tensor) -> Tensor:
-        """`decay * running + (1 - decay) * smallest`; `smallest` where running is negative."""
+        """`decay * running + (1 - decay) * smallest`; `smallest` where running is negative.
+
+        A `smallest` that is not finite, of a batch in which nothing is active, moves nothing.
+        """
         decay = 0.0 if self.ema_decay is None else self.ema_decay
         target = smallest.to(running)
-        return torch.where(running < 0, target, decay * running + (1 - decay) * target)
+        moved = torch.where(running < 0, target, decay * running + (1 - decay) * target)
+        return torch.where(moved.isfinite(), moved, running)
 
     def annealed_k(self, step: int, k: float, *, start: float, steps: int) -> int:
         """K at a step of a run that starts wide: linear from `start` to k over `steps` steps.

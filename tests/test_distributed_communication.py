@@ -304,5 +304,24 @@ def running_threshold() -> None:
     same_acts(acts.gathered(), whole.encode(x)[rows])
 
 
-def test_the_running_threshold_is_that_of_one_process(ranks: Ranks) -> None:
-    ranks.run(4, running_threshold)
+def running_thresholds_of_layers() -> None:
+    whole = problems.randomised(gsf.Crosscoder(3, D, 23, BatchTopK(2.5), ema_decay=0.9))
+    sharded, mesh = parted(whole, 2, 2)
+    rows = rows_of(mesh, N)
+    x = torch.randn(N, 3, D, generator=torch.Generator().manual_seed(4)).to(batch(0))
+    for step in range(3):
+        whole.encode(x * (1 + step))
+        sharded.encode(x[rows] * (1 + step))
+        assert torch.equal(sharded.ema_threshold, whole.ema_threshold), step
+    whole.eval()
+    sharded.eval()
+    with counted() as sent:
+        found = sharded.encode(x[rows])
+    assert sent == []
+    for mine, theirs in zip(found, whole.encode(x), strict=True):
+        same_acts(mine.gathered(), theirs[rows])
+
+
+@pytest.mark.parametrize("run", [running_threshold, running_thresholds_of_layers])
+def test_the_running_threshold_is_that_of_one_process(ranks: Ranks, run: Any) -> None:
+    ranks.run(4, run)

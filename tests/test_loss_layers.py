@@ -20,6 +20,7 @@ from gemmascope_fast.training import (
     AuxK,
     Frequency,
     Matryoshka,
+    PreAct,
     QuadraticL0,
     QuadraticMeanL0,
     Reconstruction,
@@ -257,6 +258,95 @@ def test_terms_of_activations_and_firing_rates(name: str, path: str) -> None:
         torch.testing.assert_close(ours, true)
 
 
+def dead_of(module: MultiLayer) -> Tensor:
+    """Some latents of the first and the last layer, none of the one between."""
+    dead = torch.zeros(L, F, dtype=torch.bool)
+    dead[0, ::3] = dead[2, 5:9] = True
+    return dead.flatten()
+
+
+def revived(module: MultiLayer, term: AuxK, x: Tensor, target: Tensor) -> Tensor:
+    """The term by its formula, dense; x and target `[n, L, D]`."""
+    p, dead = dict(module.named_parameters()), dead_of(module).view(L, F)
+    residual = (target - dense(module, p, x)[0]).detach()
+    found = torch.zeros_like(residual)
+    for i in range(L):
+        weights = [p[f"W_enc.{i}"][:, dead[i]], p[f"b_enc.{i}"][dead[i]]]
+        pre = x[:, i] @ (weights[0] if term.encoder_gradient else weights[0].detach())
+        pre = pre + (weights[1] if term.encoder_gradient else weights[1].detach())
+        pre = pre if term.encoder_gradient else pre.detach()
+        k = min(term.k_aux, int(dead[i].sum()))
+        values, at = pre.topk(k)
+        acts = torch.zeros_like(pre).scatter(1, at, values.relu() if term.rectified else values)
+        W_dec = p[f"W_dec.{i}"].view(F, -1, D)[dead[i]]
+        written = torch.einsum("nf,fjd->njd", acts, W_dec)
+        found = found + torch.nn.functional.pad(written, (0, 0, L - W_dec.shape[1], 0))
+    share = min(int(dead.sum()) / L / term.k_aux, 1.0) if term.scaled else 1.0
+    v = torch.ones(())
+    if term.normalisation != "none":
+        flat = (residual if term.normalisation == "residual" else target.detach()).flatten(1)
+        v = (flat - flat.mean(0)).square().sum(1).mean()
+    return term.coefficient * share * (found - residual).square().sum((1, 2)).mean() / v
+
+
+AUXK: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "few": {"k_aux": 20},
+    "unscaled, by the residual": {"scaled": False, "normalisation": "residual", "k_aux": 20},
+    "by the target": {"normalisation": "target"},
+    "negative too": {"rectified": False},
+    "decoder only": {"encoder_gradient": False},
+}
+
+
+@pytest.mark.parametrize("name", AUXK)
+@pytest.mark.parametrize("kind", KINDS)
+def test_dead_latents_reconstruct_the_residual_of_all_layers(kind: str, name: str) -> None:
+    module = build(kind, TopK(3), dtype=torch.float64, packed=[True, False, True])
+    term = AuxK(**({"dead": dead_of(module), "k_aux": 3, "coefficient": 0.3} | AUXK[name]))
+    x, target = batch(module, torch.float64)
+    wanted = [*((x,) if target is None else (x, target)), *module.parameters()]
+    for limits in (Limits(), Limits(entry_bytes=4000)):
+        active: list[Tensor] = []
+        loss, metrics = layered_loss(
+            module, x, target, (Reconstruction(), term), limits, active=active
+        )
+        found = torch.autograd.grad(loss, wanted)
+        flat = [t.view(-1, L, D) for t in (x, x if target is None else target)]
+        expected = revived(module, term, *flat)
+        torch.testing.assert_close(metrics["auxk"], expected.detach())
+        recon, _ = dense(module, dict(module.named_parameters()), flat[0])
+        expected = expected + (recon - flat[1]).square().sum((1, 2)).mean()
+        torch.testing.assert_close(loss, expected)
+        for ours, true in zip(found, torch.autograd.grad(expected, wanted), strict=True):
+            torch.testing.assert_close(ours, true)
+        with torch.no_grad():
+            fired = torch.cat([acts.fired() for acts in module.encode(x)])
+        assert_same(torch.cat(active), fired)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_dead_latents_of_a_jumprelu_on_every_path(path: str) -> None:
+    module = build("affine clt")
+    term = AuxK(dead_of(module), 3, 0.3)
+    x, target = batch(module)
+    assert target is not None
+    alone, _ = layered_loss(module, x, target, (Reconstruction(),), PATHS[path])
+    both, metrics = layered_loss(module, x, target, (Reconstruction(), term), PATHS[path])
+    flat = x.view(-1, L, D), target.view(-1, L, D)
+    expected = revived(module, term, *flat)
+    torch.testing.assert_close(metrics["auxk"], expected.detach())
+    parameters = list(module.parameters())
+    first, second, only = (
+        torch.autograd.grad(value, parameters, allow_unused=True)
+        for value in (alone, both, expected)
+    )
+    for a, b, c in zip(first, second, only, strict=True):
+        torch.testing.assert_close(
+            b - a, torch.zeros_like(a) if c is None else c, atol=1e-3, rtol=1e-3
+        )
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_counts_of_latents(path: str) -> None:
     module = build("affine clt")
@@ -333,9 +423,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "meta": (lambda m, x: m.loss(x.to("meta"), x), "loss: x must have values"),
     "no terms": (lambda m, x: m.loss(x, x, []), "terms must not be empty"),
     "matryoshka": (lambda m, x: m.loss(x, x, [Matryoshka((2, F))]), "matryoshka .*one layer"),
-    "auxk": (
-        lambda m, x: m.loss(x, x, [AuxK(torch.ones(F, dtype=torch.bool), 2)]),
-        "auxk is for dictionaries of one layer",
+    "auxk": (lambda m, x: m.loss(x, x, [AuxK(torch.ones(F, dtype=torch.bool), 2)]), "loss: auxk"),
+    "pre_act": (
+        lambda m, x: m.loss(x, x, [PreAct(torch.ones(L * F, dtype=torch.bool), 2.0)]),
+        "pre_act is for dictionaries of one layer",
     ),
     "counts": (
         lambda m, x: m.loss(x, x, [Frequency(0.1, counts=torch.ones(F), tokens=3)]),

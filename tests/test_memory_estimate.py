@@ -53,6 +53,14 @@ RUNS: dict[str, dict[str, Any]] = {
         **{"d_in": 512, "d_sae": 8192, "batch_size": 1024, "target_l0": 50, "steps": 2},
         **{"kind": "crosscoder", "layers": 3},
     },
+    "crosscoder, batchtopk": {
+        **{"d_in": 512, "d_sae": 8192, "batch_size": 1024, "steps": 3, "kind": "crosscoder"},
+        **{"layers": 3, "activation": "batchtopk", "k": 20, "preset": {"auxk": 0.0}},
+    },
+    "clt, many dead": {
+        **{"d_in": 384, "d_out": 384, "d_sae": 8192, "batch_size": 1024, "steps": 6, "kind": "clt"},
+        **{"layers": 4, "affine": True, "activation": "batchtopk", "k": 3},
+    },
     "clt, unfused": {
         **{"d_in": 384, "d_out": 384, "d_sae": 8192, "batch_size": 1024, "target_l0": 50},
         **{"kind": "clt", "layers": 4, "affine": True, "fused": False, "steps": 2},
@@ -63,7 +71,9 @@ RUNS: dict[str, dict[str, Any]] = {
     },
 }
 MOST = dict.fromkeys(RUNS, 1.15)
-MOST["topk, many dead"] = 1.25  # how many latents are dead at once is not known before
+MOST["topk, many dead"] = MOST["clt, many dead"] = (
+    1.25  # how many latents are dead at once is not known before
+)
 MOST["clt, dense start"] = 1.9  # two steps, in which no layer has become sparse yet
 CHECKPOINTED = {"d_in": 1152, "d_sae": 16384, "batch_size": 1024, "target_l0": 50, "steps": 2}
 

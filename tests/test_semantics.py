@@ -268,7 +268,9 @@ def test_conversion_to_jumprelu(name: str, tmp_path: Any) -> None:
     else:
         made = module(gsf.BatchTopK(4.5), Semantics.preset(name))
         made.encode(batch() * 1.1)  # or its smallest activation would equal the threshold
+    state = torch.get_rng_state()
     plain = made.to_jumprelu(bandwidth=0.07)
+    assert torch.equal(torch.get_rng_state(), state)
     assert plain.activation == gsf.JumpReLU(0.07) and plain.semantics == Semantics()
     made.eval()
     x = batch().detach()

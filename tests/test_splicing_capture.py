@@ -213,6 +213,29 @@ def test_layers_are_stacked(name: str, kind: str) -> None:
         assert_same(ours.to_dense(), theirs.to_dense())
 
 
+def test_a_batchtopk_of_several_layers_evaluates_in_a_model_as_its_jumprelu() -> None:
+    sizes = 2, gemmas.HIDDEN, 40, gsf.BatchTopK(4.0)
+    module, model, ids = Crosscoder(*sizes, ema_decay=0.9), gemmas.gemma(), gemmas.prompts()
+    module.metadata = crosscoder().metadata
+    with torch.no_grad():
+        with gsf.capture(model, module) as captured:
+            model(ids)
+        assert len(captured[module].acts) == 2  # encoded now, in training mode
+        assert bool((module.ema_threshold > 0).all())
+        module.eval().ema_threshold.mul_(1.5)
+        found = []
+        for each in (module, module.to_jumprelu()):
+            with gsf.capture(model, each) as captured:
+                model(ids)
+            with gsf.splice(model, each, error="none"):
+                found.append((captured[each].acts, model(ids).logits))
+    (acts, logits), (theirs, expected) = found
+    assert_same(logits, expected)
+    for layer, other in zip(acts, theirs, strict=True):
+        assert_same(layer.to_dense(), other.to_dense())
+        assert 0 < layer.nnz != 4 * layer.n
+
+
 def dense_layers(module: Any, xs: list[Tensor], keep: Tensor) -> Tensor:
     """Reconstruction of the last layer in `xs`, latents outside of `keep` ablated."""
     at = len(xs) - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Iterator
@@ -136,6 +137,25 @@ def test_dead_latents_of_topk_have_a_loss_of_their_own() -> None:
     revived = ["auxk" in m for m in seen]
     assert not any(revived[:8]) and revived[8:] == [m["dead"] > 0 for m in seen[7:-1]]
     assert any(revived)
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_a_dead_latent_stays_dead_until_it_fires(activation: str) -> None:
+    """Not until AuxK has given it a gradient."""
+    settings = Settings(
+        *(24, 24, 384, 40, FAST), activation=activation, k=2, batch_size=128, rows="exact"
+    )
+    trainer = Trainer(TensorSource(sparse_data(1000)), settings, CPU)
+    draw, drawn, revived = trainer._batch, [], 0
+    trainer._batch = lambda: drawn.append(draw()) or drawn[-1]  # type: ignore[func-returns-value, method-assign]
+    for _ in range(20):
+        dead, before = trainer.silent(), copy.deepcopy(trainer.module)
+        metrics = trainer.step()
+        fired = before.count_latents(drawn[-1][0])[0] > 0
+        assert torch.equal(trainer.last_fired == trainer.taken, fired)
+        assert int(metrics["fired"]) == int(fired.sum())
+        revived += int((dead & ~fired).sum()) if "auxk" in metrics else 0
+    assert revived > 50
 
 
 def test_both_forms_of_the_pull() -> None:

@@ -5,12 +5,12 @@
 //   x [n, d_in], W_enc [d_in, d_sae], b_enc [d_sae]
 //
 // Source: BatchTopK sparse autoencoders, arXiv 2412.06410, section 3.
-// Algorithm: one pool of candidates; whenever it is a quarter larger its r-th best becomes a lower bound for all tasks, valid
-// even when stale. r is count, or where entries are screened the most of the count best that the part of the latents seen so
-// far may hold, but for luck: n times TopK's rank (sample_ranks.h), for a latent has at most n of them, and sums of weights in
-// [0, 1] obey the Chernoff bound of as many whole ones. count entries that reach the last bound prove it, else the pass is
-// repeated without estimates. The order (value, row, latent) is total, so the outcome is the same whatever the schedule. A
-// guess starts the bound, and is proved in the same way.
+// Algorithm: one pool of entries; whenever it is a quarter larger its count-th best becomes a lower bound for all tasks, valid
+// even when stale. Where entries are screened a second pool has what they are likely to reach, and its r-th best is a limit: r
+// is the most of the count best that the part of the latents seen so far may hold, but for luck: n times TopK's rank
+// (sample_ranks.h), for a latent has at most n of them, and sums of weights in [0, 1] obey the Chernoff bound of as many whole
+// ones. count entries above the last limit prove it, else the pass is repeated without estimates. The order (value, row,
+// latent) is total, so the outcome is the same whatever the schedule. A guess starts the bound, and is proved in the same way.
 // Bound: the dot products (fma ports); at n = 1 the read of W_enc.
 #include <torch/csrc/stable/library.h>
 
@@ -31,10 +31,13 @@ namespace gemmascope_fast {
 namespace {
 
 constexpr char kOp[] = "batchtopk_encode";
+constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 // Entries that a thread gathers before it adds them to the pool: few beside those to select, as they come without a bound.
 constexpr int64_t kFewest = 32, kMost = 512;
 constexpr int64_t kFew = 16;  // latents per selected one, from which a part of them tells enough
+// Standard deviations by which an entry is taken for smaller than its codes say.
+constexpr float kSpread = 4;
 
 struct Entry {
   float value;  // > 0 or the one NaN above
@@ -54,9 +57,15 @@ bool better(const Entry& a, const Entry& b) {
   return a.row != b.row ? a.row < b.row : a.latent < b.latent;
 }
 
+bool better(float a, float b) { return a > b; }
+float value_of(const Entry& entry) { return entry.value; }
+float value_of(float value) { return value; }
+
+// The best of what was shown, at least `count` of them, and a bound that rises with them.
+template <class T>
 class Pool {
  public:
-  // rank: of the best entries so far, which one's value is the next bound, 0 < rank() <= count.
+  // rank: of the best so far, which one's value is the next bound, 0 < rank() <= count.
   Pool(int64_t count, float bound, std::function<int64_t()> rank)
       : count_(count),
         share_(std::clamp(count / 32, kFewest, kMost)),
@@ -65,14 +74,12 @@ class Pool {
         bound_(bound) {}
 
   int64_t share() const { return share_; }
-
-  // Nothing below the bound can be selected, if `finish` finds count entries.
   float bound() const { return bound_.load(std::memory_order_relaxed); }
 
-  void add(std::vector<Entry>& entries) {
+  void add(std::vector<T>& entries) {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (const Entry& entry : entries) {
-      if (entry.value < bound() || (cut_once_ && !better(entry, worst_))) continue;
+    for (const T& entry : entries) {
+      if (value_of(entry) < bound() || (cut_once_ && !better(entry, worst_))) continue;
       entries_.push_back(entry);
       if (size() >= next_) raise();
     }
@@ -80,7 +87,7 @@ class Pool {
   }
 
   // The count best, unordered; fewer where fewer reach the bound.
-  std::vector<Entry>& finish() {
+  std::vector<T>& finish() {
     cut();
     return entries_;
   }
@@ -101,10 +108,10 @@ class Pool {
     // Under the lock: what others have added they had counted as visited.
     const int64_t rank = rank_();
     if (rank <= size()) {
-      const float value = select(rank).value;
-      const float limit = std::isnan(value) ? std::numeric_limits<float>::infinity() : value;
+      const float value = value_of(select(rank));
+      const float limit = std::isnan(value) ? kInf : value;
       if (limit > bound()) bound_.store(limit, std::memory_order_relaxed);
-      const auto below = [&](const Entry& entry) { return entry.value < limit; };
+      const auto below = [&](const T& entry) { return value_of(entry) < limit; };
       entries_.erase(std::remove_if(entries_.begin() + rank, entries_.end(), below),
                      entries_.end());
     }
@@ -112,8 +119,9 @@ class Pool {
   }
 
   // Puts the rank best first and returns the last of them.
-  const Entry& select(int64_t rank) {
-    std::nth_element(entries_.begin(), entries_.begin() + rank - 1, entries_.end(), better);
+  const T& select(int64_t rank) {
+    std::nth_element(entries_.begin(), entries_.begin() + rank - 1, entries_.end(),
+                     [](const T& a, const T& b) { return better(a, b); });
     return entries_[static_cast<size_t>(rank - 1)];
   }
 
@@ -121,35 +129,82 @@ class Pool {
   std::function<int64_t()> rank_;
   std::atomic<float> bound_;
   std::mutex mutex_;
-  std::vector<Entry> entries_;
-  Entry worst_{};
+  std::vector<T> entries_;
+  T worst_{};
   bool cut_once_ = false;
 };
 
-// Entries below this cannot be selected; those equal to the bound may be, by their row.
-float limit_of(const Pool& pool) {
-  const float bound = pool.bound();
-  return bound > 0 ? std::nextafter(bound, 0.0f) : 0.0f;
-}
+// Entries at the bound may be selected, by their row: the limit is below it.
+float limit_of(float bound) { return bound > 0 ? std::nextafter(bound, 0.0f) : 0.0f; }
 
-void collect(EncodeTiles& tiles, const float* bias, Pool& pool) {
-  std::vector<std::vector<Entry>> found(static_cast<size_t>(tiles.slots()));
-  const EncodeLimits limits = {bias, nullptr, [&](int64_t) { return limit_of(pool); }};
+// One thread's entries, added to the pools a few at a time.
+class Collector {
+ public:
+  // likely: what the entries are expected to reach, or null.
+  Collector(Pool<Entry>& pool, Pool<float>* likely) : pool_(&pool), likely_(likely) {}
+
+  void visit(int64_t row, int64_t latent, int64_t count, const int32_t* position,
+             const float* pre) {
+    for (int64_t i = 0; i < count; ++i) {
+      const float value = std::isnan(pre[i]) ? kNaN : pre[i];
+      found_.push_back({value, static_cast<int32_t>(latent) + position[i], row});
+    }
+    if (static_cast<int64_t>(found_.size()) >= pool_->share()) pool_->add(found_);
+  }
+
+  void expect(float value, float deviation) {
+    expected_.push_back(std::isnan(value) ? kInf : value - kSpread * deviation);
+    if (static_cast<int64_t>(expected_.size()) >= likely_->share()) likely_->add(expected_);
+  }
+
+  void flush() {
+    pool_->add(found_);
+    if (likely_ != nullptr) likely_->add(expected_);
+  }
+
+ private:
+  Pool<Entry>* pool_;
+  Pool<float>* likely_;
+  std::vector<Entry> found_;
+  std::vector<float> expected_;
+};
+
+void collect(EncodeTiles& tiles, const float* bias, Pool<Entry>& pool, Pool<float>* likely) {
+  std::vector<Collector> collectors(static_cast<size_t>(tiles.slots()), Collector(pool, likely));
+  const auto limit = [&](int64_t) {
+    return limit_of(std::max(pool.bound(), likely == nullptr ? 0.0f : likely->bound()));
+  };
+  // work(limits, visit)
+  const auto with = [&](int64_t slot, const auto& work) {
+    Collector& own = collectors[static_cast<size_t>(slot)];
+    EncodeLimits limits = {bias, nullptr, limit};
+    if (likely != nullptr) {
+      limits.expect = [&](int64_t, float value, float deviation) { own.expect(value, deviation); };
+    }
+    work(limits, [&](int64_t row, int64_t latent, int64_t count, const int32_t* position,
+                     const float* pre) { own.visit(row, latent, count, position, pre); });
+    own.flush();
+  };
   const int64_t row_blocks = tiles.tasks() / std::max<int64_t>(tiles.ranges(), 1);
   parallel_tasks(tiles.tasks(), tiles.slots(), [&](int64_t t, int64_t slot) {
-    std::vector<Entry>& own = found[static_cast<size_t>(slot)];
     // All row blocks of a range before the next one, so that they have seen about the same part of the latents.
-    tiles.run(
-        tiles.task(t % row_blocks * tiles.ranges() + t / row_blocks), slot, limits,
-        [&](int64_t row, int64_t latent, int64_t count, const int32_t* position, const float* pre) {
-          for (int64_t i = 0; i < count; ++i) {
-            const float value = std::isnan(pre[i]) ? kNaN : pre[i];
-            own.push_back({value, static_cast<int32_t>(latent) + position[i], row});
-          }
-          if (static_cast<int64_t>(own.size()) >= pool.share()) pool.add(own);
-        });
-    pool.add(own);
+    const int64_t task = t % row_blocks * tiles.ranges() + t / row_blocks;
+    with(slot, [&](const EncodeLimits& limits, const EncodeTiles::Visit& visit) {
+      tiles.run(tiles.task(task), slot, limits, visit);
+    });
   });
+  parallel_tasks(tiles.slots(), [&](int64_t slot, int64_t) {
+    with(slot, [&](const EncodeLimits& limits, const EncodeTiles::Visit& visit) {
+      tiles.finish(slot, limits, visit);
+    });
+  });
+}
+
+float smallest(const std::vector<Entry>& entries) {
+  if (entries.empty()) return 0.0f;
+  return std::max_element(entries.begin(), entries.end(),
+                          [](const Entry& a, const Entry& b) { return better(a, b); })
+      ->value;
 }
 
 // The part of the latents that the row blocks have seen at most.
@@ -165,22 +220,31 @@ std::vector<Entry> select(EncodeTiles& tiles, const float* bias, int64_t count,
                           std::optional<double> guess) {
   if (count == 0) return {};
   const auto all = [=] { return count; };
-  const auto full = [=](Pool& pool) { return static_cast<int64_t>(pool.finish().size()) == count; };
+  // Whether count entries are above the limits that others were held to.
+  const auto proved = [=](Pool<Entry>& pool, float limit) {
+    const std::vector<Entry>& best = pool.finish();
+    const bool full = static_cast<int64_t>(best.size()) == count;
+    return limit == 0 || (full && !(smallest(best) <= limit));
+  };
   if (guess && *guess > 0 && std::isfinite(static_cast<float>(*guess))) {
-    Pool pool(count, static_cast<float>(*guess), all);
-    collect(tiles, bias, pool);
-    if (full(pool)) return std::move(pool.finish());
+    Pool<Entry> pool(count, static_cast<float>(*guess), all);
+    collect(tiles, bias, pool, nullptr);
+    if (proved(pool, limit_of(pool.bound()))) return std::move(pool.finish());
   }
+  float reached = 0;  // by count entries
   const int64_t n = tiles.rows(), k = (count + n - 1) / n;
   if (tiles.screened() && k <= tiles.latents() / kFew) {
     tiles.shuffle();
     const SampleRanks ranks(k, tiles.latents());
-    Pool pool(count, 0.0f, [&] { return std::min(count, n * ranks.rank(visited(tiles))); });
-    collect(tiles, bias, pool);
-    if (full(pool) || pool.bound() == 0) return std::move(pool.finish());
+    Pool<Entry> pool(count, 0.0f, all);
+    Pool<float> likely(count, 0.0f,
+                       [&] { return std::min(count, n * ranks.rank(visited(tiles))); });
+    collect(tiles, bias, pool, &likely);
+    if (proved(pool, limit_of(likely.bound()))) return std::move(pool.finish());
+    if (static_cast<int64_t>(pool.finish().size()) == count) reached = smallest(pool.finish());
   }
-  Pool pool(count, 0.0f, all);
-  collect(tiles, bias, pool);
+  Pool<Entry> pool(count, reached, all);
+  collect(tiles, bias, pool, nullptr);
   return std::move(pool.finish());
 }
 
@@ -207,11 +271,6 @@ void write_entries(const std::vector<Entry>& entries, int64_t n, int64_t* offset
       out.gate_data()[e] = 1.0f;
     }
   });
-}
-
-float smallest(const std::vector<Entry>& entries) {
-  if (entries.empty()) return 0.0f;
-  return std::max_element(entries.begin(), entries.end(), better)->value;
 }
 
 }  // namespace

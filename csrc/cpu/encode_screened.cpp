@@ -12,6 +12,7 @@
 // candidates' rows of W_enc stream by. A group with a block of too many is done again block by block, as are the next ones.
 // Bound: the int8 products; then the rows of x and W_enc read by rescoring, from L3 and memory.
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <random>
 
@@ -29,6 +30,8 @@ constexpr int64_t kLastShare =
     32;  // of the latents, the first ones, that part comes last in a random order
 constexpr int64_t kHotCodes = 1 << 20;  // bytes of latents that stay in L2 while tokens pass by
 constexpr size_t kGathered = 2048;      // candidates that are rescored together
+constexpr float kNever =
+    std::numeric_limits<float>::infinity();  // a limit of a row of which nothing is wanted
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t blocks_of(int64_t latents) { return divide_up(latents, kScreenBlock); }
@@ -64,7 +67,7 @@ LatentBlock EncodeTiles::latent_block(int64_t begin, int64_t count, Scratch& scr
 
 EncodeTiles::Group EncodeTiles::group_at(const Task& task, int64_t place, bool alone) const {
   const int64_t fit = kHotCodes / (kScreenBlock * tokens_->d());
-  const int64_t most = gathers(task) && !alone ? std::clamp<int64_t>(fit, 1, kMostBlocks) : 1;
+  const int64_t most = gathers() && !alone ? std::clamp<int64_t>(fit, 1, kMostBlocks) : 1;
   Group group;
   for (; group.count < most && place < task.latent_end; place += kScreenBlock) {
     group.blocks[group.count++] = block_at(task, place);
@@ -83,7 +86,7 @@ void EncodeTiles::read_ahead(const Task& task, const Group& next, int64_t blocks
   };
   int32_t last = -1;
   for (const Wanted& c : scratch.pending.entries) {
-    if (packed_ && !gathers(task) && c.latent != last) add(w_rows_.stretch(c.latent, 1));
+    if (packed_ && !gathers() && c.latent != last) add(w_rows_.stretch(c.latent, 1));
     last = c.latent;
   }
   for (int64_t b = 0; b < next.count; ++b) {
@@ -115,11 +118,21 @@ void EncodeTiles::multiply(int64_t row, int64_t rows, int64_t blocks, const Enco
   }
   float* products = scratch.products.reserve(blocks * kRowsAtOnce * kScreenBlock);
   const ScreenTable& table = tokens_->table();
+  const auto wanted = [&](int64_t first, int64_t count) {
+    for (int64_t r = first; r < first + count; ++r) {
+      if (tokens[r / kScreenRows].limit[r % kScreenRows] < kNever) return true;
+    }
+    return false;
+  };
   if (table.begin != nullptr) table.begin();
   for (int64_t chunk = 0; chunk < d / width; ++chunk) {
     for (int64_t b = 0; b < blocks; ++b) {
       for (int64_t r = 0; r < rows; r += table.rows) {
         const int64_t count = std::min(table.rows, rows - r), at = b * kRowsAtOnce + r;
+        if (!wanted(r, count)) {
+          std::fill_n(masks + at, count, uint64_t{0});
+          continue;
+        }
         const ScreenTile tile = {
             scratch.codes[b].codes, tokens_->codes(row + r), count, d, chunk, width, ahead};
         table.tile(tile, scratch.bounds[b], tokens[r / kScreenRows], masks + at,
@@ -158,9 +171,9 @@ bool EncodeTiles::find_candidates(const Task& task, const Group& own, const Grou
         of_block[b] += __builtin_popcountll(masks[at] & real[b]);
         for (uint64_t mask = masks[at] & real[b]; mask != 0; mask &= mask - 1) {
           const int latent = __builtin_ctzll(mask);
-          found.push_back({static_cast<int32_t>(row + r - task.row_begin),
+          found.push_back({static_cast<int32_t>(row + r),
                            static_cast<int32_t>(b * kScreenBlock) + latent,
-                           products[at * kScreenBlock + latent]});
+                           products[at * kScreenBlock + latent], 0.0f});
         }
       }
     }
@@ -172,8 +185,7 @@ bool EncodeTiles::find_candidates(const Task& task, const Group& own, const Grou
 }
 
 // Drops the candidates that the fine codes rule out, in the groups of 16 latents that have enough of them.
-void EncodeTiles::refine(const Task& task, int64_t blocks, Scratch& scratch,
-                         const EncodeLimits& limits) {
+void EncodeTiles::refine(int64_t blocks, Scratch& scratch, const EncodeLimits& limits) {
   std::vector<Candidate>& found = scratch.candidates;
   const int64_t d = tokens_->d();
   int64_t of_group[kMostBlocks * kScreenGroups] = {};
@@ -187,7 +199,7 @@ void EncodeTiles::refine(const Task& task, int64_t blocks, Scratch& scratch,
   scratch.fine_pairs.clear();
   for (const Candidate& c : found) {
     if (of_group[c.latent / kGroupRows] < kRefined) continue;
-    FinePair pair = tokens_->fine_pair(task.row_begin + c.row);
+    FinePair pair = tokens_->fine_pair(c.row);
     pair.w = scratch.code_rows.data() + c.latent * d;
     pair.w_scale = scratch.codes[c.latent / kScreenBlock].scales + c.latent % kScreenBlock;
     scratch.fine_pairs.push_back(pair);
@@ -196,34 +208,46 @@ void EncodeTiles::refine(const Task& task, int64_t blocks, Scratch& scratch,
   const float* dot = scratch.fine_dots.reserve(count);
   tokens_->table().fine_dots(scratch.fine_pairs.data(), count, d, scratch.fine_dots.reserve(0));
   const double unit = fine_unit(tokens_->table().token_code);
+  const ReachScale scale(d);
   size_t left = 0;
-  for (const Candidate c : found) {
+  for (Candidate c : found) {
+    const bool refined = of_group[c.latent / kGroupRows] >= kRefined;
+    if (!refined && !limits.expect) {
+      found[left++] = c;
+      continue;
+    }
+    const ScreenLatents& latents = scratch.bounds[c.latent / kScreenBlock];
+    const int64_t l = c.latent % kScreenBlock, at = c.row % kScreenRows;
+    const ScreenBound bound =
+        refined ? fine_bound(tokens_->fine(c.row), latents, l, c.product, *dot++ / unit)
+                : coarse_bound(tokens_->tokens(c.row), at, latents, l, c.product);
+    const float limit = limits.latent == nullptr ? limits.row(c.row) : 0.0f;
+    if (refined && !may_pass(bound, limit, latents, l)) continue;
+    if (limits.expect) {
+      const Reach reach = reach_of(bound, scale, latents, l);
+      c.most = reach.most;
+      if (reach.near > limit) limits.expect(c.row, reach.near, reach.deviation);
+    }
     found[left++] = c;
-    if (of_group[c.latent / kGroupRows] < kRefined) continue;
-    const int64_t row = task.row_begin + c.row;
-    const float limit = limits.latent == nullptr ? limits.row(row) : 0.0f;
-    left -= !may_pass(tokens_->fine(row), limit, scratch.bounds[c.latent / kScreenBlock],
-                      c.latent % kScreenBlock, c.product, *dot++ / unit);
   }
   found.resize(left);
 }
 
-// Makes the candidates pending, by latent, so that a row of W_enc is in L1 while the rows of x that want it pass by.
-void EncodeTiles::sort_candidates(const Group& group, Scratch& scratch) {
-  std::vector<Wanted>& pending = scratch.pending.entries;
-  size_t place[kMostBlocks * kScreenBlock + 1] = {pending.size()};
+// Appends the candidates by latent, so that a row of W_enc is in L1 while the rows of x that want it pass by.
+void EncodeTiles::sort_candidates(const Group& group, Scratch& scratch,
+                                  std::vector<Wanted>& target) {
+  size_t place[kMostBlocks * kScreenBlock + 1] = {target.size()};
   const int64_t latents = group.count * kScreenBlock;
   for (const Candidate& c : scratch.candidates) ++place[c.latent + 1];
   for (int64_t l = 0; l < latents; ++l) place[l + 1] += place[l];
-  pending.resize(pending.size() + scratch.candidates.size());
+  target.resize(target.size() + scratch.candidates.size());
   for (const Candidate& c : scratch.candidates) {
-    pending[place[c.latent]++] = {c.row, static_cast<int32_t>(group.latent(c.latent))};
+    target[place[c.latent]++] = {c.row, static_cast<int32_t>(group.latent(c.latent)), c.most};
   }
-  scratch.pending.last = group.blocks[0];
 }
 
 // The rows of x and of W_enc that the candidates want, the latter converted where they do not lie as rows.
-void EncodeTiles::pair_rows(const Task& task, Scratch& scratch) {
+void EncodeTiles::pair_rows(Scratch& scratch) {
   const Pending& own = scratch.pending;
   const auto [begin, count] = own.last;
   const bool whole = w_rows_.whole();
@@ -238,26 +262,25 @@ void EncodeTiles::pair_rows(const Task& task, Scratch& scratch) {
     float* row = whole ? nullptr : converted + (c.latent - begin) * stride;
     if (some && c.latent != last) w_rows_.convert(c.latent, 1, row);
     last = c.latent;
-    scratch.pair_x.push_back(x_ + (task.row_begin + c.row) * x_stride_);
+    scratch.pair_x.push_back(x_ + c.row * x_stride_);
     scratch.pair_w.push_back(whole ? w_rows_.row(c.latent) : row);
   }
 }
 
 // Canonical dots of the pending candidates.
-void EncodeTiles::rescore(const Task& task, Scratch& scratch, const EncodeLimits& limits,
-                          const Visit& visit) {
+void EncodeTiles::rescore(Scratch& scratch, const EncodeLimits& limits, const Visit& visit) {
   std::vector<Wanted>& found = scratch.pending.entries;
   if (found.empty()) return;
   const int64_t count = static_cast<int64_t>(found.size()), d = x_rows_.padded_cols();
   scratch.rescored += count;
-  pair_rows(task, scratch);
-  const int64_t parts = gathers(task) ? divide_up(task.rows() * d, hot_floats_) : 1;
+  pair_rows(scratch);
+  const int64_t parts = gathers() ? divide_up(row_block_ * d, hot_floats_) : 1;
   const int64_t width = divide_up(divide_up(d, parts), 16) * 16;
   float* dots = scratch.dots.reserve(count);
   table_.pairs(scratch.pair_x.data(), scratch.pair_w.data(), w_rows_.whole() ? w_rows_.dtype() : 0,
                count, d, width, scratch.state.reserve(count * 16), dots);
   for (size_t i = 0; i < found.size(); ++i) {
-    const int64_t row = task.row_begin + found[i].row, latent = found[i].latent;
+    const int64_t row = found[i].row, latent = found[i].latent;
     const float pre = dots[i] + limits.bias[latent];
     const float limit = limits.latent == nullptr ? limits.row(row) : limits.latent[latent];
     const int32_t position = 0;
@@ -277,10 +300,26 @@ void EncodeTiles::count_visited(const Task& task, int64_t place, int64_t end) {
 void EncodeTiles::run_unscreened(const Task& task, int64_t place, int64_t end, Scratch& scratch,
                                  const EncodeLimits& limits, const Visit& visit) {
   if (order_.empty()) return run_direct(task, place, end, scratch, limits, visit);
+  const Visit known = [&](int64_t row, int64_t latent, int64_t count, const int32_t* position,
+                          const float* pre) {
+    for (int64_t i = 0; i < count && limits.expect; ++i) limits.expect(row, pre[i], 0.0f);
+    visit(row, latent, count, position, pre);
+  };
   for (; place < end; place += kScreenBlock) {
     const auto [begin, count] = block_at(task, place);
-    run_direct(task, begin, begin + count, scratch, limits, visit);
+    run_direct(task, begin, begin + count, scratch, limits, known);
   }
+}
+
+// What the tiles found in a group: some are ruled out, the others become pending, now or later.
+void EncodeTiles::keep_candidates(const Group& group, Scratch& scratch, const EncodeLimits& limits,
+                                  const Visit& visit) {
+  scratch.screened_blocks += group.count;
+  scratch.candidate_count += static_cast<int64_t>(scratch.candidates.size());
+  refine(group.count, scratch, limits);
+  if (limits.expect) return hold(group, scratch, limits, visit);
+  sort_candidates(group, scratch, scratch.pending.entries);
+  scratch.pending.last = group.blocks[0];
 }
 
 void EncodeTiles::run_screened(const Task& task, Scratch& scratch, const EncodeLimits& limits,
@@ -295,24 +334,23 @@ void EncodeTiles::run_screened(const Task& task, Scratch& scratch, const EncodeL
       alone = place + kMostSkipped * kScreenBlock;
       continue;
     }
-    if (!screened || !gathers(task) || scratch.pending.entries.size() >= kGathered) {
-      rescore(task, scratch, limits, visit);
+    if (!screened || !gathers() || scratch.pending.entries.size() >= kGathered) {
+      rescore(scratch, limits, visit);
     }
-    if (screened) {
-      skip = 1;
-      scratch.screened_blocks += own.count;
-      scratch.candidate_count += static_cast<int64_t>(scratch.candidates.size());
-      refine(task, own.count, scratch, limits);
-      sort_candidates(own, scratch);
-    } else {
+    if (!screened) {
       end = std::min(place + skip * kScreenBlock, task.latent_end);
       skip = std::min(2 * skip, kMostSkipped);
     }
     count_visited(task, place, end);
-    if (!screened) run_unscreened(task, place, end, scratch, limits, visit);
+    if (screened) {
+      skip = 1;
+      keep_candidates(own, scratch, limits, visit);
+    } else {
+      run_unscreened(task, place, end, scratch, limits, visit);
+    }
     place = end;
   }
-  rescore(task, scratch, limits, visit);
+  rescore(scratch, limits, visit);
 }
 
 }  // namespace gemmascope_fast

@@ -12,6 +12,7 @@
 #pragma once
 
 #include <atomic>
+#include <deque>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -54,6 +55,8 @@ class EncodeTiles {
   int64_t slots() const { return slots_; }
   Task task(int64_t index) const;
   void run(const Task& task, int64_t slot, const EncodeLimits& limits, const Visit& visit);
+  // Decides what the tasks that ran in the slot held back, if the limits have `expect`.
+  void finish(int64_t slot, const EncodeLimits& limits, const Visit& visit);
 
   bool screened() const { return why_direct_ == nullptr; }
   // From now on `run` visits blocks of latents in a random order, and a task is a part of that. Limits that are learnt on the
@@ -78,16 +81,26 @@ class EncodeTiles {
     int64_t latent(int64_t l) const { return blocks[l / kScreenBlock].begin + l % kScreenBlock; }
   };
   struct Candidate {
-    int32_t row, latent;  // relative to the task and to the group
-    float product;
+    int32_t row, latent;  // the latter relative to the group
+    float product, most;  // most: set where candidates are held, as below
   };
   struct Wanted {
-    int32_t row, latent;  // relative to the task; of W_enc
+    int32_t row, latent;
+    float most;  // a limit that it cannot pass
   };
   // Candidates that no code rules out, by latent; `last` is the block of the last ones where groups have one block.
   struct Pending {
     Block last{0, 0};
     std::vector<Wanted> entries;
+  };
+  struct HeldGroup {
+    Pending candidates;
+    int64_t latents;
+  };
+  // Those that wait for the limits to rise, a group of blocks each, the oldest first.
+  struct Held {
+    std::deque<HeldGroup> groups;
+    int64_t entries = 0, latents = 0;
   };
   struct Scratch {
     FloatBuffer weights, state, dots, products, fine_dots;
@@ -96,6 +109,7 @@ class EncodeTiles {
     LatentScratch latents;
     std::vector<Candidate> candidates;
     Pending pending;
+    Held held;
     std::vector<FinePair> fine_pairs;
     std::vector<const float*> pair_x;
     std::vector<const void*> pair_w;
@@ -120,9 +134,7 @@ class EncodeTiles {
   // The latents of places [place, end) are about to be visited.
   void count_visited(const Task& task, int64_t place, int64_t end);
   // Whether the candidates of many blocks are rescored together, and blocks multiplied in groups.
-  bool gathers(const Task& task) const {
-    return hot_floats_ > 0 && task.rows() * x_stride_ > 2 * hot_floats_;
-  }
+  bool gathers() const { return hot_floats_ > 0 && row_block_ * x_stride_ > 2 * hot_floats_; }
   // The blocks from a place of a task that are multiplied together; one of them where they go alone.
   Group group_at(const Task& task, int64_t place, bool alone) const;
   void read_ahead(const Task& task, const Group& next, int64_t blocks, Scratch& scratch) const;
@@ -130,10 +142,15 @@ class EncodeTiles {
                 const char* const* ahead, Scratch& scratch, uint64_t* masks) const;
   bool find_candidates(const Task& task, const Group& own, const Group& next, Scratch& scratch,
                        const EncodeLimits& limits);
-  void refine(const Task& task, int64_t blocks, Scratch& scratch, const EncodeLimits& limits);
-  static void sort_candidates(const Group& group, Scratch& scratch);
-  void pair_rows(const Task& task, Scratch& scratch);
-  void rescore(const Task& task, Scratch& scratch, const EncodeLimits& limits, const Visit& visit);
+  void refine(int64_t blocks, Scratch& scratch, const EncodeLimits& limits);
+  static void sort_candidates(const Group& group, Scratch& scratch, std::vector<Wanted>& target);
+  void keep_candidates(const Group& group, Scratch& scratch, const EncodeLimits& limits,
+                       const Visit& visit);
+  int64_t lag() const;
+  void hold(const Group& group, Scratch& scratch, const EncodeLimits& limits, const Visit& visit);
+  void release(Scratch& scratch, const EncodeLimits& limits, const Visit& visit);
+  void pair_rows(Scratch& scratch);
+  void rescore(Scratch& scratch, const EncodeLimits& limits, const Visit& visit);
 
   const char* op_;
   const DotTable& table_;

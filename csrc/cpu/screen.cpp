@@ -220,14 +220,6 @@ ScreenLatents screen_latents(const EncodeLimits& limits, const LatentBlock& bloc
   return out;
 }
 
-bool may_pass(const FineToken& token, float limit, const ScreenLatents& latents, int64_t j,
-              float product, double fine) {
-  const double base = latents.base[j] + static_cast<double>(limit) * latents.slope[j];
-  const double margin = static_cast<double>(token.a) * latents.alpha[j] +
-                        static_cast<double>(token.b) * latents.beta[j];
-  return !(product + fine <= base - margin);
-}
-
 void codes_to_rows(const void* codes, int64_t d, void* rows) {
   const DotTable& table = dot_table(simd_target());
   const int64_t quads = d / 4;

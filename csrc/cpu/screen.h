@@ -13,7 +13,9 @@
 // Rows that are not finite or out of range (2^-40 .. 2^40) have every entry as a candidate.
 #pragma once
 
+#include <cmath>
 #include <functional>
+#include <limits>
 #include <vector>
 
 #include "cpu/padded_rows.h"
@@ -24,8 +26,13 @@ namespace gemmascope_fast {
 // Limits of an encoder's entries: those with dot + bias[j] <= limit do not matter.
 struct EncodeLimits {
   const float* bias;
-  const float* latent;  // limit of latent j, or null: `row` has one per token, >= 0
+  const float*
+      latent;  // limit of latent j, or null: `row` has one per token, >= 0, infinite where nothing is wanted
   std::function<float(int64_t row)> row;
+  // With limits of rows that rise on the way. Where this is set, screened entries that may pass are held back until the limits
+  // have risen, and it is told at once of what their codes say: a value, and its standard deviation from pre, about. The caller
+  // proves what it makes of that.
+  std::function<void(int64_t row, float value, float deviation)> expect = nullptr;
 };
 
 // A latent's share of the bounds.
@@ -88,16 +95,60 @@ class ScreenedTokens {
   std::vector<FineToken> fine_;
 };
 
-// False where entry (i, j), i row r of the tile, cannot pass its limit: product = P. As the tile compares.
-inline bool may_pass(const ScreenTokens& tokens, int64_t r, float limit,
-                     const ScreenLatents& latents, int64_t j, float product) {
-  const float margin = tokens.a[r] * latents.alpha[j] + tokens.b[r] * latents.beta[j];
-  return !(product <= limit * latents.slope[j] + latents.base[j] - margin);
+// What screening knows of entry (i, j): |X . W - product| <= margin.
+struct ScreenBound {
+  double product, margin;
+};
+
+// After the tile, i row r of its tokens: as the tile compares.
+inline ScreenBound coarse_bound(const ScreenTokens& tokens, int64_t r, const ScreenLatents& latents,
+                                int64_t j, float product) {
+  return {product, static_cast<double>(tokens.a[r]) * latents.alpha[j] +
+                       static_cast<double>(tokens.b[r]) * latents.beta[j]};
 }
 
-// The same in the second stage: fine = what fine_dots gives / fine_unit.
-bool may_pass(const FineToken& token, float limit, const ScreenLatents& latents, int64_t j,
-              float product, double fine);
+// After the second stage: fine = what fine_dots gives / fine_unit.
+inline ScreenBound fine_bound(const FineToken& token, const ScreenLatents& latents, int64_t j,
+                              float product, double fine) {
+  return {product + fine, static_cast<double>(token.a) * latents.alpha[j] +
+                              static_cast<double>(token.b) * latents.beta[j]};
+}
+
+// False where the entry cannot pass its limit.
+inline bool may_pass(const ScreenBound& bound, float limit, const ScreenLatents& latents,
+                     int64_t j) {
+  const double base = latents.base[j] + static_cast<double>(limit) * latents.slope[j];
+  return !(bound.product <= base - bound.margin);
+}
+
+// Where an entry's pre is, limits being of rows.
+struct Reach {
+  float most;  // a limit that it cannot pass; infinite where there is none
+  float near;  // what the codes say; NaN or infinite where they say nothing
+  float
+      deviation;  // of pre from that. The margin is that of Cauchy and Schwarz, for errors that point along a row; of d elements
+                  // with signs that have no part in each other a dot product is margin / sqrt(d)
+};
+
+// From P to pre, for rows of d codes.
+struct ReachScale {
+  explicit ReachScale(int64_t d)
+      : unit(1 / static_cast<double>(hadamard_block(d))),
+        part(unit / std::sqrt(static_cast<double>(d))) {}
+  double unit, part;
+};
+
+inline Reach reach_of(const ScreenBound& bound, const ReachScale& scale,
+                      const ScreenLatents& latents, int64_t j) {
+  // Base and slope are off by 2^-21 of their size, which is all there is where the margin is none.
+  constexpr double kRounding = 0x1p-20, kLeast = 0x1p-126;
+  const double base = latents.base[j] * scale.unit, pre = bound.product * scale.unit - base;
+  const double top = pre + bound.margin * scale.unit;
+  const float most = static_cast<float>(top + std::abs(top) * kRounding + kLeast);
+  return {std::isnan(most) ? std::numeric_limits<float>::infinity() : most,
+          static_cast<float>(pre - (std::abs(pre) + std::abs(base)) * kRounding),
+          static_cast<float>(bound.margin * scale.part)};
+}
 
 // Scratch of one thread that quantises latents.
 struct LatentScratch {

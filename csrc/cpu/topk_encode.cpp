@@ -5,10 +5,11 @@
 //   x [n, d_in], W_enc [d_in, d_sae], b_enc [d_sae]
 //
 // Source: Scaling and evaluating sparse autoencoders, arXiv 2406.04093, section 2.
-// Algorithm: only what exceeds the row's bound becomes a candidate. Threads gather a few per row before they merge them into the
-// row's k best, under a lock. The k-th best seen so far is a bound, even when stale; where entries are screened a better one
-// is the r-th best, r the most of the k best that the part seen so far may hold, but for luck (sample_ranks.h). k entries that
-// reach it in the end prove it, else the k-th best serves in a second pass.
+// Algorithm: only what exceeds the row's limit becomes a candidate, and the k-th best seen so far is a limit, even when stale.
+// Where entries are screened a better one is the r-th best, r the most of the k best that the part seen so far may hold, but
+// for luck (sample_ranks.h); and what the codes say of an entry, less a few standard deviations, is enough to tell that, so
+// that most candidates need no float32 dot: they are held (encode_held.cpp) until the limit rules them out. k entries above the
+// limit prove it in the end; rows where they do not are looked at again, by the k-th best.
 // A last pass orders each row and fills up with zeros at the smallest latents.
 // Bound: the dot products (fma ports); at n = 1 the read of W_enc.
 #include <torch/csrc/stable/library.h>
@@ -32,6 +33,9 @@ namespace {
 
 constexpr char kOp[] = "topk_encode";
 constexpr int64_t kFew = 16;  // latents per selected one, from which a part of them tells enough
+// Standard deviations by which an entry is taken for smaller than its codes say. Where k are wanted, others that are larger than
+// that stand in for one that is smaller; where one is, none does.
+constexpr float kSpread = 4, kLone = 4;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
@@ -55,163 +59,294 @@ float value_of(Candidate c) {
 
 int32_t latent_of(Candidate c) { return static_cast<int32_t>(~static_cast<uint32_t>(c)); }
 
-// The k best entries of every row so far, whoever found them, and a bound that rises with them. The order is total, so the
+// The k best entries that each row was shown, and some more, in no order.
+class Best {
+ public:
+  Best(int64_t rows, int64_t k)
+      : k_(k),
+        stride_(k + std::clamp<int64_t>(k / 2, 32, 512)),
+        entries_(static_cast<size_t>(rows * stride_)),
+        sizes_(static_cast<size_t>(rows)) {}
+
+  // Returns the k-th best, 0 where it is not known.
+  float merge(int64_t row, const Candidate* found, int64_t count) {
+    float last = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t& size = sizes_[static_cast<size_t>(row)];
+      entries_[static_cast<size_t>(row * stride_ + size++)] = found[i];
+      if (size == stride_) last = cut(row);
+    }
+    return last;
+  }
+
+  // Keeps the k best. Returns the last of them, 0 where there are fewer.
+  float cut(int64_t row) {
+    int64_t& size = sizes_[static_cast<size_t>(row)];
+    if (size < k_) return 0;
+    const auto begin = entries_.begin() + row * stride_;
+    std::nth_element(begin, begin + k_ - 1, begin + size, std::greater<>());
+    size = k_;
+    return value_of(begin[k_ - 1]);
+  }
+
+  void clear(int64_t row) { sizes_[static_cast<size_t>(row)] = 0; }
+  const Candidate* begin(int64_t row) const { return entries_.data() + row * stride_; }
+  const Candidate* end(int64_t row) const { return begin(row) + sizes_[static_cast<size_t>(row)]; }
+
+ private:
+  int64_t k_, stride_;
+  std::vector<Candidate> entries_;
+  std::vector<int64_t> sizes_;
+};
+
+// The k largest values that are expected of each row, sorted.
+class Expected {
+ public:
+  Expected(int64_t rows, int64_t k)
+      : k_(k),
+        stride_(k + few(k)),
+        values_(static_cast<size_t>(rows * stride_)),
+        sizes_(static_cast<size_t>(rows)) {}
+
+  // How many are merged together where there are `size`: at first a few, which raise a young limit by much.
+  static int64_t few(int64_t size) { return 2 + size / 8; }
+
+  // Merges few(k) values or fewer. Returns how many the row has now.
+  int64_t merge(int64_t row, const float* values, int64_t count) {
+    int64_t& size = sizes_[static_cast<size_t>(row)];
+    const auto begin = values_.begin() + row * stride_, middle = begin + size;
+    std::copy(values, values + count, middle);
+    std::sort(middle, middle + count, std::greater<>());
+    std::inplace_merge(begin, middle, middle + count, std::greater<>());
+    return size = std::min(k_, size + count);
+  }
+
+  // 0 where there are fewer.
+  float at_rank(int64_t row, int64_t rank) const {
+    if (rank > sizes_[static_cast<size_t>(row)]) return 0;
+    return values_[static_cast<size_t>(row * stride_ + rank - 1)];
+  }
+
+ private:
+  int64_t k_, stride_;
+  std::vector<float> values_;
+  std::vector<int64_t> sizes_;
+};
+
+// The k best entries of every row so far, whoever found them, and a limit that rises with them. The order is total, so the
 // outcome does not depend on the schedule.
 class BestEntries {
  public:
-  BestEntries(const EncodeTiles& tiles, int64_t k)
+  // ranks: of a part of the latents: what is expected of the entries raises the limits too. Or null.
+  BestEntries(const EncodeTiles& tiles, int64_t k, const SampleRanks* ranks)
       : tiles_(&tiles),
-        k_(k),
-        best_(static_cast<size_t>(tiles.rows() * k)),
-        size_(static_cast<size_t>(tiles.rows())),
-        bounds_(size_.size()) {}
-
-  // Without entries. ranks: of a part of the latents, or null: then bounds are no estimates.
-  void start(const SampleRanks* ranks) {
-    ranks_ = ranks;
-    std::fill(size_.begin(), size_.end(), int64_t{0});
-    for (std::atomic<float>& bound : bounds_) bound.store(0.0f, std::memory_order_relaxed);
+        ranks_(ranks),
+        best_(tiles.rows(), k),
+        expected_(ranks == nullptr ? 0 : tiles.rows(), k),
+        limits_(static_cast<size_t>(tiles.rows())) {
+    for (std::atomic<float>& limit : limits_) limit.store(0.0f, std::memory_order_relaxed);
   }
 
-  // What does not exceed this need not be shown. An entry equal to the bound may have a smaller latent.
+  bool estimates() const { return ranks_ != nullptr; }
+
+  // What does not exceed this need not be shown.
   float limit(int64_t row) const {
-    const float bound = bounds_[static_cast<size_t>(row)].load(std::memory_order_relaxed);
-    return bound > 0 ? std::nextafter(bound, 0.0f) : 0.0f;
+    return limits_[static_cast<size_t>(row)].load(std::memory_order_relaxed);
   }
 
-  // The rank-th best entry so far becomes the bound: with rank = k the best of the row are not below it; with a smaller one
-  // they are not if it is `proved` in the end. Returns how many entries the row has now.
-  int64_t merge(int64_t row, const Candidate* found, int64_t count, std::vector<Candidate>& work) {
-    std::lock_guard<std::mutex> lock(locks_[static_cast<size_t>(row) % kLocks]);
+  void merge(int64_t row, const Candidate* found, int64_t count) {
+    std::lock_guard<std::mutex> lock(lock_of(row));
+    if (limit(row) == kInf) return;  // a value that is not finite comes whatever the limit is
+    raise(row, best_.merge(row, found, count));
+  }
+
+  // Of entries that may be shown later. They raise the limit, which `prove` then looks after. Returns how many are expected.
+  int64_t expect(int64_t row, const float* values, int64_t count) {
+    std::lock_guard<std::mutex> lock(lock_of(row));
+    const int64_t size = expected_.merge(row, values, count);
     // Under the lock: what others have merged they had counted as visited.
-    const int64_t rank = ranks_ == nullptr ? k_ : ranks_->rank(tiles_->visited(row));
-    int64_t& size = size_[static_cast<size_t>(row)];
-    Candidate* best = best_.data() + row * k_;
-    work.assign(best, best + size);
-    work.insert(work.end(), found, found + count);
-    const bool more = static_cast<int64_t>(work.size()) > k_;
-    size = more ? k_ : static_cast<int64_t>(work.size());
-    auto from = work.begin();
-    if (rank <= size) {
-      std::nth_element(from, from + rank - 1, work.end(), std::greater<>());
-      from += rank;
-      raise(row, value_of(work[static_cast<size_t>(rank - 1)]));
-    }
-    if (more && rank != k_) {
-      std::nth_element(from, work.begin() + k_ - 1, work.end(), std::greater<>());
-    }
-    std::copy(work.begin(), work.begin() + size, best);
+    raise(row, expected_.at_rank(row, ranks_->rank(tiles_->visited(row))));
     return size;
   }
 
-  // Whether all rows have k entries that reach their bounds, or need none: nothing that was not shown can be better.
-  bool proved() const {
-    for (size_t row = 0; row < size_.size(); ++row) {
-      const float bound = bounds_[row].load(std::memory_order_relaxed);
-      const auto r = static_cast<int64_t>(row);
-      const auto reaches = [&](Candidate c) { return !(value_of(c) < bound); };
-      if (bound > 0 && (size_[row] < k_ || !std::all_of(begin(r), end(r), reaches))) return false;
-    }
-    return true;
+  // All have been shown. Whether no other entry can be better: a row has k entries above its limit, or needs none. Of such a
+  // row nothing is wanted any more; one that is not proved begins anew, from the limit that what it has found sets.
+  bool prove() {
+    std::atomic<bool> all{true};
+    each_row([&](int64_t row) {
+      const float last = best_.cut(row);
+      std::atomic<float>& own = limits_[static_cast<size_t>(row)];
+      if (own == 0 || !(last <= own)) {
+        own = kInf;
+        return;
+      }
+      own = std::nextafter(last, 0.0f);
+      best_.clear(row);
+      all = false;
+    });
+    return all;
   }
 
-  const Candidate* begin(int64_t row) const { return best_.data() + row * k_; }
-  const Candidate* end(int64_t row) const { return begin(row) + size_[static_cast<size_t>(row)]; }
+  void finish() {
+    each_row([&](int64_t row) { best_.cut(row); });
+  }
+
+  const Candidate* begin(int64_t row) const { return best_.begin(row); }
+  const Candidate* end(int64_t row) const { return best_.end(row); }
 
  private:
-  // Never falls: what was not shown before was below it.
+  template <class Work>
+  void each_row(const Work& work) {
+    parallel_ranges(tiles_->rows(), 64, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) work(row);
+    });
+  }
+
+  std::mutex& lock_of(int64_t row) { return locks_[static_cast<size_t>(row) % kLocks]; }
+
+  // An entry equal to the value may have a smaller latent: the limit is below it. It never falls: what was not shown before
+  // was below it.
   void raise(int64_t row, float value) {
-    std::atomic<float>& bound = bounds_[static_cast<size_t>(row)];
     value = std::isnan(value) ? kInf : value;  // nothing but NaN beats NaN
-    if (value > bound.load(std::memory_order_relaxed)) {
-      bound.store(value, std::memory_order_relaxed);
-    }
+    const float limit = std::nextafter(value, 0.0f);
+    std::atomic<float>& own = limits_[static_cast<size_t>(row)];
+    if (limit > own.load(std::memory_order_relaxed)) own.store(limit, std::memory_order_relaxed);
   }
 
   static constexpr size_t kLocks = 64;  // rows that share one rarely meet: two threads, few merges
   const EncodeTiles* tiles_;
-  const SampleRanks* ranks_ = nullptr;
-  int64_t k_;
-  std::vector<Candidate> best_;
-  std::vector<int64_t> size_;
-  std::vector<std::atomic<float>> bounds_;
+  const SampleRanks* ranks_;
+  Best best_;
+  Expected expected_;
+  std::vector<std::atomic<float>> limits_;
   std::array<std::mutex, kLocks> locks_;
 };
 
-// One thread's candidates, merged a few at a time.
-class Collector {
+// What one thread has found, row by row until there are a few: a row's lists travel between cores.
+template <class T>
+class Few {
  public:
-  // early: also the first few, which raise a young bound by much.
-  Collector(const EncodeTiles& tiles, int64_t k, bool early, BestEntries& best)
-      : best_(&best),
-        early_(early),
-        capacity_(std::max<int64_t>(32, k / 2)),
-        buffer_(static_cast<size_t>(std::min(tiles.row_block(), tiles.rows()) * capacity_)) {}
+  Few(int64_t rows, int64_t capacity)
+      : capacity_(capacity),
+        values_(static_cast<size_t>(rows * capacity)),
+        rows_(static_cast<size_t>(rows)) {}
 
-  void start(const EncodeTiles::Task& task) {
-    task_ = task;
-    size_.assign(static_cast<size_t>(task.rows()), 0);
-    held_.assign(size_.size(), 0);
+  // merge(row, values, count) is called when there are `due` of a row, capacity or fewer.
+  template <class Merge>
+  void add(int64_t row, T value, int64_t due, const Merge& merge) {
+    Row& own = rows_[static_cast<size_t>(row) % rows_.size()];
+    if (own.row != row) hand_on(own, merge);
+    own.row = row;
+    begin(own)[own.size++] = value;
+    if (own.size >= due) hand_on(own, merge);
   }
 
-  void visit(int64_t row, int64_t latent, int64_t count, const int32_t* position,
-             const float* pre) {
-    const int64_t r = row - task_.row_begin;
-    Candidate* own = buffer_.data() + r * capacity_;
-    int64_t& size = size_[static_cast<size_t>(r)];
-    for (int64_t i = 0; i < count; ++i) {
-      own[size++] = candidate(pre[i], static_cast<int32_t>(latent) + position[i]);
-      if (size == capacity_) flush(r);
-    }
-    if (early_ && size >= kFewest + held_[static_cast<size_t>(r)] / 8) flush(r);
-  }
-
-  void finish() {
-    for (int64_t r = 0; r < task_.rows(); ++r) flush(r);
+  template <class Merge>
+  void flush(const Merge& merge) {
+    for (Row& row : rows_) hand_on(row, merge);
   }
 
  private:
-  void flush(int64_t r) {
-    int64_t& size = size_[static_cast<size_t>(r)];
-    if (size == 0) return;
-    held_[static_cast<size_t>(r)] =
-        best_->merge(task_.row_begin + r, buffer_.data() + r * capacity_, size, work_);
-    size = 0;
+  struct Row {
+    int64_t row = -1, size = 0;
+  };
+  T* begin(const Row& row) { return values_.data() + (&row - rows_.data()) * capacity_; }
+  template <class Merge>
+  void hand_on(Row& row, const Merge& merge) {
+    if (row.size > 0) merge(row.row, begin(row), row.size);
+    row.size = 0;
   }
 
-  static constexpr int64_t kFewest = 2;
-  BestEntries* best_;
-  bool early_;
   int64_t capacity_;
-  EncodeTiles::Task task_{};
-  std::vector<Candidate> buffer_, work_;
-  std::vector<int64_t> size_, held_;
+  std::vector<T> values_;
+  std::vector<Row> rows_;
 };
 
-void collect(EncodeTiles& tiles, const float* bias, int64_t k, BestEntries& best,
-             const SampleRanks* ranks) {
+// One thread's candidates and what it expects of them.
+class Collector {
+ public:
+  Collector(const EncodeTiles& tiles, int64_t k, BestEntries& best)
+      : best_(&best),
+        rows_(std::min(tiles.row_block(), tiles.rows())),
+        capacity_(std::clamp<int64_t>(k / 2, 32, 512)),
+        spread_(kSpread + kLone / std::sqrt(static_cast<float>(k))),
+        found_(rows_, capacity_),
+        expected_(best.estimates() ? rows_ : 1, Expected::few(k)),
+        sizes_(static_cast<size_t>(rows_)) {}
+
+  void visit(int64_t row, int64_t latent, int64_t count, const int32_t* position,
+             const float* pre) {
+    for (int64_t i = 0; i < count; ++i) {
+      found_.add(row, candidate(pre[i], static_cast<int32_t>(latent) + position[i]), capacity_,
+                 merge_);
+    }
+  }
+
+  void expect(int64_t row, float value, float deviation) {
+    value = std::isnan(value) ? kInf : value - spread_ * deviation;
+    if (value <= best_->limit(row)) return;
+    const int64_t due = Expected::few(sizes_[static_cast<size_t>(row % rows_)]);
+    expected_.add(row, value, due, expect_);
+  }
+
+  void flush() {
+    expected_.flush(expect_);
+    found_.flush(merge_);
+  }
+
+ private:
+  const std::function<void(int64_t, const Candidate*, int64_t)> merge_ =
+      [this](int64_t row, const Candidate* found, int64_t count) {
+        best_->merge(row, found, count);
+      };
+  const std::function<void(int64_t, const float*, int64_t)> expect_ =
+      [this](int64_t row, const float* values, int64_t count) {
+        sizes_[static_cast<size_t>(row % rows_)] = best_->expect(row, values, count);
+      };
+  BestEntries* best_;
+  int64_t rows_, capacity_;
+  float spread_;
+  Few<Candidate> found_;
+  Few<float> expected_;
+  std::vector<int64_t> sizes_;
+};
+
+void collect(EncodeTiles& tiles, const float* bias, int64_t k, bool estimate, BestEntries& best) {
   std::vector<std::unique_ptr<Collector>> collectors(static_cast<size_t>(tiles.slots()));
-  const EncodeLimits limits = {bias, nullptr, [&](int64_t row) { return best.limit(row); }};
-  best.start(ranks);
-  parallel_tasks(tiles.tasks(), tiles.slots(), [&](int64_t t, int64_t slot) {
+  const auto with = [&](int64_t slot, const auto& work) {
     auto& collector = collectors[static_cast<size_t>(slot)];
-    if (!collector) collector = std::make_unique<Collector>(tiles, k, ranks != nullptr, best);
-    collector->start(tiles.task(t));
-    tiles.run(tiles.task(t), slot, limits,
-              [&](int64_t row, int64_t latent, int64_t count, const int32_t* position,
-                  const float* pre) { collector->visit(row, latent, count, position, pre); });
-    collector->finish();
+    if (!collector) collector = std::make_unique<Collector>(tiles, k, best);
+    Collector& own = *collector;
+    EncodeLimits limits = {bias, nullptr, [&](int64_t row) { return best.limit(row); }};
+    if (estimate) {
+      limits.expect = [&](int64_t row, float value, float deviation) {
+        own.expect(row, value, deviation);
+      };
+    }
+    work(limits, [&](int64_t row, int64_t latent, int64_t count, const int32_t* position,
+                     const float* pre) { own.visit(row, latent, count, position, pre); });
+    own.flush();
+  };
+  parallel_tasks(tiles.tasks(), tiles.slots(), [&](int64_t t, int64_t slot) {
+    with(slot, [&](const EncodeLimits& limits, const EncodeTiles::Visit& visit) {
+      tiles.run(tiles.task(t), slot, limits, visit);
+    });
+  });
+  parallel_tasks(tiles.slots(), [&](int64_t slot, int64_t) {
+    with(slot, [&](const EncodeLimits& limits, const EncodeTiles::Visit& visit) {
+      tiles.finish(slot, limits, visit);
+    });
   });
 }
 
 void select(EncodeTiles& tiles, const float* bias, int64_t k, BestEntries& best) {
-  if (tiles.screened() && k <= tiles.latents() / kFew) {
+  if (best.estimates()) {
     tiles.shuffle();
-    const SampleRanks ranks(k, tiles.latents());
-    collect(tiles, bias, k, best, &ranks);
-    if (best.proved()) return;
+    collect(tiles, bias, k, true, best);
+    if (best.prove()) return;
   }
-  collect(tiles, bias, k, best, nullptr);
+  collect(tiles, bias, k, false, best);
+  best.finish();
 }
 
 // Ascending latents; zeros at the smallest free latents where there are fewer than k.
@@ -257,7 +392,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> topk_encode_cpu(
   if (n * k > 0) {
     const FloatVector bias(b_enc);
     EncodeTiles tiles(kOp, matrix_of(x), features(W_enc), packed_encoder(kOp, packed, W_enc));
-    BestEntries best(tiles, k);
+    std::optional<SampleRanks> ranks;
+    if (tiles.screened() && k <= d_sae / kFew) ranks.emplace(k, d_sae);
+    BestEntries best(tiles, k, ranks ? &*ranks : nullptr);
     select(tiles, bias.data(), k, best);
     write_entries(best, n, k, out);
   }

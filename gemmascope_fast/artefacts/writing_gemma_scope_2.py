@@ -39,8 +39,9 @@ def plan(
     """
     if not isinstance(module.activation, JumpReLU):
         raise ValueError(
-            f"{OP}: Gemma Scope 2's files hold JumpReLU only, got {module.activation}; keep "
-            "module.state_dict() with torch.save instead, or choose another format"
+            f"{OP}: Gemma Scope 2's files hold JumpReLU only, got {module.activation}; save "
+            "module.to_jumprelu() where a BatchTopK has a running threshold, keep "
+            "module.state_dict() with torch.save, or choose another format"
         )
     if isinstance(module, SAE):
         tensors = {PARAMS: _single(module, dtype)}

@@ -62,7 +62,11 @@ def encode_layers(
     if not selects(view):
         return view.encode(x, max_nnz=max_nnz)
     encoders = [(part, view._encoder(i), view.b_enc[i]) for i, part in enumerate(x.unbind(-2))]
-    return _select(encoders, view.activation, layout)[0]
+    found, smallest = _select(encoders, view.activation, layout)
+    if view.training:
+        for layer, value in enumerate(smallest):
+            view.observe(layer, value)
+    return found
 
 
 def _select(

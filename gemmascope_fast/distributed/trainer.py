@@ -132,8 +132,10 @@ class MeshTrainer(Trainer):
             bytes_ = gather_parts(dead.to(torch.uint8), self.layout.d_sae, self.layout.tp_group)
             dead = bytes_.bool()
         found = terms(self.settings, self.taken, dead)
-        loss, metrics = sae_loss(self.module, x, target, found, whole=self.peers)
-        return loss, metrics
+        self._active = []
+        return sae_loss(  # type: ignore[no-any-return]
+            self.module, x, target, found, whole=self.peers, active=self._active
+        )
 
     def _fired(self, fired: Tensor) -> Tensor:
         counts = torch.stack([fired.sum(), self.silent().sum()])
@@ -149,9 +151,9 @@ class MeshTrainer(Trainer):
                     dist.broadcast(t, group=self.layout.tp_group, group_src=0)
         return x, target
 
-    def _calibrate(self) -> None:
+    def _calibrate(self, start: Any = None) -> None:
         """Every rank reads the first block whole, once, then its own part of it."""
-        super()._calibrate()
+        super()._calibrate(start)
         own = [self.module.b_enc, self.module.threshold]
         self._agree([p.detach() for p in own if p is not None], self.layout.dp_group)
         shared = [self.module.b_dec.detach(), *(place.mean for place in self.maps)]

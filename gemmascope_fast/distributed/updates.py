@@ -8,6 +8,7 @@ the union of the touched rows is agreed on, and unless it is all of them, only t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,9 +49,9 @@ class MeshUpdates(Updates):
                 self.optimizer.state[p]["seed"] = seed % 2**63
 
     @torch.no_grad()
-    def fired(self) -> Tensor:
+    def fired(self, active: Sequence[Tensor] = ()) -> Tensor:
         """`[local latents]` bool: active somewhere in the batch of all ranks."""
-        return all_reduce(super().fired().to(torch.uint8), self._group, MAX).bool()
+        return all_reduce(super().fired(active).to(torch.uint8), self._group, MAX).bool()
 
     def step(self, lr: float) -> None:
         """Sum the gradients over "dp", then update."""

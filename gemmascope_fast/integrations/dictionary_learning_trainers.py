@@ -173,7 +173,7 @@ def auxiliary(trainer: Any, x: Tensor, residual: Tensor) -> Tensor:
     ids = dead.nonzero()[:, 0]
     weights = (W_enc.t()[ids].t(), b_enc[ids], decoder(trainer.ae)[ids])
     residual = residual.float()
-    error = aux_error(x, residual, *weights, trainer.top_k_aux) / residual.shape[0]
+    error = aux_error(residual, [(x, *weights)], trainer.top_k_aux) / residual.shape[0]
     trainer.pre_norm_auxk_loss = error
     return (error / aux_denominator("residual", residual, residual)).nan_to_num(0.0)
 

@@ -11,7 +11,7 @@ keeps their order: TopK then selects, and `pre_at` computes what was selected.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -146,34 +146,38 @@ def auxk(
     n = max(residual.numel() // max(residual.shape[-1], 1), 1)
     if ids.shape[0] == 0 or residual.numel() == 0:
         return residual.new_zeros(())
-    dead_weights = (W_enc.t()[ids].t(), b_enc[ids], W_dec[ids])
-    error = aux_error(x, residual, *dead_weights, k_aux, rectified, encoder_gradient) / n
+    dictionary = (x, W_enc.t()[ids].t(), b_enc[ids], W_dec[ids])
+    error = aux_error(residual, [dictionary], k_aux, rectified, encoder_gradient) / n
     error = error / aux_denominator(normalisation, residual, target.detach().to(wide))
     return error * aux_scale(ids.shape[0], k_aux, scaled)
 
 
 def aux_error(
-    x: Tensor,
     residual: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
+    dictionaries: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
     k_aux: int,
     rectified: bool = True,
     encoder_gradient: bool = True,
     keep: Callable[[SparseActs], SparseActs] = lambda acts: acts,
     join: Callable[[Tensor], Tensor] = lambda partial: partial,
 ) -> Tensor:
-    """Summed squared error of the reconstruction of `residual` by a dictionary of dead latents.
+    """Summed squared error of the reconstruction of `residual` by dictionaries of dead latents.
 
-    Where other processes have dead latents too, `keep` returns the entries that stand among theirs,
-    and `join` sums the reconstructions.
+    They are x, W_enc, b_enc and W_dec of each layer, and write to the last columns, the first to
+    all. Where other processes have dead latents too, `keep` returns the entries that stand among
+    theirs, and `join` sums the reconstructions.
     """
     largest = topk_encode if rectified else _largest
-    acts = keep(largest(x, W_enc, b_enc, min(k_aux, W_enc.shape[1])))
-    if not encoder_gradient:
-        acts = acts.detach()
-    return (join(decode(acts, W_dec, dtype=residual.dtype)) - residual).square().sum()
+    recon: Tensor | None = None
+    for x, W_enc, b_enc, W_dec in dictionaries:
+        acts = keep(largest(x, W_enc, b_enc, min(k_aux, W_enc.shape[1])))
+        if not encoder_gradient:
+            acts = acts.detach()
+        part = decode(acts, W_dec, dtype=residual.dtype)
+        before = residual.shape[-1] - part.shape[-1]
+        recon = part if recon is None else recon + torch.nn.functional.pad(part, (before, 0))
+    assert recon is not None
+    return (join(recon) - residual).square().sum()
 
 
 def _largest(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> SparseActs:
@@ -212,7 +216,7 @@ def aux_denominator(
     return deviation.masked_fill(~(deviation > 0) & ~deviation.isnan(), torch.inf)
 
 
-def aux_scale(dead: int, k_aux: int, scaled: bool) -> float:
+def aux_scale(dead: float, k_aux: int, scaled: bool) -> float:
     """`min(D / k_aux, 1)`: few dead latents weigh less."""
     return min(dead / k_aux, 1.0) if scaled else 1.0
 

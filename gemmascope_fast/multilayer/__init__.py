@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import Activation
+from ..modules import Transcoder
 from ..sparse import SparseActs
 from .base import MultiLayer, check_stack
 from .decoding import multi_decode
@@ -29,6 +30,9 @@ class Crosscoder(MultiLayer):
             BatchTopK keeps k per token of every layer, and layers do not compete for entries.
         packed: whether a decoder holds only the outputs of its own and later layers; one flag for
             all, or one per layer. A decoder that is not packed has all L and may write backwards.
+        ema_decay: of the running thresholds of a BatchTopK, in [0, 1): training mode moves each
+            layer's towards the smallest active value of its batch, evaluation mode encodes with it
+            as a JumpReLU. None: BatchTopK in evaluation mode too.
         device: of the parameters.
         dtype: of the matrices; biases and thresholds are float32 (float64 if this is).
         generator: source of the initial weights.
@@ -41,6 +45,8 @@ class Crosscoder(MultiLayer):
             layer i where packed, else `L * d_model`. `decoder(i)` views it as
             `[d_sae, m, d_model]`, and `outputs(i)` names the m layers.
         b_dec: `[L, d_model]`.
+        ema_threshold: running thresholds (`[L]` float64 buffer) of a BatchTopK that has an
+            `ema_decay`, else None; negative before the first batch.
         metadata: what `load` found beyond the weights; `save_pretrained` writes it.
 
     The module starts as L single-layer dictionaries: rows of the own layer's decoder He-uniform
@@ -73,6 +79,7 @@ class CrossLayerTranscoder(MultiLayer):
         activation: as for a `Crosscoder`.
         affine: whether there is a skip connection inside each layer, initially 0.
         packed: as for a `Crosscoder`.
+        ema_decay: as for a `Crosscoder`.
         device: of the parameters.
         dtype: of the matrices.
         generator: source of the initial weights.
@@ -83,6 +90,7 @@ class CrossLayerTranscoder(MultiLayer):
     Source: Ameisen et al. 2025, Circuit Tracing: Revealing Computational Graphs in Language Models.
     """
 
+    single = Transcoder
     W_skip: nn.ParameterList | None
 
     def __init__(
@@ -94,12 +102,14 @@ class CrossLayerTranscoder(MultiLayer):
         *,
         affine: bool = False,
         packed: bool | Sequence[bool] = True,
+        ema_decay: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
         generator: torch.Generator | None = None,
     ) -> None:
         options = {"packed": packed, "device": device, "dtype": dtype, "generator": generator}
-        super().__init__(n_layers, d_model, d_sae, activation, **options)  # type: ignore[arg-type]
+        sizes = n_layers, d_model, d_sae, activation
+        super().__init__(*sizes, ema_decay=ema_decay, **options)  # type: ignore[arg-type]
         shape = (d_model, d_model)
         self.W_skip = None
         if affine:

@@ -1,161 +1,50 @@
-"""The weights of a dictionary over several layers: made, moved, frozen and encoded with."""
+"""What a dictionary over several layers computes: activations, and a loss with its gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Self, cast
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..activations import Activation, BatchTopK, JumpReLU, check_activation
-from ..arguments import check_size, present_device
-from ..checks import check_float, check_float_dtype
-from ..freezing import Freezable
+from ..activations import Activation, BatchTopK, JumpReLU
+from ..checks import check_float
+from ..effective import smallest_active
 from ..functional import batchtopk_encode, jumprelu_encode, topk_encode
-from ..initial import unit_rows_
-from ..packing import PackedEncoder, Precision, pack
-from ..pretrained import Pretrained
+from ..modules import SAE
 from ..sparse import SparseActs
 from ..training.losses import DEFAULT_TERMS, LossTerm
+from .converting import assembled, folded
+from .weights import Weights
 
-EXACT = ("b_enc", "threshold")  # parameter lists that are never rounded to 16 bits
 
-
-class MultiLayer(Pretrained, Freezable):
+class MultiLayer(Weights):
     """Encoders of L layers, each of which writes to several layers; see its subclasses."""
 
-    W_enc: nn.ParameterList
-    b_enc: nn.ParameterList
-    threshold: nn.ParameterList | None
-    W_dec: nn.ParameterList
-    b_dec: nn.Parameter
-    packed: list[PackedEncoder] | None = None
-    deferred: Sequence[Any] = ()  # of each layer, a fused optimizer's: loss leaves its work to step
+    single: ClassVar[type[SAE]] = SAE
 
-    def __init__(
-        self,
-        n_layers: int,
-        d_model: int,
-        d_sae: int,
-        activation: Activation | None = None,
-        *,
-        packed: bool | Sequence[bool] = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().__init__()
-        kind = type(self).__name__
-        n_layers = check_size(kind, "n_layers", n_layers)
-        d_model, d_sae = check_size(kind, "d_model", d_model), check_size(kind, "d_sae", d_sae)
-        flags = [packed] * n_layers if isinstance(packed, bool) else list(packed)
-        if len(flags) != n_layers or not all(isinstance(flag, bool) for flag in flags):
-            raise ValueError(
-                f"{kind}: packed must be a bool, or one for each of the {n_layers} layers, got "
-                f"{packed!r}"
-            )
-        activation = JumpReLU() if activation is None else activation
-        check_activation(kind, activation, d_sae)
-        check_float_dtype(kind, "dtype", dtype)
-        device = None if device is None else present_device(kind, device)
-        self.metadata = {}
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
+    @classmethod
+    def from_layers(cls, dictionaries: Sequence[SAE]) -> Self:
+        """One module of L single-layer dictionaries, to train on from or to use as it is.
 
-        def empty(*shape: int, dtype: torch.dtype = wide) -> Tensor:
-            return torch.empty(shape, device=device, dtype=dtype)
-
-        layers = range(n_layers)
-        columns = [(n_layers - i if flags[i] else n_layers) * d_model for i in layers]
-        self.W_enc = _parameters(empty(d_sae, d_model, dtype=dtype).t() for _ in layers)
-        self.b_enc = _parameters(empty(d_sae) for _ in layers)
-        self.W_dec = _parameters(empty(d_sae, m, dtype=dtype) for m in columns)
-        self.b_dec = nn.Parameter(empty(n_layers, d_model))
-        self.activation = activation
-        jumps = isinstance(self.activation, JumpReLU)
-        self.threshold = _parameters(empty(d_sae) for _ in layers) if jumps else None
-        self.reset_parameters(generator)
-
-    @property
-    def n_layers(self) -> int:
-        """Number of layers L."""
-        return len(self.W_enc)
-
-    @property
-    def d_model(self) -> int:
-        """Width of each layer's x."""
-        return int(self.W_enc[0].shape[0])
-
-    @property
-    def d_sae(self) -> int:
-        """Number of latents of each layer."""
-        return int(self.W_enc[0].shape[1])
-
-    def outputs(self, layer: int) -> range:
-        """The layers that the latents of `layer` write to: itself and later ones, or all."""
-        return range(self.n_layers - self.W_dec[layer].shape[1] // self.d_model, self.n_layers)
-
-    def decoder(self, layer: int) -> Tensor:
-        """`[d_sae, len(outputs(layer)), d_model]`: a view of `W_dec[layer]`, output by output."""
-        W_dec: Tensor = self.W_dec[layer]
-        return W_dec.view(self.d_sae, -1, self.d_model)
-
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw the initial weights."""
-        self.unfreeze()
-        for layer, (W_enc, W_dec) in enumerate(zip(self.W_enc, self.W_dec, strict=True)):
-            own = self.decoder(layer)[:, layer - self.outputs(layer).start]
-            W_dec.zero_()
-            unit_rows_(own, generator)
-            W_enc.copy_(own.t())
-        for zero in (*self.b_enc, self.b_dec):
-            zero.zero_()
-        if isinstance(self.activation, JumpReLU):
-            for threshold in self.threshold or ():
-                threshold.fill_(self.activation.init_threshold)
-
-    def freeze(
-        self,
-        *,
-        center: Tensor | None = None,
-        check: bool = False,
-        precision: Precision = "exact",
-    ) -> Self:
-        """`SAE.freeze`, layer by layer.
+        The latents of layer i have the encoder of dictionary i, write to output i what it writes,
+        and zeros to the outputs after it: activations are the same, the reconstruction is up to
+        rounding. Weights are copies. The layers share one bandwidth, the geometric mean of theirs,
+        and Gemma Scope's gradients. `metadata` has the sum of their l0, the model's name, and hook
+        points in braces, as far as they go together.
 
         Args:
-            center: `[L, d_model]`, a typical x, as for `pack`.
-            check: as for `pack`.
-            precision: as for `pack`.
+            dictionaries: of layers 0 to L - 1, with JumpReLU, of one width, dtype and device:
+                `SAE`s for a `Crosscoder`; `Transcoder`s for a `CrossLayerTranscoder`, all of them
+                with an affine skip connection or none.
+
+        Raises:
+            TypeError: `dictionaries` is no sequence of that class.
+            ValueError: there are none, their sizes differ, or one has another activation or other
+                semantics (`to_jumprelu` may make it fit).
         """
-        self.unfreeze()
-        if center is not None and tuple(center.shape) != (self.n_layers, self.d_model):
-            raise ValueError(
-                f"freeze: center must have shape [n_layers={self.n_layers}, "
-                f"d_model={self.d_model}], got {tuple(center.shape)}"
-            )
-        centers = [None] * self.n_layers if center is None else center.unbind(0)
-        packed = [
-            pack(W, center=c, check=check, precision=precision)
-            for W, c in zip(self.W_enc, centers, strict=True)
-        ]
-        self.eval().requires_grad_(False)
-        self.packed = packed
-        return self
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Serve `to`, `half`, ...; biases and thresholds are never rounded to 16 bits."""
-
-        def kept(t: Tensor) -> Tensor:
-            moved = fn(t)
-            rounded = moved.dtype in (torch.bfloat16, torch.float16)
-            wide = torch.float32 if t.dtype == torch.float64 else t.dtype
-            return t.to(moved.device, wide) if rounded else moved
-
-        for name, child in self.named_children() if recurse else ():
-            child._apply(kept if name in EXACT else fn)  # type: ignore[no-untyped-call]
-        return super()._apply(kept, recurse=False)
+        return cast("Self", assembled(cls, dictionaries))
 
     def encode(self, x: Tensor, *, max_nnz: int | None = None) -> list[SparseActs]:
         """Sparse activations of `x [*batch, L, d_model]`, one object per layer.
@@ -180,17 +69,52 @@ class MultiLayer(Pretrained, Freezable):
 
     def encode_layer(self, layer: int, x: Tensor, *, max_nnz: int | None = None) -> SparseActs:
         """`encode(...)[layer]` from `x [*batch, d_model]` of that layer alone."""
-        encoder, activation = (x, self._encoder(layer), self.b_enc[layer]), self.activation
+        encoder = (x, self._encoder(layer), self.b_enc[layer])
+        activation, threshold = self.gate(layer)
         if isinstance(activation, JumpReLU):
-            assert self.threshold is not None
-            threshold = self.threshold[layer]
+            assert threshold is not None
             width = activation.bandwidth
             return jumprelu_encode(*encoder, threshold, bandwidth=width, max_nnz=max_nnz)
         if isinstance(activation, BatchTopK):
-            return batchtopk_encode(*encoder, activation.k, max_nnz=max_nnz)
+            acts = batchtopk_encode(*encoder, activation.k, max_nnz=max_nnz)
+            if self.training and self.ema_threshold is not None:
+                self.observe(layer, smallest_active(acts.values.detach(), acts.gate))
+            return acts
         if max_nnz is not None:
             raise ValueError("encode: TopK always stores k entries per token; drop max_nnz")
         return topk_encode(*encoder, activation.k)
+
+    def gate(self, layer: int) -> tuple[Activation, Tensor | None]:
+        """What selects in a layer, and the `[d_sae]` thresholds of a JumpReLU.
+
+        A BatchTopK with running thresholds is a JumpReLU when evaluated.
+        """
+        activation = self.activation
+        if isinstance(activation, JumpReLU):
+            assert self.threshold is not None
+            return activation, self.threshold[layer]
+        if self.training or self.ema_threshold is None or not isinstance(activation, BatchTopK):
+            return activation, None
+        limit = self.ema_threshold[layer].clamp_min(0).to(self.b_enc[layer].dtype)
+        return JumpReLU(0.0), limit.expand(self.d_sae)
+
+    @torch.no_grad()
+    def observe(self, layer: int, smallest: Tensor | None) -> None:
+        """Move a layer's running threshold towards a batch's smallest active value, if finite."""
+        if self.ema_threshold is not None and smallest is not None:
+            running = self.ema_threshold[layer]
+            running.copy_(self.semantics.moved(running, smallest))
+
+    def to_jumprelu(self, *, bandwidth: float = 0.001) -> Self:
+        """`SAE.to_jumprelu`: a BatchTopK becomes a JumpReLU at its running thresholds.
+
+        Args:
+            bandwidth: of the new module's straight-through window.
+
+        Raises:
+            ValueError: the module is a TopK, or a BatchTopK without running thresholds.
+        """
+        return cast("Self", folded(self, bandwidth))
 
     def loss(
         self, x: Tensor, target: Tensor | None = None, terms: Sequence[LossTerm] = DEFAULT_TERMS
@@ -206,8 +130,8 @@ class MultiLayer(Pretrained, Freezable):
             x: `[*batch, L, d_model]` floating point.
             target: of the same shape; default x for a `Crosscoder`, needed by a
                 `CrossLayerTranscoder`.
-            terms: as for `SAE.loss`, but prefixes of the latents (`Matryoshka`) and terms with
-                activations of their own (`AuxK`, `MultiTopK`, `PreAct`).
+            terms: as for `SAE.loss`, but for prefixes of the latents (`Matryoshka`), `MultiTopK`
+                and `PreAct`.
 
         Returns:
             The loss and metrics of `SAE.loss`; `fvu` is of all layers together, `density` is
@@ -228,19 +152,6 @@ class MultiLayer(Pretrained, Freezable):
 
         return cast("tuple[Tensor, int]", count_layered(self, x))
 
-    def _encoder(self, layer: int) -> Tensor | PackedEncoder:
-        """The weights of a layer, with their codes if the module is frozen."""
-        W_enc: Tensor = self.W_enc[layer]
-        if self.packed is None:
-            return W_enc
-        packed = self.packed[layer]
-        if packed.W_enc is not W_enc or (torch.is_grad_enabled() and W_enc.requires_grad):
-            raise RuntimeError(
-                f"encode: frozen W_enc[{layer}] was replaced or requires gradients again; call "
-                "unfreeze()"
-            )
-        return packed
-
     @staticmethod
     def l0(acts: Sequence[SparseActs]) -> Tensor:
         """`[*batch, L]`: active latents per token and layer, differentiable in the thresholds.
@@ -248,14 +159,6 @@ class MultiLayer(Pretrained, Freezable):
         `l0(acts).sum(-1)` is the L0 of the whole dictionary.
         """
         return torch.stack([a.l0() for a in acts], -1)
-
-    def extra_repr(self) -> str:
-        """Shapes and activation, for `repr`."""
-        sizes = f"n_layers={self.n_layers}, d_model={self.d_model}, d_sae={self.d_sae}"
-        return f"{sizes}, {self.activation}"
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.extra_repr()})"
 
 
 def check_stack(op: str, name: str, t: Any, module: MultiLayer) -> None:
@@ -266,7 +169,3 @@ def check_stack(op: str, name: str, t: Any, module: MultiLayer) -> None:
             f"{op}: {name} must have shape [*batch, n_layers={module.n_layers}, "
             f"d_model={module.d_model}], got {tuple(t.shape)}"
         )
-
-
-def _parameters(tensors: Iterable[Tensor]) -> nn.ParameterList:
-    return nn.ParameterList([nn.Parameter(t) for t in tensors])

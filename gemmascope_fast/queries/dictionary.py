@@ -139,17 +139,18 @@ def _single(module: SAE) -> Dictionary:
 
 def _layer(module: MultiLayer, layer: int) -> Dictionary:
     W_enc: Tensor = module.W_enc[layer]
+    running = module.ema_threshold
     packed = None if module.packed is None else module.packed[layer]
     return Dictionary(
         activation=module.activation,
-        semantics=Semantics(),
+        semantics=module.semantics,
         training=module.training,
         W_enc=W_enc,
         b_enc=module.b_enc[layer],
         W_dec=module.W_dec[layer],
         b_dec=module.b_dec,
         threshold=None if module.threshold is None else module.threshold[layer],
-        ema_threshold=None,
+        ema_threshold=None if running is None else running[layer],
         centred=False,
         packed=packed if packed is not None and packed.W_enc is W_enc else None,
         width=(len(module.outputs(layer)), module.d_model),

@@ -29,9 +29,7 @@ from .objective import Objective
 def sparse_block(inputs: Inputs, rows: slice, objective: Objective, gradients: Gradients) -> None:
     """Add the rows' terms to `objective` and their gradients to `gradients`, entry by entry."""
     x = inputs.tensors["x"][rows]
-    block = encode_block(inputs, x, inputs.emission)
-    if isinstance(inputs.activation, BatchTopK):
-        inputs.smallest.append(inputs.whole.smallest_active(block.values, block.gate))
+    block = observed_block(inputs, x)
     ends = inputs.whole.ends(objective.ends)
     recons = decode_prefixes(inputs, block, ends)
     add_skip(inputs, x, recons)
@@ -71,6 +69,14 @@ def count_block(inputs: Inputs, rows: slice, dense: bool) -> Tensor:
 def entry_counts(inputs: Inputs, block: Block) -> Tensor:
     """`[d_sae]`: rows on which each latent is active."""
     return torch.bincount(block.indices[block.gate > 0], minlength=inputs.d_sae)
+
+
+def observed_block(inputs: Inputs, x: Tensor) -> Block:
+    """`encode_block` with the window; what a BatchTopK's running threshold follows is noted."""
+    block = encode_block(inputs, x, inputs.emission)
+    if isinstance(inputs.activation, BatchTopK):
+        inputs.smallest.append(inputs.whole.smallest_active(block.values, block.gate))
+    return block
 
 
 def encode_block(inputs: Inputs, x: Tensor, window: float, by_feature: bool = True) -> Block:

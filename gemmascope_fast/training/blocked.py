@@ -37,8 +37,12 @@ def sae_loss(
     terms: Sequence[LossTerm],
     limits: Limits = DEFAULT_LIMITS,
     whole: Whole = WHOLE,
+    active: list[Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and metrics of `module` on x; `SAE.loss` documents them."""
+    """Loss and metrics of `module` on x; `SAE.loss` documents them.
+
+    Where terms give latents a gradient that were not active, `active` receives those that were.
+    """
     checked, d_sae = check_terms(OP, terms), whole.d_sae(module.d_sae)
     check_fit(OP, module, checked, d_sae)
     target = check_call(OP, module, x, target, d_sae)
@@ -48,7 +52,7 @@ def sae_loss(
     inputs = inputs_of(module, tensors, activation, needs, whole)
     keep = getattr(module.deferred, "keep", None)  # a fused optimizer's
     deferrable = keep is not None and needs >= {"W_enc", "W_dec"} and "x" not in needs
-    loss, metrics, gradients = _evaluate(inputs, checked, limits, deferrable)
+    loss, metrics, gradients = _evaluate(inputs, checked, limits, deferrable, active)
     if module.training:
         for smallest in inputs.smallest:
             module.observe(smallest)
@@ -99,7 +103,11 @@ def _count(inputs: Inputs, parts: list[tuple[slice, bool]]) -> Tensor:
 
 @torch.no_grad()
 def _evaluate(
-    inputs: Inputs, terms: tuple[LossTerm, ...], limits: Limits, deferrable: bool
+    inputs: Inputs,
+    terms: tuple[LossTerm, ...],
+    limits: Limits,
+    deferrable: bool,
+    active: list[Tensor] | None,
 ) -> tuple[Tensor, dict[str, Tensor], Gradients]:
     objective, gradients = Objective(inputs, terms), Gradients(inputs)
     blocks = {True: 0, False: 0}
@@ -107,13 +115,15 @@ def _evaluate(
         parts = list(plan(inputs, limits))
         if objective.needs_counts and len(parts) != 1:
             objective.counts = inputs.whole.counts(_count(inputs, parts))
-        deferrable = deferrable and not any(isinstance(term, WeightTerm) for term in terms)
-        if deferrable and [dense for _, dense in parts] == [False]:
+        more = any(isinstance(term, WeightTerm) for term in terms)
+        if deferrable and not more and [dense for _, dense in parts] == [False]:
             gradients.kept = {}
         for rows, dense in parts:
             path = dense_block if dense else sparse_block
             path(inputs, rows, objective, gradients)
             blocks[dense] += 1
+        if more and active is not None:
+            active.append(gradients.buffer("b_enc") != 0)
         for at, term in enumerate(terms):
             if isinstance(term, WeightTerm):
                 rest, budget = objective.residual, limits.entry_bytes // ENTRY_BYTES

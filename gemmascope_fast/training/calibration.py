@@ -41,6 +41,10 @@ class Affine:
         wide = x if x.dtype == torch.float64 else x.float()
         return (wide - self.mean.to(wide.dtype)).mul_(self.scale)
 
+    def inverse(self) -> Affine:
+        """The way back."""
+        return Affine(-self.mean * self.scale, 1 / self.scale)
+
 
 def measure(
     name: str, parts: Callable[[], Iterator[Tensor]], centred: bool, device: torch.device

@@ -45,6 +45,11 @@ class LayersAffine:
             part.mul_(scale)  # a tensor of the scales would make CUDA wait for its copy
         return scaled
 
+    def inverse(self) -> LayersAffine:
+        """The way back."""
+        scale = torch.tensor(self.scale, dtype=self.mean.dtype, device=self.mean.device)
+        return LayersAffine(-self.mean * scale[:, None], tuple(1 / s for s in self.scale))
+
 
 def measure_layers(
     name: str,
@@ -112,6 +117,8 @@ def fold_layers_(module: MultiLayer, source: LayersAffine, target: LayersAffine)
         module.b_enc[at].div_(scale).sub_(image(mean, module.W_enc[at]))
         if module.threshold is not None:
             module.threshold[at].div_(scale)
+        if module.ema_threshold is not None:
+            module.ema_threshold[at].div_(scale)
         for block, output in enumerate(module.outputs(at)):
             module.decoder(at)[:, block].mul_(scale / target.scale[output])
         module.b_dec[at].div_(target.scale[at]).add_(target.mean[at])

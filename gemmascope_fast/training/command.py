@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add("--matryoshka", type=int, nargs="+", help="ascending prefix sizes, the last one d_sae")
     add("--kind", choices=KINDS, default="sae", help="default sae")
     add("--affine", action="store_true", help="a transcoder's or CLT's affine skip connection")
+    add("--start", help="artefact to begin with, as gsf.load reads it; of the kind and the sizes")
     add("--seed", type=int, default=0, help="default 0")
     add("--resume", action=argparse.BooleanOptionalAction, default=True)
     add("--checkpoint-every", type=int, help="default 1000, or a tenth of a shorter run")
@@ -87,7 +88,8 @@ def main(argv: Sequence[str]) -> int:
         with _ranks(args["device"], **ranks) as mesh:
             own = device if mesh is None else mesh.device_type  # of several GPUs the current one
             source = _source(args.pop("source"), own, **live)
-            module = train(source, mesh=mesh, **args, **dtypes)
+            start = _started(args.pop("start"))
+            module = train(source, mesh=mesh, start=start, **args, **dtypes)
             if os.environ.get("RANK", "0") == "0":
                 print(_written(args["out"], module))
     except _told() as error:
@@ -154,6 +156,12 @@ def _ranks(device: str | None, tp: int | None, timeout: float | None) -> Iterato
         # after an error NCCL would wait here for ranks that still wait in a collective
         if own and dist.is_initialized() and (done or dist.get_backend() != "nccl"):
             dist.destroy_process_group()
+
+
+def _started(path: str | None) -> Any:
+    from ..artefacts import load
+
+    return None if path is None else load(path)
 
 
 def _writer(path: Path | None) -> Callable[[dict[str, float]], None] | None:

@@ -29,7 +29,8 @@ from .losses_batch import BatchTerm
 from .losses_weights import WeightTerm
 from .objective import Objective
 from .outcome import OP, outcome, precomputed
-from .planning import DEFAULT_LIMITS, Limits, plan_layers
+from .planning import DEFAULT_LIMITS, ENTRY_BYTES, Limits, plan_layers
+from .weight_pass import weight_pass
 
 MATRICES = ("W_dec", *ENCODER)
 
@@ -41,8 +42,12 @@ def layered_loss(
     target: Tensor | None,
     terms: Sequence[LossTerm],
     limits: Limits = DEFAULT_LIMITS,
+    active: list[Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and metrics of `module` on x; `MultiLayer.loss` documents them."""
+    """Loss and metrics of `module` on x; `MultiLayer.loss` documents them.
+
+    `active` is that of `sae_loss`, layer after layer.
+    """
     checked = check_terms(OP, terms)
     _check_fit(module, checked)
     target = _check_call(module, x, target)
@@ -51,7 +56,11 @@ def layered_loss(
     deferred = [d for d in module.deferred if d is not None]
     wanted = all(layer.needs >= {"W_enc", "W_dec"} for layer in joint.layers)
     deferrable = bool(deferred) and wanted and "x" not in joint.needs
-    loss, metrics, sums = _evaluate(joint, checked, limits, deferrable)
+    loss, metrics, sums = _evaluate(joint, checked, limits, deferrable, active)
+    if module.training:
+        for at, layer in enumerate(joint.layers):
+            for smallest in layer.smallest:
+                module.observe(at, smallest)
     if not joint.needs:
         return loss, metrics
     kept = [into.kept for into in sums.layers]
@@ -82,7 +91,11 @@ def count_layered(
 
 @torch.no_grad()
 def _evaluate(
-    joint: Joint, terms: tuple[LossTerm, ...], limits: Limits, deferrable: bool
+    joint: Joint,
+    terms: tuple[LossTerm, ...],
+    limits: Limits,
+    deferrable: bool,
+    active: list[Tensor] | None,
 ) -> tuple[Tensor, dict[str, Tensor], Sums]:
     objective, sums = Objective(joint, terms), Sums(joint)
     blocks = {True: 0, False: 0}
@@ -90,13 +103,22 @@ def _evaluate(
         parts = list(plan_layers(joint.layers, limits))
         if objective.needs_counts and len(parts) != 1:
             objective.counts = count_layers(joint, parts)
-        if deferrable and len(parts) == 1 and not any(parts[0][1]):
+        more = any(isinstance(term, WeightTerm) for term in terms)
+        if deferrable and not more and len(parts) == 1 and not any(parts[0][1]):
             for into in sums.layers:
                 into.kept = {}
         for rows, dense in parts:
             layered_block(joint, rows, dense, objective, sums)
             for apart in dense:
                 blocks[apart] += 1
+        if more and active is not None:
+            active += [into.buffer("b_enc") != 0 for into in sums.layers]
+        layers = list(zip(joint.layers, sums.layers, strict=True))
+        for at, term in enumerate(terms):
+            if isinstance(term, WeightTerm):
+                rest, budget = objective.residual, limits.entry_bytes // ENTRY_BYTES
+                value = weight_pass(OP, joint, term, rest, budget, sums, layers)
+                objective.sums[at] = value * joint.tokens
     return *outcome(joint, terms, objective, blocks), sums
 
 
@@ -112,8 +134,9 @@ def _tensors(
     for at in range(module.n_layers):
         W_enc, W_dec = autocast(module.W_enc[at], module.W_dec[at])
         own = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": widen(module.b_enc[at])}
-        if module.threshold is not None:
-            own["threshold"] = widen(module.threshold[at])
+        threshold = module.gate(at)[1]
+        if threshold is not None:
+            own["threshold"] = widen(threshold)
         if isinstance(module, CrossLayerTranscoder) and module.W_skip is not None:
             own["W_skip"] = module.W_skip[at]
         layers.append(own)
@@ -126,7 +149,7 @@ def _joint(module: MultiLayer, shared: dict[str, Tensor], layers: list[dict[str,
     floats = [shared["x"], shared["b_dec"], *of_layers]
     acc = torch.float64 if any(t.dtype == torch.float64 for t in floats) else torch.float32
     n = shared["x"].shape[0]
-    activation, made = module.activation, []
+    activation, made = module.gate(0)[0], []
     for at, own in enumerate(layers):
         part = shared["x"].detach().view(n, module.n_layers, module.d_model)[:, at]
         needs = _needs(own) | (_needs(shared) & {"x"})
@@ -194,7 +217,9 @@ def _check_fit(module: MultiLayer, terms: Sequence[LossTerm]) -> None:
     latents = module.n_layers * module.d_sae
     for term in terms:
         if isinstance(term, WeightTerm):
-            raise ValueError(f"{OP}: {term.name} is for dictionaries of one layer")
+            if not term.layered:
+                raise ValueError(f"{OP}: {term.name} is for dictionaries of one layer")
+            term.latents(OP, latents, module.b_dec.device)
         if isinstance(term, Term) and term.prefixes:
             raise ValueError(
                 f"{OP}: {term.name} reconstructs from prefixes of the latents, and is for "

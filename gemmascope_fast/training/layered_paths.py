@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import dense_paths
-from .block_paths import add_skip, count_block, encode_block, entry_counts, finish, per_entry
+from .block_paths import add_skip, count_block, entry_counts, finish, observed_block, per_entry
 from .entry_paths import backward
 from .evaluation import Gradients, Inputs
 from .objective import Objective
@@ -70,7 +70,7 @@ class _Entries:
 
     def __init__(self, inputs: Inputs, rows: slice) -> None:
         self._inputs = inputs
-        block = encode_block(inputs, inputs.tensors["x"][rows], inputs.emission)
+        block = observed_block(inputs, inputs.tensors["x"][rows])
         self._block = block
         self.l0 = torch.segment_reduce(
             block.gate, "sum", offsets=block.offsets, unsafe=True, initial=0

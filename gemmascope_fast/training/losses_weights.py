@@ -64,11 +64,13 @@ class WeightTerm(LossTerm):
 
     Attributes:
         needs_residual: whether it reads `Dictionary.residual`.
+        layered: whether it has a meaning for the latents of several layers.
         among_peers: how it goes with latents on several processes: "apart", a sum over latents, of
             which each process makes its own; "joined", by `Dictionary.whole`; "" not at all.
     """
 
     needs_residual: ClassVar[bool] = False
+    layered: ClassVar[bool] = False
     among_peers: ClassVar[str] = ""
 
     @abstractmethod
@@ -81,26 +83,29 @@ class WeightTerm(LossTerm):
 
     @abstractmethod
     def entries_per_token(self, latents: int) -> int:
-        """Entries that a token makes when there are so many latents."""
+        """Entries that a token makes in a layer when there are so many latents."""
 
     def scale(
-        self, residual: Tensor | None, target: Tensor, latents: int, whole: Whole = WHOLE
+        self, residual: Tensor | None, target: Tensor, latents: float, whole: Whole = WHOLE
     ) -> Tensor:
-        """A constant factor, from the whole batch."""
+        """A constant factor, from the whole batch and the mean number of latents of a layer."""
         return target.new_ones(())
 
     @abstractmethod
-    def total(self, dictionary: Dictionary) -> Tensor:
-        """Sum over the dictionary's tokens, coefficient included."""
+    def total(self, *layers: Dictionary) -> Tensor:
+        """Sum over the tokens of the dictionary, or of those of several layers, weighted."""
 
 
 @dataclass(frozen=True)
 class AuxK(WeightTerm):
     """Error of the dead latents' own reconstruction of the residual; see `losses.auxk`.
 
+    Of several layers the residual is that of all outputs together: each layer's k_aux largest dead
+    latents write to the outputs that the layer writes to. D is then the mean number of a layer's.
+
     Args:
-        dead: `[d_sae]` bool, or integer latents, all different.
-        k_aux: latents per token, >= 1.
+        dead: `[d_sae]` bool, or integer latents, all different; of several layers `[L * d_sae]`.
+        k_aux: latents per token (and layer), >= 1.
         coefficient: finite, >= 0; 1/32 is customary.
         normalisation: "none", "residual" or "target".
         scaled: whether few dead latents weigh less.
@@ -116,6 +121,7 @@ class AuxK(WeightTerm):
 
     name: ClassVar[str] = "auxk"
     needs_residual: ClassVar[bool] = True
+    layered: ClassVar[bool] = True
     among_peers: ClassVar[str] = "joined"
     dead: Tensor
     k_aux: int
@@ -138,21 +144,21 @@ class AuxK(WeightTerm):
         return min(self.k_aux, latents)
 
     def scale(
-        self, residual: Tensor | None, target: Tensor, latents: int, whole: Whole = WHOLE
+        self, residual: Tensor | None, target: Tensor, latents: float, whole: Whole = WHOLE
     ) -> Tensor:
         """Share of the dead over the denominator."""
         assert residual is not None
         factor = aux_scale(latents, self.k_aux, self.scaled)
         return factor / aux_denominator(self.normalisation, residual, target, whole.deviation)
 
-    def total(self, dictionary: Dictionary) -> Tensor:
+    def total(self, *layers: Dictionary) -> Tensor:
         """Squared error, weighted."""
-        d = dictionary
-        assert d.residual is not None
-        weights = (d.W_enc, d.b_enc, d.W_dec)
+        residual, whole = layers[0].residual, layers[0].whole
+        assert residual is not None
+        dictionaries = [(d.x, d.W_enc, d.b_enc, d.W_dec) for d in layers]
         options = (self.rectified, self.encoder_gradient)
-        keep = partial(d.whole.keep, k=self.k_aux, held=self.k_aux)
-        error = aux_error(d.x, d.residual, *weights, self.k_aux, *options, keep, d.whole.join)
+        keep = partial(whole.keep, k=self.k_aux, held=self.k_aux)
+        error = aux_error(residual, dictionaries, self.k_aux, *options, keep, whole.join)
         return self.coefficient * error
 
 
@@ -193,9 +199,10 @@ class PreAct(WeightTerm):
         """Every pre-activation of the dead."""
         return latents
 
-    def total(self, dictionary: Dictionary) -> Tensor:
+    def total(self, *layers: Dictionary) -> Tensor:
         """What the tokens' pre-activations lack, weighted."""
-        d, wide = dictionary, dictionary.target.dtype
+        (d,) = layers
+        wide = d.target.dtype
         theta = d.threshold.to(wide) if d.threshold is not None and self.to_threshold else None
         rows = d.W_dec.to(wide) if self.by_norm else None
         pre = (d.x.to(wide), d.W_enc.to(wide), d.b_enc.to(wide))
@@ -241,9 +248,9 @@ class MultiTopK(WeightTerm):
         """All sets together."""
         return sum(self.ks)
 
-    def total(self, dictionary: Dictionary) -> Tensor:
+    def total(self, *layers: Dictionary) -> Tensor:
         """Squared error, weighted."""
-        d = dictionary
+        (d,) = layers
         last = self.ks[-1]
         widest = topk_encode(d.x, d.W_enc, d.b_enc, min(last, d.W_enc.shape[1]))
         widest = widest if self.encoder_gradient else widest.detach()

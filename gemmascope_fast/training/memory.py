@@ -219,7 +219,7 @@ def _step(s: Settings, device: torch.device, matrix: int, vectors: int) -> dict[
         blocks *= -(-entries // DEFAULT_LIMITS.entry_bytes)
         entries = min(entries, DEFAULT_LIMITS.entry_bytes)
     held["entries"] = entries
-    if s.activation != "jumprelu" and s.preset.auxk > 0 and s.layers is None:
+    if s.activation != "jumprelu" and s.preset.auxk > 0:
         held["gradients"] = matrix * wide
         held["auxk"] = _auxk(s, matrix, entries)
     elif not s.fused or blocks > 1:
@@ -251,9 +251,9 @@ def _auxk(s: Settings, matrix: int, entries: int) -> int:
 
     wide = max(s.dtype.itemsize, 4)
     dead = int(DEAD_SHARE * s.d_sae)
-    made = s.batch_size * min(s.k_aux, dead) * ENTRY_BYTES
+    made = s.batch_size * min(s.k_aux, dead) * (s.layers or 1) * ENTRY_BYTES
     made = min(made, DEFAULT_LIMITS.entry_bytes)
-    rows = AUX_COPIES * wide * s.batch_size * s.d_out
+    rows = AUX_COPIES * wide * s.batch_size * widths(s)[1]
     return rows + max(made - entries, 0) + int(2 * wide * DEAD_SHARE * matrix)
 
 

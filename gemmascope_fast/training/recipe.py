@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
 from .losses import LossTerm, Matryoshka, QuadraticL0, Reconstruction
@@ -16,8 +19,8 @@ def terms(settings: Settings, step: int, dead: Tensor) -> list[LossTerm]:
     Args:
         settings: of the run.
         step: steps taken.
-        dead: `[d_sae]` bool, latents that topk and batchtopk give a loss of their own, in one
-            layer.
+        dead: `[d_sae]` bool, or `[L * d_sae]`: latents that topk and batchtopk give a loss of
+            their own.
     """
     s, preset = settings, settings.preset
     found: list[LossTerm] = [Reconstruction()]
@@ -30,6 +33,21 @@ def terms(settings: Settings, step: int, dead: Tensor) -> list[LossTerm]:
         found.append(pull if preset.per_token else QuadraticMeanL0(lam, target=target))
         if preset.frequency:
             found.append(Frequency(preset.frequency, w0=preset.frequency_scale))
-    elif s.layers is None and preset.auxk > 0 and bool(dead.any()):
+    elif preset.auxk > 0 and bool(dead.any()):
         found.append(AuxK(dead, s.k_aux, preset.auxk))
     return found
+
+
+def evaluate(
+    settings: Settings,
+    module: Any,
+    x: Tensor,
+    target: Tensor | None,
+    found: Sequence[LossTerm],
+    active: list[Tensor],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`module.loss`, which tells `active` what `sae_loss` says."""
+    from . import blocked, layered  # they import sympy: not with this package
+
+    run = blocked.sae_loss if settings.layers is None else layered.layered_loss
+    return run(module, x, target, found, active=active)  # type: ignore[no-any-return]

@@ -101,7 +101,6 @@ def finish(trainer: Trainer, folder: Path | None, metadata: Mapping[str, Any]) -
     """The module for raw activations, saved where there is a folder and a format for it."""
     x, _ = trainer.stream.next(trainer.settings.batch_size)
     x = x.to(trainer.device)
-    scale, bandwidth = trainer.maps[0].scale, trainer.settings.preset.bandwidth
     module: SAE | MultiLayer = trainer.finish().eval()
     with torch.no_grad():
         l0 = _l0(module, x)
@@ -109,9 +108,8 @@ def finish(trainer: Trainer, folder: Path | None, metadata: Mapping[str, Any]) -
     format = format_of(module)
     if folder is not None and format is not None:
         named: dict[str, Any] = {name: module.metadata.get(name) for name in NAMED}
-        plain = module
-        if isinstance(module, SAE) and isinstance(module.activation, BatchTopK):
-            plain = module.to_jumprelu(bandwidth=bandwidth / scale)
+        batch = isinstance(module.activation, BatchTopK)
+        plain = module.to_jumprelu() if batch else module
         plain.save_pretrained(folder, format=format, **named)
     return module
 

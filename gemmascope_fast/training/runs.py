@@ -25,6 +25,7 @@ from .progress import Shown, bar, resumed
 from .results import CHECKPOINTS, asked, check_out, finish
 from .settings import OP, Settings, prefixes
 from .sources import Source
+from .starting import check_start
 from .trainer import Trainer
 from .trainer_layers import trainer_of
 
@@ -66,6 +67,7 @@ def train(
     on_metrics: OnMetrics | None = None,
     progress: bool = True,
     metadata: Mapping[str, Any] | None = None,
+    start: SAE | MultiLayer | None = None,
     mesh: DeviceMesh | None = None,
 ) -> SAE | MultiLayer:
     """Train a sparse autoencoder, transcoder, crosscoder or cross-layer transcoder on activations.
@@ -79,12 +81,13 @@ def train(
             transcoder; `[N, L, d]` for a crosscoder, a pair of them for a CLT; a folder of shards
             (`write_shards`); or a `Source`.
         d_sae: number of latents, >= 1; of each layer.
-        activation: "jumprelu", "topk" or "batchtopk" (of one layer).
+        activation: "jumprelu", "topk" or "batchtopk".
         target_l0: active latents per token that jumprelu is pulled to, summed over the layers, in
             (0, d_sae), or (0, L * d_sae). A run ends below it where target_l0 / d_sae is not far
             below the preset's `frequency_scale`, 1 %, whose penalty then pulls as hard the other
             way, and where few steps of a small lr leave thresholds behind (docs/quickstart.md).
-        k: active latents per token (and layer) of topk (int) and batchtopk, in (0, d_sae].
+        k: active latents per token and layer, of topk (int) and batchtopk, in (0, d_sae]: layers
+            do not compete.
         steps: of the run, >= 1.
         batch_size: tokens per step, >= 1.
         preset: "gemma_scope_2" (calibrated start), "gemma_scope_2_literal", or a `Preset`.
@@ -111,16 +114,21 @@ def train(
         progress: print the memory estimate and show progress on the standard error: a bar where
             rich or tqdm is installed, a line now and then elsewhere and off a terminal.
         metadata: of the saved result: model_name, hf_hook_point_in, hf_hook_point_out, ...
+        start: begin with the weights of this module, thresholds included, and calibrate nothing: of
+            the class, the sizes and the activation that are trained, for raw activations, as `load`
+            and `Crosscoder.from_layers` return it. It is copied; its bandwidth and k are not used,
+            and neither is it when a checkpoint is resumed. Decoder rows get unit norm, encoders and
+            thresholds that norm; with topk or batchtopk the rows must have one norm. On one device.
         mesh: of dims ("dp", "tp") over all ranks of `torchrun`, each of which makes this call:
             latents are cut over "tp", the rows of every batch over "dp" (docs/distributed.md);
             for SAEs and transcoders. `on_metrics` and `progress` are rank 0's, `device` the mesh's.
 
     Returns:
         The module, for raw activations, in evaluation mode: batchtopk encodes with its running
-        threshold. Layers share one bandwidth: its scale is the geometric mean of theirs. With
-        `out`, the folder is an artefact that `load` reads (batchtopk as the JumpReLU of that
-        threshold), in Gemma Scope 2's format; a topk SAE in SAELens', a topk transcoder of one
-        width in sparsify's. Of other topk (two widths, several layers, a mesh) it holds the
+        threshold, one per layer. Layers share one bandwidth: its scale is the geometric mean of
+        theirs. With `out`, the folder is an artefact that `load` reads (batchtopk as the JumpReLU
+        of that threshold), in Gemma Scope 2's format; a topk SAE in SAELens', a topk transcoder of
+        one width in sparsify's. Of other topk (two widths, several layers, a mesh) it holds the
         checkpoints only, because no format has them: this call again returns the module. With
         `mesh` the module is a `ShardedSAE` or `ShardedTranscoder`.
 
@@ -158,6 +166,7 @@ def train(
         checkpoint_every=checkpoint_every,
         **sizes_of(rows_of),
     )
+    check_start(start, settings, mesh)
     folder, extra = asked(out, metadata, on_metrics, resume=resume, progress=progress)
     if mesh is not None:
         said = {"resume": resume, "on_metrics": on_metrics, "progress": progress}
@@ -169,7 +178,7 @@ def train(
         each = "" if settings.layers is None else f"{settings.layers} x "
         print(f"train: {each}{d_sae:,} latents, {steps:,} steps; {found}", file=sys.stderr)
     with _recording(), nullcontext() if folder is None else checkpoint.held(folder / CHECKPOINTS):
-        trainer = _start(rows_of, settings, place, folder, resume)
+        trainer = _start(rows_of, settings, place, folder, resume, start)
         resumed(trainer.taken, progress)
         with bar(steps, progress, batch_size) as shown:
             run_steps(trainer, folder, on_metrics, shown)
@@ -195,7 +204,12 @@ def _on_mesh(mesh: DeviceMesh, source: Source, settings: Settings, *to: Any, **o
 
 
 def _start(
-    source: Source, settings: Settings, device: torch.device, folder: Path | None, resume: bool
+    source: Source,
+    settings: Settings,
+    device: torch.device,
+    folder: Path | None,
+    resume: bool,
+    start: SAE | MultiLayer | None,
 ) -> Trainer:
     """The run from its beginning, or from the newest checkpoint that can be read."""
     saved = [] if folder is None else checkpoint.found(folder / CHECKPOINTS)
@@ -220,7 +234,7 @@ def _start(
         return made
     if unreadable:
         raise ValueError(f"{unreadable[0]}; resume=False starts anew")
-    return trainer_of(settings)(source, settings, device)
+    return trainer_of(settings)(source, settings, device, start)
 
 
 def run_steps(

@@ -161,11 +161,6 @@ class Settings:
             raise ValueError(f"{op}: kind={self.kind!r} needs layers, their number")
         if check_count(op, "layers", self.layers) < 1:
             raise ValueError(f"{op}: layers must be >= 1, got {self.layers}")
-        if self.activation == "batchtopk":
-            raise ValueError(
-                f"{op}: activation='batchtopk' is for kind='sae' and kind='transcoder': a "
-                f"{self.kind} keeps no running threshold for each layer to encode with afterwards"
-            )
         for name, only in (("matryoshka", None), ("precision", "exact")):
             if getattr(self, name) != only:
                 raise ValueError(
@@ -189,7 +184,10 @@ class Settings:
 
     @property
     def k_aux(self) -> int:
-        """Dead latents that reconstruct a token's residual; half the width (arXiv 2406.04093)."""
+        """Dead latents of a layer that reconstruct a token's residual: half the width.
+
+        Source: arXiv 2406.04093, appendix A.2.
+        """
         return max(self.d_in // 2, 1)
 
     def record(self) -> dict[str, Any]:
@@ -229,6 +227,8 @@ class Settings:
 
     def _make_layers(self, layers: int) -> MultiLayer:
         options: dict[str, Any] = {"dtype": self.dtype, "device": "cpu"}
+        if self.activation == "batchtopk":
+            options["ema_decay"] = self.preset.threshold_decay
         options["generator"] = generator(self.seed, "weights")
         sizes = layers, self.d_in, self.d_sae, self._function()
         if self.kind == "crosscoder":

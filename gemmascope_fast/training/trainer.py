@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from torch import Tensor
 from ..optim.rows import as_rows
 from . import checkpoint
 from .calibration import ROWS, Affine, fold_, measure, start
-from .recipe import terms
+from .recipe import evaluate, terms
 from .settings import Settings
 from .sources import Source, Stream
+from .starting import take
 from .updates import PREFIX, Updates
 
 VERSION = 1
@@ -53,6 +54,7 @@ class Trainer:
         source: of the activations.
         settings: of the run.
         device: where it trains.
+        start: checked by `check_start`; None draws the initial weights and calibrates them.
 
     Attributes:
         module: the weights, in units of scaled activations; `exported()` reads raw ones.
@@ -60,11 +62,13 @@ class Trainer:
         taken: steps taken.
     """
 
-    def __init__(self, source: Source, settings: Settings, device: torch.device) -> None:
+    def __init__(
+        self, source: Source, settings: Settings, device: torch.device, start: Any = None
+    ) -> None:
         self.source, self.settings, self.device = source, settings, device
         self._begin()
         self.stream = Stream(source, settings.seed)
-        self._calibrate()
+        self._calibrate(start)
 
     @classmethod
     def resumed(cls, source: Source, settings: Settings, device: torch.device, path: Path) -> Any:
@@ -107,7 +111,7 @@ class Trainer:
                 *(self.taken, position),
             )
         loss.backward()  # type: ignore[no-untyped-call]
-        fired = self.updates.fired()
+        fired = self.updates.fired(self._active)
         self.updates.step(rate)
         self.taken += 1
         self.last_fired.masked_fill_(fired, self.taken)
@@ -128,28 +132,23 @@ class Trainer:
         return next((name for name, p in named if not _finite(p.detach())), None)
 
     def scaled(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`(x, target)` as the module sees them; the target defaults to x."""
-        scaled = self._narrow(self.maps[0](x.to(self.device)))
-        if target is None:
-            return scaled, scaled
-        return scaled, self._narrow(self.maps[1](target.to(self.device)))
-
-    def _narrow(self, x: Tensor) -> Tensor:
-        """float64 only beside weights of float64: activations alone would ask for the reference."""
-        return x if self.settings.dtype == torch.float64 else x.float()
+        """`(x, target)` as the module sees them, in float64 only if it is; target defaults to x."""
+        given = (x,) if target is None else (x, target)
+        made = [place(t.to(self.device)) for place, t in zip(self.maps, given, strict=False)]
+        if self.settings.dtype != torch.float64:
+            made = [t.float() for t in made]
+        return made[0], made[-1]
 
     def exported(self) -> Any:
         """A copy of the module that reads raw activations."""
         module = copy.deepcopy(self.module).requires_grad_(False)
-        self._fold(module)
-        return module.requires_grad_(True)
+        return self._raw(module).requires_grad_(True)
 
     def finish(self) -> Any:
         """The module itself, turned into one that reads raw activations; the run is over."""
         self.updates.release()
         del self.updates
-        self._fold(self.module)
-        return self.module
+        return self._raw(self.module)
 
     def save(self, folder: Path) -> Path:
         """Write a checkpoint.
@@ -196,8 +195,9 @@ class Trainer:
 
     def _loss(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of scaled tokens and its metrics."""
-        loss, metrics = self.module.loss(x, target, terms(self.settings, self.taken, self.silent()))
-        return loss, metrics
+        self._active: list[Tensor] = []
+        found = terms(self.settings, self.taken, self.silent())
+        return evaluate(self.settings, self.module, x, target, found, self._active)
 
     def _fired(self, fired: Tensor) -> Tensor:
         """Latents of the whole dictionary that fired in the step just taken."""
@@ -215,13 +215,17 @@ class Trainer:
             "time": time.time(),
         }
 
-    def _calibrate(self) -> None:
-        """Measure scale and mean, then set biases and thresholds."""
+    def _calibrate(self, start: Any = None) -> None:
+        """Measure scale and mean, then set biases and thresholds, or all weights from `start`."""
         settings, preset = self.settings, self.settings.preset
         place = self._measure("x", 0)
         self.maps = (place, place)
         if self.source.d_out is not None:
             self.maps = (place, self._measure("target", 1))
+        if start is not None:
+            back = [place.inverse() for place in self.maps]
+            take(self.module, start, lambda module: self._fold(module, back))
+            return
         sample = self.scaled(*self.stream.peek(0, preset.calibration_tokens))
         if settings.start_l0 is not None and len(sample[0]) < 2:
             raise ValueError("train: the first block must have at least 2 rows to calibrate on")
@@ -237,10 +241,16 @@ class Trainer:
         starts = self.settings.start_l0, self.settings.preset.init_threshold
         start(self.module, x, target, *starts, d_sae=self.settings.d_sae)
 
-    def _fold(self, module: Any) -> None:
-        """Turn a trained module into one that reads raw activations."""
-        module.screened = None
-        fold_(module, *self.maps)
+    def _raw(self, module: Any) -> Any:
+        """The trained `module`, turned into one that reads raw activations."""
+        if self.settings.precision == "screened":
+            module.unscreen()
+        self._fold(module, self.maps)
+        return module
+
+    def _fold(self, module: Any, maps: Sequence[Any]) -> None:
+        """Turn a module that reads what `maps` make into one that reads what they are given."""
+        fold_(module, *maps)
 
     def _parts(self, side: int) -> Callable[[], Iterator[Tensor]]:
         """The tokens that scale and mean are estimated from: of x (0) or of the target (1)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,8 +33,8 @@ class LayersTrainer(Trainer):
         preset = self.settings.preset
         start_layers(self.module, x, target, self.settings.start_l0, preset.init_threshold)
 
-    def _fold(self, module: Any) -> None:
-        fold_layers_(module, *self.maps)
+    def _fold(self, module: Any, maps: Sequence[Any]) -> None:
+        fold_layers_(module, *maps)
 
 
 def trainer_of(settings: Settings) -> type[Trainer]:

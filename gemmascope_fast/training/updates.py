@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,11 +43,16 @@ class Updates:
         self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
-    def fired(self) -> Tensor:
+    def fired(self, active: Sequence[Tensor] = ()) -> Tensor:
         """`[d_sae]` bool: latents that were active in the batch whose gradients are held.
 
         Of several layers `[L * d_sae]`, one after the other.
+
+        Args:
+            active: what the loss found, where gradients do not tell: AuxK's are of dead latents.
         """
+        if active:
+            return torch.cat(list(active))
         module = self._module
         if not isinstance(module, MultiLayer):
             return _fired(module.deferred, module.b_enc)

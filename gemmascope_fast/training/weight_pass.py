@@ -6,6 +6,7 @@ blocks and added to the whole at the end, so a block costs what its latents cost
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 
 import torch
@@ -25,52 +26,97 @@ def weight_pass(
     residual: Tensor | None,
     entries: int,
     gradients: Gradients,
+    layers: Sequence[tuple[Inputs, Gradients]] = (),
 ) -> Tensor:
     """Sum of the term over the tokens here, over the number of all; adds its gradients.
 
-    In blocks of about `entries` entries.
+    In blocks of about `entries` entries. Of several layers, `layers` are theirs and `inputs` and
+    `gradients` what they share.
     """
     whole, d_sae = inputs.whole, inputs.whole.d_sae(inputs.d_sae)
+    layers = layers or [(inputs, gradients)]
     ids = term.latents(op, d_sae, inputs.tensors["x"].device)
     latents = d_sae if ids is None else ids.shape[0]
     goal = inputs.tensors["target"].to(inputs.acc)
     if inputs.tokens == 0 or latents == 0:
         return goal.new_zeros(())
-    factor = term.scale(residual, goal, latents, whole) / inputs.tokens
+    factor = term.scale(residual, goal, latents / len(layers), whole) / inputs.tokens
     ids = ids if ids is None else whole.own(ids)
-    weights = _weights(inputs, ids)
-    sums: dict[str, Tensor] = {}
-    rows = max(entries // max(term.entries_per_token(latents), 1), 1)
+    parts = [_Gathered(*of, its) for of, its in zip(layers, _split(ids, layers), strict=True)]
+    rows = max(entries // max(term.entries_per_token(latents) * len(layers), 1), 1)
     total = goal.new_zeros((), dtype=torch.float64)
     for start in range(0, inputs.n, rows):
         block = slice(start, start + rows)
-        x = inputs.tensors["x"][block].requires_grad_("x" in inputs.needs)
         target = goal[block].detach().requires_grad_("target" in inputs.needs)
         rest = None if residual is None else residual[block]
-        leaves = {"x": x, "target": target, **weights}
-        wanted = {name: t for name, t in leaves.items() if t is not None and t.requires_grad}
+        leaves = [part.leaves(block) for part in parts]
+        wanted = [target] if target.requires_grad else []
+        wanted += [t for own in leaves for t in own.values() if t is not None and t.requires_grad]
         with torch.set_grad_enabled(bool(wanted)):
-            value = term.total(Dictionary(x, target, rest, **weights, whole=whole)) * factor
+            dictionaries = [
+                Dictionary(target=target, residual=rest, whole=whole, **own)  # type: ignore[arg-type]
+                for own in leaves
+            ]
+            value = term.total(*dictionaries) * factor
         total += value.detach().double()
         if not value.requires_grad:
             continue
-        found = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
-        for name, part in zip(wanted, found, strict=True):
-            if part is None:
-                continue
-            if name in weights:
-                wide = part.to(inputs.acc)
-                sums[name] = sums[name].add_(wide) if name in sums else wide
-            else:
-                gradients.add_rows(name, block, part)
-    for name, part in sums.items():
-        _add(name, part, ids, gradients)
+        found = dict(
+            zip(map(id, wanted), torch.autograd.grad(value, wanted, allow_unused=True), strict=True)
+        )
+        if found.get(id(target)) is not None:
+            gradients.add_rows("target", block, found[id(target)])
+        for part, own in zip(parts, leaves, strict=True):
+            part.add(block, {name: found.get(id(t)) for name, t in own.items()})
+    for part in parts:
+        part.finish()
     return total
 
 
-def _weights(inputs: Inputs, ids: Tensor | None) -> dict[str, Tensor]:
+def _split(ids: Tensor | None, layers: Sequence[tuple[Inputs, Gradients]]) -> list[Tensor | None]:
+    """The latents of each layer, counted from its first one."""
+    if ids is None or len(layers) == 1:
+        return [ids] * len(layers)
+    found, first = [], 0
+    for inputs, _ in layers:
+        found.append(ids[(ids >= first) & (ids < first + inputs.d_sae)] - first)
+        first += inputs.d_sae
+    return found  # type: ignore[return-value]
+
+
+class _Gathered:
+    """The latents of a layer that a term uses, and the sums of their gradients."""
+
+    def __init__(self, inputs: Inputs, gradients: Gradients, ids: Tensor | None) -> None:
+        self._inputs, self._gradients, self._ids = inputs, gradients, ids
+        self._weights = _weights(inputs, ids)
+        self._sums: dict[str, Tensor] = {}
+
+    def leaves(self, block: slice) -> dict[str, Tensor | None]:
+        """X of the rows, and the weights."""
+        x = self._inputs.tensors["x"][block].requires_grad_("x" in self._inputs.needs)
+        return {"x": x, **self._weights}
+
+    def add(self, block: slice, found: dict[str, Tensor | None]) -> None:
+        """Add the gradients of a block."""
+        for name, part in found.items():
+            if part is None:
+                continue
+            if name == "x":
+                self._gradients.add_rows(name, block, part)
+                continue
+            wide = part.to(self._inputs.acc)
+            self._sums[name] = self._sums[name].add_(wide) if name in self._sums else wide
+
+    def finish(self) -> None:
+        """Add the sums to the gradients of all latents."""
+        for name, part in self._sums.items():
+            _add(name, part, self._ids, self._gradients)
+
+
+def _weights(inputs: Inputs, ids: Tensor | None) -> dict[str, Tensor | None]:
     """Leaves: the weights of the chosen latents, W_enc feature-major; absent ones are None."""
-    found: dict[str, Tensor] = {}
+    found: dict[str, Tensor | None] = {}
     for field in fields(Dictionary):
         name = field.name
         if name not in WEIGHTS:
@@ -80,7 +126,7 @@ def _weights(inputs: Inputs, ids: Tensor | None) -> dict[str, Tensor]:
             t = t.t()[ids].t() if name == "W_enc" else t[ids]
         if t is not None:
             t = t.detach().requires_grad_(name in inputs.needs)
-        found[name] = t  # type: ignore[assignment]
+        found[name] = t
     return found
 
 
