@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..activations import JumpReLU, TopK
 from ..training import checkpoint
 from ..training.memory import estimate
-from ..training.progress import bar, resumed
+from ..training.progress import bar
 from ..training.results import CHECKPOINTS, NAMED, check_out
 from ..training.runs import OnMetrics, run_steps
 from ..training.settings import OP, Settings
@@ -65,8 +65,8 @@ def train_on(
             _announce(source, settings, layout)
         with nullcontext() if place is None else checkpoint.held(place):
             trainer = _start(source, settings, layout, folder, resume)
-            resumed(trainer.taken, progress and first)
-            with bar(settings.steps, progress and first, settings.batch_size) as shown:
+            wanted, done = progress and first, trainer.taken
+            with bar(settings.steps, wanted, settings.batch_size, done=done) as shown:
                 run_steps(trainer, folder, on_metrics if first else None, shown)
             return _finish(trainer, folder, dict(metadata))
 

@@ -20,18 +20,16 @@ class Shown(Protocol):
         """Show that `step` steps are done."""
 
 
-def resumed(step: int, wanted: bool) -> None:
-    """Say that a run goes on after `step` steps, if it does and that is wanted."""
-    if wanted and step:
-        print(f"train: goes on from step {step:,}, a checkpoint", file=sys.stderr)
-
-
 @contextmanager
-def bar(steps: int, wanted: bool, tokens: int = 1, name: str = "train: step") -> Iterator[Shown]:
-    """Show the progress of `steps` steps of `tokens` tokens, if that is wanted."""
+def bar(
+    steps: int, wanted: bool, tokens: int = 1, name: str = "train: step", done: int = 0
+) -> Iterator[Shown]:
+    """Show the progress of `steps` steps of `tokens` tokens, `done` before, if that is wanted."""
     if not wanted:
         yield lambda step, note: None
         return
+    if done:
+        print(f"train: goes on from step {done:,}, a checkpoint", file=sys.stderr)
     if not sys.stderr.isatty():
         yield _lines(steps, tokens, name)
         return

@@ -21,7 +21,7 @@ from . import checkpoint
 from .given import Rows, as_source, place_of, sizes_of
 from .memory import estimate
 from .preset import Preset, find_preset
-from .progress import Shown, bar, resumed
+from .progress import Shown, bar
 from .results import CHECKPOINTS, asked, check_out, finish
 from .settings import OP, Settings, prefixes
 from .sources import Source
@@ -179,8 +179,7 @@ def train(
         print(f"train: {each}{d_sae:,} latents, {steps:,} steps; {found}", file=sys.stderr)
     with _recording(), nullcontext() if folder is None else checkpoint.held(folder / CHECKPOINTS):
         trainer = _start(rows_of, settings, place, folder, resume, start)
-        resumed(trainer.taken, progress)
-        with bar(steps, progress, batch_size) as shown:
+        with bar(steps, progress, batch_size, done=trainer.taken) as shown:
             run_steps(trainer, folder, on_metrics, shown)
         return finish(trainer, folder, extra)
 
