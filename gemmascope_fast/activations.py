@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from .arguments import check_count, check_number
+from .arguments import check_count, check_number, plain_fields
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class JumpReLU:
     init_threshold: float = 0.001
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         check_number("JumpReLU", "bandwidth", self.bandwidth)
         check_number("JumpReLU", "init_threshold", self.init_threshold, negative=True)
 
@@ -48,6 +49,7 @@ class TopK:
     k: int
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         check_count("TopK", "k", self.k)
 
 
@@ -66,6 +68,7 @@ class BatchTopK:
     k: float
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         check_number("BatchTopK", "k", self.k)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 INT64_END = 2**63
@@ -15,11 +17,11 @@ INT64_END = 2**63
 def check_number(
     op: str, name: str, value: Any, *, positive: bool = False, negative: bool = False
 ) -> float:
-    """Return `value`, a finite int or float >= 0, as a float.
+    """Return `value`, a finite int or float >= 0, numpy's too, as a float.
 
     Where it has to be `positive`, > 0; where it may be `negative`, any.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
     try:
         number = float(value)
@@ -35,7 +37,9 @@ def check_number(
 def check_count(
     op: str, name: str, value: Any, limit: Any = None, limit_name: str = "", kind: str = "an int"
 ) -> Any:
-    """Return `value`, an int (or traced int) >= 0 and, with a limit, not above it."""
+    """Return `value`, an int (traced, or numpy's) >= 0 and, with a limit, not above it."""
+    if not isinstance(value, (int, torch.SymInt)) and isinstance(value, Integral):
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be {kind}, got {type(value).__name__}")
     if limit is not None and not 0 <= value <= limit:
@@ -45,6 +49,25 @@ def check_count(
     if isinstance(value, int) and value >= INT64_END:
         raise ValueError(f"{op}: {name} must be below 2^63, got {value}")
     return value
+
+
+def check_size(op: str, name: str, value: Any) -> int:
+    """Return `value`, an int >= 1, numpy's too, as an int."""
+    if isinstance(value, bool) or not isinstance(value, (int, Integral)) or value < 1:
+        raise ValueError(f"{op}: {name} must be an int >= 1, got {value!r}")
+    return int(value)
+
+
+def plain(value: Any) -> Any:
+    """`value`, numpy's scalars as Python's; its bools stay, which are no numbers."""
+    numpy = isinstance(value, np.generic) and not isinstance(value, np.bool_)
+    return value.item() if numpy else value
+
+
+def plain_fields(made: Any) -> None:
+    """Make the fields of a dataclass, frozen or not, `plain`."""
+    for name, value in list(vars(made).items()):
+        object.__setattr__(made, name, plain(value))
 
 
 def check_flag(op: str, name: str, value: Any) -> bool:
@@ -64,6 +87,21 @@ def as_device(op: str, device: Any) -> torch.device:
         return torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"{op}: device must name a torch device, got {device!r}") from error
+
+
+def present_device(op: str, device: Any) -> torch.device:
+    """The torch device that `device` names, on which tensors can be made.
+
+    Raises:
+        ValueError: it names none, or none that this machine and this build of torch have.
+    """
+    found = as_device(op, device)
+    try:
+        torch.empty(0, device=found)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        why = str(error).partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"{op}: device must be one that is here, got {found}: {why}") from error
+    return found
 
 
 def as_path(op: str, argument: str, value: Any) -> Path:

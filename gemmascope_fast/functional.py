@@ -109,7 +109,7 @@ def topk_encode(x: Tensor, W_enc: Tensor | PackedEncoder, b_enc: Tensor, k: int)
     op = "topk_encode"
     W_enc, packed = unpacked(W_enc)
     check_encoder(op, x, W_enc, b_enc)
-    check_count(op, "k", k, W_enc.shape[1], "d_sae")
+    k = check_count(op, "k", k, W_enc.shape[1], "d_sae")
     args = encoder_args(x, W_enc, b_enc)
     transpose = weights_need_grad(W_enc, b_enc)
     codes = codes_of(packed, W_enc, args[1])

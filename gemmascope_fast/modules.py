@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .activations import Activation, BatchTopK, JumpReLU, TopK, check_activation
+from .arguments import check_size, present_device
 from .checks import check_float_dtype, skip_input
 from .effective import decoded, encoded, folded
 from .freezing import Frozen
@@ -70,15 +71,14 @@ class SAE(Pretrained, Frozen):
         semantics: Semantics | str = "gemma_scope_2",
     ) -> None:
         super().__init__()
-        d_out = d_in if d_out is None else d_out
-        for name, size in (("d_in", d_in), ("d_sae", d_sae), ("d_out", d_out)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{type(self).__name__}: {name} must be an int >= 1, got {size!r}")
-        activation = JumpReLU() if activation is None else activation
-        check_activation(type(self).__name__, activation, d_sae)
-        check_float_dtype(type(self).__name__, "dtype", dtype)
+        op = type(self).__name__
+        d_in, d_sae = check_size(op, "d_in", d_in), check_size(op, "d_sae", d_sae)
+        d_out = d_in if d_out is None else check_size(op, "d_out", d_out)
+        activation = check_activation(op, JumpReLU() if activation is None else activation, d_sae)
+        check_float_dtype(op, "dtype", dtype)
+        device = None if device is None else present_device(op, device)
         self.metadata = {}
-        self.semantics = as_semantics(type(self).__name__, semantics)
+        self.semantics = as_semantics(op, semantics)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.W_enc = nn.Parameter(torch.empty(d_sae, d_in, device=device, dtype=dtype).t())
         self.W_dec = nn.Parameter(torch.empty(d_sae, d_out, device=device, dtype=dtype))

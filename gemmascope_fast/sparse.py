@@ -135,7 +135,7 @@ class SparseActs(Entries):
             TypeError: k is not an int.
             ValueError: k is negative.
         """
-        check_count("topk", "k", k)
+        k = check_count("topk", "k", k)
         tokens, active = self.tokens(), self._valid(self.gate) > 0
         ranked = torch.where(active, self.values.detach(), -torch.inf)
         order = ranked.argsort(descending=True, stable=True)

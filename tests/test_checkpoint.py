@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 import gemmascope_fast as gsf
+from gemmascope_fast.artefacts import writing
 from gemmascope_fast.training import checkpoint
+from gemmascope_fast.training.settings import Settings
 from gemmascope_fast.training.trainer import Trainer
 
 FAST = gsf.Preset(lr=3e-3, bandwidth=0.1, statistics_tokens=200)
@@ -207,6 +209,28 @@ def test_checkpoints_hold_every_dtype_and_layout(tmp_path: Path) -> None:
     assert checkpoint.load_record(path) == {"a": [1, {"b": None}]}
 
 
+def test_what_the_file_system_refuses_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(28, "No space left on device")
+
+    def refuse(*_: Any) -> None:
+        raise full
+
+    file = tmp_path / "run" / "checkpoints" / "step-000000004.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "sync", refuse)
+        with pytest.raises(OSError, match=f"train: out cannot be written: No space.*{file}"):
+            train(data(), tmp_path / "run")
+        patch.setattr(writing, "sync", refuse)
+        with pytest.raises(
+            OSError, match="save_pretrained: path cannot be written: No.*/sae/params"
+        ):
+            gsf.SAE(4, 8).save_pretrained(tmp_path / "sae")
+    with pytest.raises(FileNotFoundError, match="train: out cannot be written: .*/proc/xx/check"):
+        train(data(), Path("/proc/xx"))
+
+
 # ---- bad batches
 
 
@@ -235,6 +259,25 @@ def test_a_nan_batch_stops_the_run_at_its_place(tmp_path: Path, options: dict[st
     assert [step for step, _ in checkpoint.found(tmp_path / "checkpoints")] == [8, 12]
     source.bad = False
     assert same(bits(train(source, tmp_path, **options)), bits(train(data(), None, **options)))
+
+
+def test_a_nan_is_named_by_its_row_in_the_source() -> None:
+    x = data()
+    settings = Settings(16, 16, 64, STEPS, FAST, target_l0=5, batch_size=450)
+    run = Trainer(gsf.sources.TensorSource(x), settings, torch.device("cpu"))
+    x[611] = math.nan
+    with pytest.raises(gsf.NonFiniteError, match="x is not finite in row 611 of the source; the"):
+        for _ in range(2):
+            run.step()
+
+
+def test_weights_that_diverge_are_told_from_activations() -> None:
+    settings = Settings(16, 16, 64, STEPS, FAST, target_l0=5, batch_size=50)
+    run = Trainer(gsf.sources.TensorSource(data()), settings, torch.device("cpu"))
+    with torch.no_grad():
+        run.module.b_dec[0] = math.nan
+    with pytest.raises(gsf.NonFiniteError, match="the activations are finite, the weights have"):
+        run.step()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

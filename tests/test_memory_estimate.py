@@ -194,7 +194,8 @@ def test_a_run_says_what_it_needs_before_it_starts(capsys: pytest.CaptureFixture
         order.append(capsys.readouterr().err)
 
     gsf.train(x, d_sae=32, target_l0=3, steps=2, batch_size=64, on_metrics=note)
-    assert "GiB at its peak" in order[0] and "32 latents" in order[0] and order[1] == ""
+    assert "GiB at its peak" in order[0] and "32 latents" in order[0]
+    assert order[1].startswith("train: step 2 of 2: ") and order[1].count("\n") == 1
     gsf.train(x, d_sae=32, target_l0=3, steps=1, batch_size=64, progress=False)
     assert capsys.readouterr().err == ""
 

@@ -6,6 +6,7 @@ import copy
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from oracle import assert_same
@@ -334,3 +335,27 @@ def test_repr_shows_sizes_and_activation() -> None:
     text = repr(Transcoder(6, 20, TopK(k=3), d_out=4))
     assert text == "Transcoder(d_in=6, d_sae=20, d_out=4, TopK(k=3))"
     assert "JumpReLU(bandwidth=0.001, init_threshold=0.001)" in repr(SAE(6, 20))
+
+
+def test_numbers_of_numpy_count_as_numbers() -> None:
+    n, x = np.int64, torch.randn(64, 16)
+    sae = gsf.SAE(n(16), n(32), gsf.TopK(n(4)), d_out=np.int32(16))
+    assert type(sae.activation.k) is int and sae.d_sae == 32
+    assert gsf.JumpReLU(np.float32(0.5)) == gsf.JumpReLU(0.5)
+    assert type(gsf.BatchTopK(np.float32(2.5)).k) is float
+    assert gsf.Crosscoder(n(2), n(16), n(32)).n_layers == 2
+    acts = sae.encode(x)
+    found = [gsf.queries.top_per_token(acts, k)[1] for k in (2, n(2))]
+    assert torch.equal(*found)
+    assert acts.topk(n(2)).nnz == 128 and gsf.topk_encode(x, sae.W_enc, sae.b_enc, n(4)).nnz == 256
+    sizes = {"d_sae": n(32), "steps": n(2), "batch_size": n(32), "target_l0": np.float32(4)}
+    preset = gsf.Preset(lr=np.float32(1e-3), calibration_tokens=n(32))
+    made = gsf.train(x, **sizes, preset=preset, matryoshka=np.array([8, 32]).tolist(), seed=n(1))
+    assert made.d_sae == 32
+    for value in (np.bool_(True), True, np.float64(4), "4"):
+        with pytest.raises(TypeError, match="TopK: k must be an int"):
+            gsf.TopK(value)
+        with pytest.raises(ValueError, match="SAE: d_in must be an int"):
+            gsf.SAE(value, 4)
+    with pytest.raises(TypeError, match="BatchTopK: k must be a number, got bool"):
+        gsf.BatchTopK(np.bool_(True))

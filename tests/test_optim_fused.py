@@ -69,6 +69,18 @@ def test_float64_runs_on_the_reference():
         assert (p - q).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_float64_activations_beside_float32_weights(activation):
+    fused, unfused = pair(activation)
+    for module, optimizer in (fused, unfused):
+        for step in range(3):
+            optimizer.zero_grad()
+            module.loss(batch(step).double())[0].backward()
+            optimizer.step()
+    for p, q in zip(fused[0].parameters(), unfused[0].parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
 def test_transcoder_with_skip():
     runs = []
     for fused in (True, False):

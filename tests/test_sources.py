@@ -7,6 +7,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -35,6 +36,50 @@ def numbered(n: int, d: int = 3) -> Tensor:
 
 def rows_of(block: Block) -> list[int]:
     return [int(v) for v in block.take(0, len(block))[0][:, 0]]
+
+
+def test_arrays_of_numpy_are_sources(tmp_path: Path) -> None:
+    x = numbered(300, 12)
+    np.save(tmp_path / "x.npy", x.numpy())
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    options: dict[str, Any] = {"d_sae": 32, "k": 3, "activation": "topk", "steps": 2}
+    options |= {"batch_size": 64, "progress": False}
+    expected = gsf.train(x, **options)
+    for source in (mapped, write_shards(tmp_path / "a", [mapped]), TensorSource(x.numpy())):
+        made = gsf.train(source, **options)
+        assert made.W_dec.shape == expected.W_dec.shape
+        assert isinstance(source, ShardSource) or torch.equal(made.W_dec, expected.W_dec)
+    shards = write_shards(tmp_path / "b", [{"x": x.numpy(), "tokens": np.arange(300)}])
+    assert rows_of(shards.block(0, 0)) == rows_of(write_shards(tmp_path / "c", [x]).block(0, 0))
+    with pytest.raises(TypeError, match="x of part 0 must be a tensor or a numpy array, got list"):
+        write_shards(tmp_path / "d", [[[1.0]]])  # type: ignore[list-item]
+
+
+def test_rows_that_are_not_finite_are_named_as_in_the_source(tmp_path: Path) -> None:
+    """Of a tensor with rows left out, of a target, of shards in small blocks and of a rank's."""
+    x = numbered(9000)
+    bad = x.clone()
+    bad[8611] = float("nan")
+    write_shards(tmp_path, [bad[:7000], bad[7000:]])
+    cases: list[tuple[Source, str, int]] = [
+        (
+            TensorSource(bad, mask=torch.arange(9000) >= 200),
+            "x is not finite in row 8611 of the",
+            1,
+        ),
+        (TensorSource(x, bad), "target is not finite in row 8611 of the source", 1),
+        (ShardSource(tmp_path, block_rows=2048), "row 1611 of shard-00001.safetensors of", 1),
+        (ShardSource(tmp_path), "x is not finite in row 1611 of shard-00001.safetensors", 2),
+    ]
+    for source, text, ranks in cases:
+        said = set()
+        for rank in range(ranks):
+            stream = Stream(source, 0, share=(rank, ranks))
+            for _ in range(7):
+                x, target = stream.next(1300)
+                said.add(stream.blame(x=x, target=target))
+        said.remove("the activations are finite, the weights have diverged")
+        assert len(said) == 1 and text in said.pop()
 
 
 # ---- in memory

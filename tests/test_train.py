@@ -254,6 +254,42 @@ def test_the_result_is_an_artefact(tmp_path: Path) -> None:
     assert read.metadata["model_name"] == "m" and read.metadata["l0"] == sae.metadata["l0"]
 
 
+@pytest.mark.parametrize("kind", ["sae", "transcoder"])
+def test_a_topk_result_is_an_artefact(tmp_path: Path, kind: str) -> None:
+    x = sparse_data(500)
+    given = x if kind == "sae" else (x, x * 2)
+    metadata = {"model_name": "m", "hf_hook_point_in": "h"}
+    options = {"activation": "topk", "k": 4, "kind": kind, "metadata": metadata}
+    options |= {"affine": kind == "transcoder", "out": tmp_path}
+    made = train(given, **options)
+    read = gsf.load(tmp_path)
+    assert type(read) is type(made) and read.activation == gsf.TopK(4)
+    assert torch.equal(read(x), made(x)) and read.metadata["model_name"] == "m"
+    assert read.metadata["l0"] == made.metadata["l0"] and read.metadata["hf_hook_point_in"] == "h"
+    again = train(given, **options)  # from the last checkpoint, over its own result
+    assert torch.equal(again(x), made(x))
+
+
+def test_a_folder_of_a_run_without_a_result_says_so(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"activation": "topk", "k": 4, "out": tmp_path}
+    train(sparse_data(300).view(100, 3, 24), kind="crosscoder", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    with pytest.raises(FileNotFoundError, match="checkpoints of gsf.train and no artefact"):
+        gsf.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["params.safetensors", "config.json"])
+def test_somebody_elses_files_are_not_overwritten(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=f"train: out would lose its {name}, which no run left"):
+        train(sparse_data(300), out=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    (tmp_path / name).unlink()
+    for resume in (True, False):  # over its own
+        train(sparse_data(300), out=tmp_path, resume=resume)
+    assert gsf.load(tmp_path).d_sae == 96
+
+
 # ---- schedules
 
 
@@ -433,3 +469,24 @@ def test_a_place_that_cannot_hold_the_result_is_told_before_the_run(
     with pytest.raises(PermissionError, match="train: out cannot be written: no permission for"):
         gsf.train(source, d_sae=96, target_l0=4, steps=2, out=tmp_path / "a", progress=False)
     assert sorted(path for path in tmp_path.rglob("*")) == before and source.asked == 0
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+@pytest.mark.parametrize("kind", ["sae", "transcoder"])
+def test_float64_activations_train_as_float32_ones(kind: str, activation: str) -> None:
+    check_float64(kind, activation)
+
+
+def test_float64_activations_of_several_layers() -> None:
+    check_float64("crosscoder", "topk")
+
+
+def check_float64(kind: str, activation: str) -> None:
+    x = sparse_data(300).double()
+    given: Any = {"sae": x, "transcoder": (x, x[:, :7]), "crosscoder": x.view(100, 3, 24)}[kind]
+    narrow = tuple(t.float() for t in given) if kind == "transcoder" else given.float()
+    options = {"activation": activation, "k": 4, "kind": kind, "preset": "gemma_scope_2"}
+    made, expected = train(given, **options), train(narrow, **options)
+    assert next(made.parameters()).dtype == torch.float32
+    for name, p in expected.named_parameters():
+        torch.testing.assert_close(made.get_parameter(name), p, rtol=1e-4, atol=1e-5)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import gemmascope_fast as gsf
 from gemmascope_fast.cli import main
 from gemmascope_fast.training import command, progress
+from gemmascope_fast.training.trainer import Trainer
 
 
 def data(n: int = 300, d: int = 12) -> torch.Tensor:
@@ -44,6 +45,25 @@ def test_the_command_trains_what_the_function_trains(
     )
     assert torch.equal(gsf.load(tmp_path / "run").W_dec, expected.W_dec)
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "kind, more, text",
+    [
+        ("sae", ("--target-l0", "3"), "an artefact in the format gemma_scope_2, which gsf.load"),
+        ("sae", ("--activation", "topk", "--k", "3"), "an artefact in the format saelens"),
+        ("crosscoder", ("--activation", "topk", "--k", "3"), "NO ARTEFACT was written"),
+    ],
+)
+def test_the_last_line_says_what_was_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, more: tuple[str, ...], text: str
+) -> None:
+    save_file(
+        {"x": data() if kind == "sae" else data().view(100, 3, 12)}, tmp_path / "x.safetensors"
+    )
+    more = ("--kind", kind, *more)
+    assert main(arguments(tmp_path / "x.safetensors", tmp_path / "run", *more)) == 0
+    assert text in capsys.readouterr().out
 
 
 def test_a_file_of_pairs_trains_a_transcoder(tmp_path: Path) -> None:
@@ -117,6 +137,63 @@ def test_files_that_hold_no_activations(tmp_path: Path, capsys: pytest.CaptureFi
     assert "is not a safetensors file" in capsys.readouterr().err
 
 
+def test_an_interrupt_is_a_line_and_the_same_command_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gsf.sources.write_shards(tmp_path / "x", [data()])
+    log, step = tmp_path / "metrics.jsonl", Trainer.step
+
+    def stopped(trainer: Trainer) -> Any:
+        if trainer.taken == 3:
+            raise KeyboardInterrupt
+        return step(trainer)
+
+    more = ("--target-l0", "3", "--metrics", str(log), "--checkpoint-every", "2")
+    monkeypatch.setattr(Trainer, "step", stopped)
+    assert main(arguments(tmp_path / "x", tmp_path / "run", *more)) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("train: stopped after step 3 of 4; ") and "step-000000002" in last
+    monkeypatch.undo()
+    with open(log, "a") as file:
+        file.write('{"step": 3, "lo')  # killed in the middle of a line
+    assert main(arguments(tmp_path / "x", tmp_path / "run", *more)) == 0
+    assert "train: goes on from step 2, a checkpoint" in capsys.readouterr().err
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3, 4]
+    assert main(arguments(tmp_path / "x", tmp_path / "other", *more)) == 0  # appends
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == 2 * [1, 2, 3, 4]
+
+
+def test_an_interrupt_before_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gsf.sources.write_shards(tmp_path / "x", [data()])
+    for name, text in (
+        ("step", "step 0 of 4; there is no checkpoint"),
+        ("_begin", "before the first step"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            assert main(arguments(tmp_path / "x", tmp_path / "run", "--target-l0", "3")) == 130
+        assert text in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_device_that_is_not_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gsf.sources.write_shards(tmp_path / "x", [data()])
+    more = ("--target-l0", "3", "--device", "cuda:99")
+    assert main(arguments(tmp_path / "x", tmp_path / "run", *more)) == 2
+    said = capsys.readouterr().err
+    assert "ValueError: train: device must be one that is here, got cuda:99" in said
+    assert said.count("\n") == 1
+    for op, call in (
+        ("SAE", lambda device: gsf.SAE(4, 8, device=device)),
+        ("Transcoder", lambda device: gsf.Transcoder(4, 8, device=device)),
+        ("Crosscoder", lambda device: gsf.Crosscoder(2, 4, 8, device=device)),
+        ("load", lambda device: gsf.load(tmp_path, device=device)),
+    ):
+        with pytest.raises(ValueError, match=f"{op}: device must be one that is here, got cuda:99"):
+            call("cuda:99")
+
+
 # ---- progress
 
 
@@ -137,18 +214,37 @@ def test_a_bar_is_drawn_by_what_is_installed(
             monkeypatch.delitem(sys.modules, module)
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    with progress.bar(10, True) as shown:
+    with progress.bar(10, True, 64) as shown:
         shown(4, "loss 0.5")
         shown(10, "loss 0.25")
-    assert ("0.25" in terminal.getvalue()) == (len(absent) < 2)
+    assert "0.25" in terminal.getvalue()
+    assert ("train: step 10 of 10: loss 0.25" in terminal.getvalue()) == (len(absent) == 2)
 
 
-def test_no_bar_without_a_terminal_or_wish(monkeypatch: pytest.MonkeyPatch) -> None:
-    for stream, wanted in ((io.StringIO(), True), (Terminal(), False)):
-        monkeypatch.setattr(sys, "stderr", stream)
-        with progress.bar(3, wanted) as shown:
-            shown(3, "loss 1")
-        assert stream.getvalue() == ""
+def test_lines_without_a_terminal_and_nothing_without_a_wish(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every 10 s at most, less often in a long run; the last always."""
+    clock = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock)
+    monkeypatch.setattr(sys, "stderr", stream := io.StringIO())
+    with progress.bar(1000, False, 64) as shown:
+        shown(1000, "loss 1")
+    assert stream.getvalue() == ""
+    with progress.bar(1000, True, 64) as shown:
+        for step in range(1, 1001):
+            clock = 2.0 * step
+            shown(step, "loss 1")
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == "train: step 5 of 1,000: loss 1, 32 tokens/s, 0:33:10 left"
+    assert lines[-1] == "train: step 1,000 of 1,000: loss 1, 32 tokens/s"
+    assert len(lines) < 100
+
+
+def test_a_run_off_a_terminal_ends_with_its_fvu(capsys: pytest.CaptureFixture[str]) -> None:
+    gsf.train(data(), d_sae=32, target_l0=3, steps=3, batch_size=64)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("train: step 3 of 3: loss ") and ", FVU " in last and ", L0 " in last
 
 
 # ---- evaluate

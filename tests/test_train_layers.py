@@ -561,8 +561,9 @@ def test_a_folder_that_cannot_hold_the_result_is_told_before_the_run(tmp_path: P
     for name, text in (("one", "a single-layer artefact"), ("four", "an artefact of more layers")):
         with pytest.raises(ValueError, match=f"train: out could not hold the result: .*{text}"):
             train("crosscoder", X, out=tmp_path / name, on_metrics=seen.append)
+    with pytest.raises(ValueError, match="out would lose its params_layer_0.safetensors"):
+        train("crosscoder", X, out=tmp_path / "three", on_metrics=seen.append)
     assert not seen
-    train("crosscoder", X, out=tmp_path / "three")
 
 
 # ---- the command line

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, overload
 
 import torch
 
-from ..arguments import as_device, as_path, check_flag
+from ..arguments import as_path, check_flag, present_device
 from . import config as configs
 from . import files, folders, hub
 from .building import Module, build
@@ -186,7 +186,7 @@ def _exists(path: Path) -> bool:
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    return torch.get_default_device() if device is None else as_device("load", device)
+    return torch.get_default_device() if device is None else present_device("load", device)
 
 
 def open_source(

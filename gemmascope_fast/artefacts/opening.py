@@ -10,6 +10,7 @@ from typing import Any
 
 from ..activations import Activation, JumpReLU
 from ..semantics import Semantics
+from ..training.results import CHECKPOINTS
 from . import config as configs
 from . import files, reading_saelens, reading_sparsify, writing_saelens, writing_sparsify
 from .gemma_scope_1 import PARAMS as NPZ
@@ -94,6 +95,12 @@ def _open_folder(folder: Path, opened: ExitStack) -> Opened:
     if npz is not None:
         return _open_npz(npz, opened)
     _declared(folder)  # a config that is wrong says more
+    if (folder / CHECKPOINTS).is_dir():
+        raise FileNotFoundError(
+            f"load: {folder} holds {CHECKPOINTS} of gsf.train and no artefact: the run has not "
+            "ended, or no format holds its result; the same call of gsf.train goes on from them "
+            "and returns the module"
+        )
     raise FileNotFoundError(
         f"load: {folder} must hold {PARAMS} or {SEVERAL} (Gemma Scope 2) or {NPZ} (Gemma Scope 1), "
         "and has none of them"

@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 
 from ..arguments import as_path
-from ..durable import sync, sync_folder
+from ..durable import sync, sync_folder, told
 from . import files, folders, layer_files, writing_gemma_scope_2, writing_saelens, writing_sparsify
 from .files import CONFIG, CONFIG_LIMIT
 from .gemma_scope_2 import CONFIG_KEY, PARAMS, REPLACES_KEY, digest
@@ -69,22 +69,27 @@ def save(
     write_plan(folder, FORMATS[format](module, dtype, metadata))
 
 
-def check(folder: Path, metadata: Mapping[str, Any], module: Any) -> None:
-    """Raise what `save` in Gemma Scope 2's format would raise of the folder and of the metadata.
+def check(folder: Path, metadata: Mapping[str, Any], module: Any, format: str) -> tuple[str, ...]:
+    """Raise what `save` would raise of the folder and of the metadata.
 
     Args:
         folder: the path.
         metadata: as for `save`.
         module: of the kind and the number of layers of what is to be saved; its sizes don't matter.
+        format: as for `save`.
+
+    Returns:
+        The names of the files that it would write.
 
     Raises:
         TypeError, ValueError: as `Pretrained.save_pretrained`.
     """
     files.check_utf8(OP, folder)
-    plan = writing_gemma_scope_2.plan(module, None, metadata)
+    plan = FORMATS[format](module, None, metadata)
     _check_place(folder, plan)
     if folder.is_dir():
         _check_kind(folder, plan)
+    return (*plan.tensors, plan.config)
 
 
 def write_plan(folder: Path, plan: Plan, write: Writer = write_tensors) -> None:
@@ -96,7 +101,7 @@ def write_plan(folder: Path, plan: Plan, write: Writer = write_tensors) -> None:
         write: makes one file of tensors, given its header's metadata.
     """
     _check_place(folder, plan)
-    with folders.written(OP, folder):
+    with told(OP, "path", folder), folders.written(OP, folder):
         _check_kind(folder, plan)
         layer_files.complete(folder)
         folders.remove_temporaries(folder)
@@ -115,8 +120,10 @@ def _replace(folder: Path, plan: Plan, write: Writer) -> None:
     try:
         header = _header(folder, plan, token)
         for name, tensors in plan.tensors.items():
-            _write(temporary[name], lambda file, t=tensors: write(file, t, header))  # type: ignore[misc]
-        _write(temporary[plan.config], lambda file: file.write(plan.text))
+            with told(OP, "path", folder / name):
+                _write(temporary[name], lambda file, t=tensors: write(file, t, header))  # type: ignore[misc]
+        with told(OP, "path", folder / plan.config):
+            _write(temporary[plan.config], lambda file: file.write(plan.text))
         if len(plan.tensors) > 1:
             sync_folder(folder)  # the temporary names count from the first rename on
         if plan.config != CONFIG:

@@ -77,7 +77,7 @@ def _encode(args: argparse.Namespace) -> int:
             raise ValueError(f"encode: {state.folder} is damaged: remove it")
         if state.tokens:
             print(f"encode: {state.tokens:,} tokens are there already", file=sys.stderr)
-        with bar(x.n, args.progress) as shown:
+        with bar(x.n, args.progress, name="encode: token") as shown:
             shown(state.tokens, "")
             for block in x.blocks(args.block, state.tokens):
                 state.append(work.encode(block))

@@ -65,7 +65,8 @@ def train_on(
             _announce(source, settings, layout)
         with nullcontext() if place is None else checkpoint.held(place):
             trainer = _start(source, settings, layout, folder, resume)
-            with bar(settings.steps, progress and first) as shown:
+            wanted, done = progress and first, trainer.taken
+            with bar(settings.steps, wanted, settings.batch_size, done=done) as shown:
                 run_steps(trainer, folder, on_metrics if first else None, shown)
             return _finish(trainer, folder, dict(metadata))
 

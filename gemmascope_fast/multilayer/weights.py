@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import Activation, BatchTopK, JumpReLU, check_activation
+from ..arguments import check_size, present_device
 from ..checks import check_float_dtype
 from ..freezing import Freezable
 from ..initial import unit_rows_
@@ -47,9 +48,8 @@ class Weights(Pretrained, Freezable):
     ) -> None:
         super().__init__()
         kind = type(self).__name__
-        for name, size in (("n_layers", n_layers), ("d_model", d_model), ("d_sae", d_sae)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{kind}: {name} must be an int >= 1, got {size!r}")
+        n_layers = check_size(kind, "n_layers", n_layers)
+        d_model, d_sae = check_size(kind, "d_model", d_model), check_size(kind, "d_sae", d_sae)
         flags = [packed] * n_layers if isinstance(packed, bool) else list(packed)
         if len(flags) != n_layers or not all(isinstance(flag, bool) for flag in flags):
             raise ValueError(
@@ -59,6 +59,7 @@ class Weights(Pretrained, Freezable):
         activation = JumpReLU() if activation is None else activation
         check_activation(kind, activation, d_sae)
         check_float_dtype(kind, "dtype", dtype)
+        device = None if device is None else present_device(kind, device)
         self.metadata = {}
         self.semantics = Semantics(ema_decay=ema_decay)
         wide = torch.float64 if dtype == torch.float64 else torch.float32

@@ -202,8 +202,8 @@ class Adam(torch.optim.Optimizer):
         packed = [op_state(p, s) for p, s in zip(weights, states, strict=True)]
         found = record.run(module, packed, [rates(groups[p]) for p in weights], rules)
         targets = (module.b_enc, module.threshold)
-        return {
-            p: g
+        return {  # float64 where x is, whatever the parameters are
+            p: g.to(p.dtype)
             for p, g in zip(targets, found, strict=True)
             if p is not None and p.requires_grad and p in groups and g.numel() == p.numel()
         }

@@ -47,7 +47,7 @@ def top_latents(acts: SparseActs, n: int) -> TopLatents:
     """
     op = "top_latents"
     check_acts(op, acts)
-    check_count(op, "n", n)
+    n = check_count(op, "n", n)
     tokens, latents, values = active_entries(acts)
     order, rank = ranked(values, latents)
     best = order[rank == 0]
@@ -75,7 +75,7 @@ def top_per_token(acts: SparseActs, k: int) -> tuple[Tensor, Tensor]:
     """
     op = "top_per_token"
     check_acts(op, acts)
-    check_count(op, "k", k)
+    k = check_count(op, "k", k)
     tokens, latents, values = active_entries(acts)
     order, rank = ranked(values, tokens)
     order, rank = order[rank < k], rank[rank < k]

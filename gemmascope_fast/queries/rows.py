@@ -93,7 +93,7 @@ def cosine_topk(rows: Tensor, directions: Tensor, k: int) -> tuple[Tensor, Tenso
             f"{tuple(directions.shape)}"
         )
     check_device(op, "directions", directions, rows)
-    check_count(op, "k", k, rows.shape[0], "d_sae")
+    k = check_count(op, "k", k, rows.shape[0], "d_sae")
     dtype = torch.promote_types(torch.promote_types(rows.dtype, directions.dtype), torch.float32)
     flat = directions.reshape(-1, rows.shape[1]).to(dtype)
     units = flat / _norms(flat)[:, None]

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..durable import sync, sync_folder
+from ..durable import sync, sync_folder, told
 
 KEPT = 2
 RECORD, TRANSPOSED = "run", "transposed"
@@ -66,10 +66,11 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], record: Mapping
                 leftover.unlink()
     temporary = folder / f".{path.name}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "xb") as file:
-            _write(file, tensors, record)
-            sync(file)
-        os.replace(temporary, path)
+        with told("train", "out", path):
+            with open(temporary, "xb") as file:
+                _write(file, tensors, record)
+                sync(file)
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -191,7 +192,8 @@ def refuse_shards(folder: Path) -> None:
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Keep other runs out of `folder`; the lock ends with the process, however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with told("train", "out", folder):
+        folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:

@@ -16,8 +16,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..arguments import present_device
 from .hooks import ModelSource
 from .preset import PRESETS, find_preset
+from .results import CHECKPOINTS, format_of
 from .runs import train
 from .settings import ACTIVATIONS, KINDS, MOMENTS, PRECISIONS, ROWS
 from .sources import Source, TensorSource
@@ -57,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add("--autocast", choices=DTYPES, help="of the products; default that of the matrices")
     add("--precision", choices=PRECISIONS, default="exact", help="screened: int8 candidates (CUDA)")
     add("--device", help="such as cuda:0; default CUDA where there is one")
-    add("--metrics", type=Path, help="append every step's metrics to this file, one JSON a line")
+    add("--metrics", type=Path, help="append each step's metrics to this file, one JSON a line")
     several = made.add_argument_group("several processes, started by torchrun")
     several.add_argument("--tp", type=int, help="ranks that share the latents; default all")
     several.add_argument("--timeout", type=float, help="seconds that a rank may stand still")
@@ -70,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train; 0 on success, 2 with a message on the standard error otherwise."""
+    """Train; 0 on success, 130 when interrupted, 2 with a message on the standard error else."""
     args = vars(parser().parse_args(argv))
     preset = find_preset(args.pop("preset"))
     changes = {name: value for name in OVERRIDES if (value := args.pop(name)) is not None}
@@ -89,16 +91,43 @@ def main(argv: Sequence[str]) -> int:
             start = _started(args.pop("start"))
             module = train(source, mesh=mesh, start=start, **args, **dtypes)
             if os.environ.get("RANK", "0") == "0":
-                print(f"{args['out']}: {module}, L0 {module.metadata['l0']:.1f}")
+                print(_written(args["out"], module))
     except _told() as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        return _said(error)
     return 0
 
 
-def _told() -> tuple[type[Exception], ...]:
+def _said(error: BaseException) -> int:
+    """Print what ended a run, on one line, and return the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        print(error if error.args else "train: stopped before the first step", file=sys.stderr)
+        return 130
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    return 2
+
+
+def _written(out: Path, module: Any) -> str:
+    """What a run that has ended leaves in `out`."""
+    format = format_of(module)
+    said = f"{module}, L0 {module.metadata['l0']:.1f}"
+    if format is not None:
+        return f"{out}: {said}; an artefact in the format {format}, which gsf.load reads"
+    return (
+        f"{out / CHECKPOINTS}: {said}; NO ARTEFACT was written, since no format holds it: the same "
+        "call of gsf.train in Python returns the module from the last checkpoint"
+    )
+
+
+def _told() -> tuple[type[BaseException], ...]:
     """Errors of the user's or of the machine's: a line says all of them."""
-    errors = (FloatingPointError, ModuleNotFoundError, OSError, TypeError, ValueError)
+    errors = (
+        KeyboardInterrupt,
+        FloatingPointError,
+        ModuleNotFoundError,
+        OSError,
+        TypeError,
+        ValueError,
+    )
     if "WORLD_SIZE" not in os.environ:
         return errors
     import torch.distributed as dist
@@ -139,11 +168,32 @@ def _writer(path: Path | None) -> Callable[[dict[str, float]], None] | None:
     if path is None:
         return None
 
+    first = True
+
     def write(metrics: dict[str, float]) -> None:
+        nonlocal first
+        if first and metrics["step"] > 1 and path.exists():
+            _cut(path, metrics["step"])
+        first = False
         with open(path, "a") as file:
             file.write(json.dumps(metrics) + "\n")
 
     return write
+
+
+def _cut(path: Path, step: float) -> None:
+    """Take from the end of a file of metrics the steps from `step` on, which are taken again."""
+    end = kept = 0
+    with open(path, "r+b") as file:
+        for line in file:
+            end += len(line)
+            try:
+                read = json.loads(line)
+            except ValueError:  # the process was killed while it wrote
+                continue
+            if not (isinstance(read, dict) and read.get("step", 0) >= step):
+                kept = end
+        file.truncate(kept)
 
 
 def _source(
@@ -177,6 +227,7 @@ def _live(
         raise ModuleNotFoundError(
             "train: transformers is not installed; run `pip install transformers`"
         ) from error
+    present_device("train", device)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     network = transformers.AutoModel.from_pretrained(model).to(device).eval()
     ids = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..arguments import as_device
+from ..arguments import present_device
+from .rows import Array
 from .settings import KINDS, LAYERED, MAPPING, OP
 from .shards import ShardSource
 from .sources import Source, TensorSource
 
-Rows = Tensor | tuple[Tensor, Tensor] | str | os.PathLike[str] | Source
+Rows = Array | tuple[Array, Array] | str | os.PathLike[str] | Source
 
 
 def as_source(source: Any, kind: str) -> Source:
@@ -23,8 +25,8 @@ def as_source(source: Any, kind: str) -> Source:
         TypeError: it is none of the kinds that `train` takes.
         ValueError: it has a target and the kind none, or layers, or the reverse.
     """
-    if isinstance(source, Tensor):
-        made: Source = TensorSource(source)
+    if isinstance(source, (Tensor, np.ndarray)):
+        made: Source = TensorSource(source)  # type: ignore[arg-type]
     elif isinstance(source, (tuple, list)) and len(source) == 2:
         made = TensorSource(*source)
     elif isinstance(source, (str, os.PathLike)):
@@ -71,10 +73,10 @@ def place_of(source: Any, device: torch.device | str | None) -> torch.device:
     """Where a run is: on `device`, or where its source is.
 
     Raises:
-        ValueError: `device` names none that has memory.
+        ValueError: `device` names none that is here and has memory.
     """
     if device is not None:
-        found = as_device(OP, device)
+        found = present_device(OP, device)
         if found.type == "meta":
             raise ValueError(f"{OP}: device must have memory, got meta")
         return found

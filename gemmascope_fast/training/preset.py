@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from ..arguments import check_count, check_number
+from ..arguments import check_count, check_number, plain_fields
 from .schedules import decay, glide, warmup
 
 SHAPES = ("cosine", "linear")
@@ -88,6 +88,7 @@ class Preset:
     shorten: bool = True
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "int":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import as_path, check_flag
-from ..modules import SAE, JumpReLU, TopK
+from ..modules import SAE, BatchTopK, JumpReLU, TopK, Transcoder
 from ..multilayer import Crosscoder, CrossLayerTranscoder, MultiLayer
 from .settings import OP, Settings
 from .trainer import Trainer
@@ -37,14 +37,23 @@ def asked(
     return None if out is None else as_path(OP, "out", out), dict(metadata or {})
 
 
+def format_of(module: Any) -> str | None:
+    """The format of files that holds a result; None where none does (a TopK of several layers)."""
+    if not isinstance(module.activation, TopK):
+        return "gemma_scope_2"
+    if not isinstance(module, SAE) or module.d_in != module.d_out:
+        return None
+    return "sparsify" if isinstance(module, Transcoder) else "saelens"
+
+
 def check_out(folder: Path | None, settings: Settings, metadata: Mapping[str, Any]) -> None:
     """Raise, before any work, what would end a run that writes to `folder`.
 
     Raises:
         PermissionError: it cannot be written.
         TypeError: metadata have no JSON form.
-        ValueError: it is no folder, holds something that the result does not replace, or the
-            metadata would not be read back.
+        ValueError: it is no folder, holds something that the result does not replace, or files
+            of its names that no run left there; or the metadata would not be read back.
     """
     if folder is None:
         return
@@ -56,24 +65,36 @@ def check_out(folder: Path | None, settings: Settings, metadata: Mapping[str, An
     for path in (nearest, folder):
         if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(f"{OP}: out cannot be written: no permission for {path}")
-    if settings.activation == "topk":
+    small = _small(settings)
+    format = format_of(small)
+    if format is None:
         return
     from ..artefacts import writing
 
     try:
-        writing.check(folder, metadata, _small(settings))
+        names = writing.check(folder, metadata, small, format)
     except (TypeError, ValueError) as error:
         kinds = TypeError if isinstance(error, TypeError) else ValueError
         raise kinds(f"{OP}: out could not hold the result: {error}") from error
+    for name in names:
+        if os.path.lexists(folder / name) and not inside.is_dir():
+            raise ValueError(
+                f"{OP}: out would lose its {name}, which no run left there (there are no "
+                f"{CHECKPOINTS} in {folder}): choose another folder, or remove it"
+            )
 
 
 def _small(settings: Settings) -> SAE | MultiLayer:
     """A module whose files have the names of the result's."""
     options: dict[str, Any] = {"device": "cpu", "generator": torch.Generator()}
+    activation = TopK(1) if settings.activation == "topk" else JumpReLU()
+    if settings.kind == "transcoder":
+        d_out = 1 if settings.d_in == settings.d_out else 2
+        return Transcoder(1, 1, activation, d_out=d_out, **options)
     if settings.layers is None:
-        return SAE(1, 1, **options)
+        return SAE(1, 1, activation, **options)
     kind = Crosscoder if settings.kind == "crosscoder" else CrossLayerTranscoder
-    return kind(settings.layers, 1, 1, **options)
+    return kind(settings.layers, 1, 1, activation, **options)
 
 
 def finish(trainer: Trainer, folder: Path | None, metadata: Mapping[str, Any]) -> SAE | MultiLayer:
@@ -84,10 +105,12 @@ def finish(trainer: Trainer, folder: Path | None, metadata: Mapping[str, Any]) -
     with torch.no_grad():
         l0 = _l0(module, x)
     module.metadata = {"l0": l0, **trainer.source.metadata(), **metadata}
-    if folder is not None and not isinstance(module.activation, TopK):
+    format = format_of(module)
+    if folder is not None and format is not None:
         named: dict[str, Any] = {name: module.metadata.get(name) for name in NAMED}
-        plain = module if isinstance(module.activation, JumpReLU) else module.to_jumprelu()
-        plain.save_pretrained(folder, **named)
+        batch = isinstance(module.activation, BatchTopK)
+        plain = module.to_jumprelu() if batch else module
+        plain.save_pretrained(folder, format=format, **named)
     return module
 
 

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from ..checks import check_float
+
+Array = Tensor | np.ndarray[Any, Any]
+
+
+def from_numpy(value: Any) -> Any:
+    """An array of numpy as a tensor of the same memory, which is only read; others as they are."""
+    if not isinstance(value, np.ndarray):
+        return value
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one that is read-only, of np.load(mmap_mode="r"), say
+        return torch.from_numpy(value)
 
 
 def kept_rows(mask: Tensor, rows: int) -> Tensor:

@@ -77,13 +77,15 @@ def train(
     returned.
 
     Args:
-        source: `[N, d_in]` tensor; a pair `([N, d_in], [N, d_out])` for a transcoder; `[N, L, d]`
-            for a crosscoder, a pair of them for a CLT; a folder of shards (`write_shards`); or a
-            `Source`.
+        source: `[N, d_in]` tensor or numpy array; a pair `([N, d_in], [N, d_out])` for a
+            transcoder; `[N, L, d]` for a crosscoder, a pair of them for a CLT; a folder of shards
+            (`write_shards`); or a `Source`.
         d_sae: number of latents, >= 1; of each layer.
         activation: "jumprelu", "topk" or "batchtopk".
         target_l0: active latents per token that jumprelu is pulled to, summed over the layers, in
-            (0, d_sae), or (0, L * d_sae).
+            (0, d_sae), or (0, L * d_sae). A run ends below it where target_l0 / d_sae is not far
+            below the preset's `frequency_scale`, 1 %, whose penalty then pulls as hard the other
+            way, and where few steps of a small lr leave thresholds behind (docs/quickstart.md).
         k: active latents per token and layer, of topk (int) and batchtopk, in (0, d_sae]: layers
             do not compete.
         steps: of the run, >= 1.
@@ -109,7 +111,8 @@ def train(
         device: default that of a tensor source, else CUDA where there is one, else the CPU.
         on_metrics: called after every step with a dict of floats: step, tokens, loss, its terms,
             fvu, l0, density, fired (latents in this batch), dead, lr, seconds.
-        progress: print the memory estimate and show a progress bar on the standard error.
+        progress: print the memory estimate and show progress on the standard error: a bar where
+            rich or tqdm is installed, a line now and then elsewhere and off a terminal.
         metadata: of the saved result: model_name, hf_hook_point_in, hf_hook_point_out, ...
         start: begin with the weights of this module, thresholds included, and calibrate nothing: of
             the class, the sizes and the activation that are trained, for raw activations, as `load`
@@ -124,8 +127,10 @@ def train(
         The module, for raw activations, in evaluation mode: batchtopk encodes with its running
         threshold, one per layer. Layers share one bandwidth: its scale is the geometric mean of
         theirs. With `out`, the folder is an artefact that `load` reads (batchtopk as the JumpReLU
-        of that threshold); of topk it holds the checkpoints only. With `mesh` the module is a
-        `ShardedSAE` or `ShardedTranscoder`.
+        of that threshold), in Gemma Scope 2's format; a topk SAE in SAELens', a topk transcoder of
+        one width in sparsify's. Of other topk (two widths, several layers, a mesh) it holds the
+        checkpoints only, because no format has them: this call again returns the module. With
+        `mesh` the module is a `ShardedSAE` or `ShardedTranscoder`.
 
     Raises:
         NonFiniteError: a loss or weight is NaN or infinite; the last checkpoint stays.
@@ -174,7 +179,7 @@ def train(
         print(f"train: {each}{d_sae:,} latents, {steps:,} steps; {found}", file=sys.stderr)
     with _recording(), nullcontext() if folder is None else checkpoint.held(folder / CHECKPOINTS):
         trainer = _start(rows_of, settings, place, folder, resume, start)
-        with bar(steps, progress) as shown:
+        with bar(steps, progress, batch_size, done=trainer.taken) as shown:
             run_steps(trainer, folder, on_metrics, shown)
         return finish(trainer, folder, extra)
 
@@ -234,7 +239,20 @@ def _start(
 def run_steps(
     trainer: Trainer, folder: Path | None, on_metrics: OnMetrics | None, shown: Shown
 ) -> None:
-    """Take the steps that are left."""
+    """Take the steps that are left; a KeyboardInterrupt says where it came."""
+    try:
+        _steps(trainer, folder, on_metrics, shown)
+    except KeyboardInterrupt as stop:
+        saved = [] if folder is None else sorted((folder / CHECKPOINTS).glob("step-*"))
+        left = f"the same command goes on from {saved[-1]}" if saved else "there is no checkpoint"
+        at = f"{OP}: stopped after step {trainer.taken:,} of {trainer.settings.steps:,}; {left}"
+        stop.args = stop.args or (at,)
+        raise
+
+
+def _steps(
+    trainer: Trainer, folder: Path | None, on_metrics: OnMetrics | None, shown: Shown
+) -> None:
     settings, noted = trainer.settings, -math.inf
     every = settings.checkpoint_every or min(LONGEST, -(-settings.steps // 10))
     while trainer.taken < settings.steps:
@@ -246,7 +264,8 @@ def run_steps(
         if on_metrics is not None or last or began - noted > NOTE_SECONDS:
             noted = began
             plain = _plain(metrics, trainer, began)
-            shown(trainer.taken, f"loss {plain['loss']:.4g}, L0 {plain['l0']:.1f}")
+            loss, fvu, l0 = (plain[name] for name in ("loss", "fvu", "l0"))
+            shown(trainer.taken, f"loss {loss:.4g}, FVU {fvu:.4g}, L0 {l0:.1f}")
             if on_metrics is not None:
                 on_metrics(plain)
 

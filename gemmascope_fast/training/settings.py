@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..activations import parts
-from ..arguments import check_count, check_flag, check_number
+from ..arguments import check_count, check_flag, check_number, plain, plain_fields
 from ..checks import check_float_dtype
 from ..modules import SAE, Activation, BatchTopK, JumpReLU, TopK, Transcoder
 from ..multilayer import Crosscoder, CrossLayerTranscoder, MultiLayer
@@ -68,6 +68,7 @@ class Settings:
     op: InitVar[str] = OP
 
     def __post_init__(self, op: str) -> None:
+        plain_fields(self)
         for name in ("d_sae", "steps", "batch_size", "d_in", "d_out"):
             if check_count(op, name, getattr(self, name)) < 1:
                 raise ValueError(f"{op}: {name} must be >= 1, got {getattr(self, name)}")
@@ -251,4 +252,4 @@ def prefixes(op: str, sizes: Any) -> tuple[int, ...] | None:
         return None
     if isinstance(sizes, str) or not isinstance(sizes, Sequence):
         raise TypeError(f"{op}: matryoshka must be a sequence of ints, got {type(sizes).__name__}")
-    return tuple(sizes)
+    return tuple(plain(size) for size in sizes)

@@ -26,8 +26,15 @@ def check_part(
     """`(d_in, d_out, layers, keys)` of what becomes shard `number`.
 
     Raises:
+        TypeError: one is no tensor.
         ValueError: tensors are missing, unknown, or do not fit together.
     """
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(
+                f"write_shards: {name} of part {number} must be a tensor or a numpy array, got "
+                f"{type(t).__name__}"
+            )
     x = tensors.get("x")
     if x is None or x.dim() not in (2, 3) or 0 in x.shape[1:] or not x.is_floating_point():
         raise ValueError(

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..arguments import check_count
-from .rows import kept_rows
+from .rows import Array, from_numpy, kept_rows
 from .shard_format import FORMAT, MANIFEST, ROWS, VERSION, check_part, check_shard, read_manifest
 from .sources import Block, Source, generator
 
@@ -98,6 +98,15 @@ class ShardSource(Source):
             return super().part(seed, index, rank, ranks)
         return self._shuffled(seed, index, chosen, rank, ranks)
 
+    def place(self, seed: int, index: int, row: int, share: tuple[int, int] = (0, 1)) -> str:
+        """The shard and the row of it."""
+        chosen, (rank, ranks) = self._chosen(seed, index), share
+        for chunk in chosen[rank::ranks] if len(chosen) >= SPREAD * ranks else chosen:
+            if row < chunk.stop - chunk.start:
+                return f"row {chunk.start + row} of {self._files[chunk.shard].name}"
+            row -= chunk.stop - chunk.start
+        return super().place(seed, index, row, share)
+
     def identity(self) -> dict[str, Any]:
         """Digest of the manifest; a change inside a shard of the same size is not seen."""
         return {"kind": "shards", "digest": self._digest, "block_rows": self._block_rows}
@@ -161,7 +170,7 @@ class ShardSource(Source):
 
 def write_shards(
     folder: str | os.PathLike[str],
-    parts: Iterable[Tensor | Mapping[str, Tensor]],
+    parts: Iterable[Array | Mapping[str, Array]],
     *,
     special_tokens: Iterable[int] = (),
 ) -> ShardSource:
@@ -171,7 +180,7 @@ def write_shards(
         folder: made if missing; must not hold a manifest.
         parts: each `x [rows, d_in]`, or a mapping with `x` and, as wanted, `target [rows, d_out]`,
             `mask [rows]`, `tokens [rows]`; the same keys and widths in every part. Of several
-            layers x and target are `[rows, L, d]`.
+            layers x and target are `[rows, L, d]`. Tensors, or arrays of numpy.
         special_tokens: ids (BOS, EOS, PAD, image positions) whose rows are left out in training.
 
     Returns:
@@ -189,7 +198,8 @@ def write_shards(
     shards: list[dict[str, Any]] = []
     widths: tuple[Any, ...] | None = None
     for number, part in enumerate(parts):
-        tensors = {"x": part} if isinstance(part, Tensor) else dict(part)
+        named = part if isinstance(part, Mapping) else {"x": part}
+        tensors = {key: from_numpy(t) for key, t in named.items()}
         found = check_part(number, tensors)
         if widths is not None and widths != found:
             raise ValueError(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_device
-from .rows import check_layers, check_rows, kept_rows, row_shape
+from .rows import check_layers, check_rows, from_numpy, kept_rows, row_shape
 
 EMPTY_BLOCKS = 64
 """Consecutive blocks without a row after which a stream gives up."""
@@ -89,6 +89,10 @@ class Source(ABC):
     def identity(self) -> dict[str, Any]:
         """What tells these activations from others, as JSON; a resumed run compares it."""
 
+    def place(self, seed: int, index: int, row: int, share: tuple[int, int] = (0, 1)) -> str:
+        """Where `row` of the x of block `index`, or of a rank's part of it, comes from."""
+        return f"row {row} of block {index} as the source made it"
+
     def metadata(self) -> dict[str, Any]:
         """What the result's config can say of its origin: model_name, hf_hook_point_in, ..."""
         return {}
@@ -102,7 +106,8 @@ class TensorSource(Source):
     """Activations in memory; each block is one shuffled pass over all of them.
 
     Args:
-        x: `[N, d_in]`, or of several layers `[N, L, d]`, floating point, strided, on any device.
+        x: `[N, d_in]`, or of several layers `[N, L, d]`, floating point, strided, on any device;
+            an array of numpy, too.
             Layers that are not contiguous (`[L, N, d]` transposed) are copied.
         target: `[N, d_out]` for transcoders, `[N, L, d]` for those across layers, on the same
             device.
@@ -114,6 +119,7 @@ class TensorSource(Source):
     """
 
     def __init__(self, x: Tensor, target: Tensor | None = None, mask: Tensor | None = None):
+        x, target, mask = from_numpy(x), from_numpy(target), from_numpy(mask)
         check_rows("x", x)
         if target is not None:
             check_rows("target", target)
@@ -162,6 +168,10 @@ class TensorSource(Source):
         shapes = [[len(t), *row_shape(t.shape[1], self.layers)] for t in held]
         return {"kind": "tensor", "shapes": shapes, "digest": digest.hexdigest()}
 
+    def place(self, seed: int, index: int, row: int, share: tuple[int, int] = (0, 1)) -> str:
+        """The row of the tensor."""
+        return f"row {row}"
+
     def held_bytes(self, device: torch.device) -> int:
         """Order of a pass and its generator's permutation, in main memory; copies of layers."""
         copied = sum(t.nbytes for t in self._copies if t.device.type == device.type)
@@ -189,6 +199,7 @@ class Stream:
     ) -> None:
         self._source, self._seed, self._share = source, seed, share
         self._index, self._taken = position
+        self._last: list[tuple[int, Tensor]] = []
         self._block = self._load()
         if self._taken > len(self._block):
             raise ValueError(
@@ -215,7 +226,7 @@ class Stream:
         Raises:
             ValueError: the source ran dry, or a block does not fit the source's widths.
         """
-        parts, empty = [], 0
+        parts, empty, self._last = [], 0, []
         while rows > 0:
             left = len(self._block) - self._taken
             if left == 0:
@@ -228,12 +239,27 @@ class Stream:
                 continue
             count = min(rows, left)
             parts.append(self._block.take(self._taken, self._taken + count))
+            taken = self._block.order[self._taken : self._taken + count]
+            self._last.append((self._index, taken[taken >= 0]))
             self._taken += count
             rows -= count
         if len(parts) == 1:
             return parts[0]
         targets = [t for _, t in parts if t is not None]
         return torch.cat([x for x, _ in parts]), torch.cat(targets) if targets else None
+
+    def blame(self, **tensors: Tensor | None) -> str:
+        """Of tensors made from what `next` returned last, the first row that is not finite."""
+        for name, t in tensors.items():
+            bad = [] if t is None else (~t.isfinite()).flatten(1).any(1).nonzero()[:1, 0].tolist()
+            for at in bad:
+                for index, rows in self._last:
+                    if at < len(rows):
+                        place = int(rows[at])
+                        where = self._source.place(self._seed, index, place, self._share)
+                        return f"{name} is not finite in {where} of the source"
+                    at -= len(rows)
+        return "the activations are finite, the weights have diverged"
 
     def _load(self) -> Block:
         source = self._source

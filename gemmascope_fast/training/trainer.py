@@ -106,8 +106,8 @@ class Trainer:
             self.updates.zero_grad()
             raise NonFiniteError(
                 f"train: the loss is {float(loss.detach())} at step {self.taken}, on the "
-                f"{settings.batch_size} tokens from row {position[1]} of block {position[0]}; the "
-                "step was not taken",
+                f"{settings.batch_size} tokens from row {position[1]} of block {position[0]} as "
+                f"shuffled: {self.stream.blame(x=x, target=target)}; the step was not taken",
                 *(self.taken, position),
             )
         loss.backward()  # type: ignore[no-untyped-call]
@@ -132,9 +132,12 @@ class Trainer:
         return next((name for name, p in named if not _finite(p.detach())), None)
 
     def scaled(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`(x, target)` as the module sees them; the target defaults to x."""
-        scaled = self.maps[0](x.to(self.device))
-        return scaled, scaled if target is None else self.maps[1](target.to(self.device))
+        """`(x, target)` as the module sees them, in float64 only if it is; target defaults to x."""
+        given = (x,) if target is None else (x, target)
+        made = [place(t.to(self.device)) for place, t in zip(self.maps, given, strict=False)]
+        if self.settings.dtype != torch.float64:
+            made = [t.float() for t in made]
+        return made[0], made[-1]
 
     def exported(self) -> Any:
         """A copy of the module that reads raw activations."""
