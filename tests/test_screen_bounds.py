@@ -136,8 +136,9 @@ def test_selected_entries_a_whole_margin_above_what_codes_say(
     screen("never")
     expected = encode(x, rows.t(), b, *given, True, None)
     assert (expected[2] > 0.9999 * value).sum() == LATENTS
-    screen("always")
-    for codes in (torch.ops.gemmascope_fast.pack_encoder(rows.t(), None), None):
+    packed = torch.ops.gemmascope_fast.pack_encoder(rows.t(), None)
+    for mode, codes in (("gathered", packed), ("always", packed), ("always", None)):
+        screen(mode)
         assert_bits(encode(x, rows.t(), b, *given, True, codes), expected, op)
         assert gsf.explain().screened_blocks > 0
 

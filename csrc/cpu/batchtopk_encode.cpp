@@ -140,13 +140,15 @@ float limit_of(float bound) { return bound > 0 ? std::nextafter(bound, 0.0f) : 0
 // One thread's entries, added to the pools a few at a time.
 class Collector {
  public:
-  // likely: what the entries are expected to reach, or null.
-  Collector(Pool<Entry>& pool, Pool<float>* likely) : pool_(&pool), likely_(likely) {}
+  // likely: what the entries are expected to reach, or null. holds: whether that is told before they are shown.
+  Collector(Pool<Entry>& pool, Pool<float>* likely, bool holds)
+      : pool_(&pool), likely_(likely), holds_(holds) {}
 
   void visit(int64_t row, int64_t latent, int64_t count, const int32_t* position,
              const float* pre) {
     for (int64_t i = 0; i < count; ++i) {
       const float value = std::isnan(pre[i]) ? kNaN : pre[i];
+      if (likely_ != nullptr && !holds_) expect(value, 0.0f);
       found_.push_back({value, static_cast<int32_t>(latent) + position[i], row});
     }
     if (static_cast<int64_t>(found_.size()) >= pool_->share()) pool_->add(found_);
@@ -165,12 +167,14 @@ class Collector {
  private:
   Pool<Entry>* pool_;
   Pool<float>* likely_;
+  bool holds_;
   std::vector<Entry> found_;
   std::vector<float> expected_;
 };
 
 void collect(EncodeTiles& tiles, const float* bias, Pool<Entry>& pool, Pool<float>* likely) {
-  std::vector<Collector> collectors(static_cast<size_t>(tiles.slots()), Collector(pool, likely));
+  std::vector<Collector> collectors(static_cast<size_t>(tiles.slots()),
+                                    Collector(pool, likely, tiles.holds()));
   const auto limit = [&](int64_t) {
     return limit_of(std::max(pool.bound(), likely == nullptr ? 0.0f : likely->bound()));
   };
@@ -178,7 +182,7 @@ void collect(EncodeTiles& tiles, const float* bias, Pool<Entry>& pool, Pool<floa
   const auto with = [&](int64_t slot, const auto& work) {
     Collector& own = collectors[static_cast<size_t>(slot)];
     EncodeLimits limits = {bias, nullptr, limit};
-    if (likely != nullptr) {
+    if (likely != nullptr && tiles.holds()) {
       limits.expect = [&](int64_t, float value, float deviation) { own.expect(value, deviation); };
     }
     work(limits, [&](int64_t row, int64_t latent, int64_t count, const int32_t* position,

@@ -30,8 +30,8 @@ constexpr int64_t kLastShare =
     32;  // of the latents, the first ones, that part comes last in a random order
 constexpr int64_t kHotCodes = 1 << 20;  // bytes of latents that stay in L2 while tokens pass by
 constexpr size_t kGathered = 2048;      // candidates that are rescored together
-constexpr float kNever =
-    std::numeric_limits<float>::infinity();  // a limit of a row of which nothing is wanted
+// The limit of a row of which nothing is wanted.
+constexpr float kNever = std::numeric_limits<float>::infinity();
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t blocks_of(int64_t latents) { return divide_up(latents, kScreenBlock); }
@@ -312,12 +312,12 @@ void EncodeTiles::run_unscreened(const Task& task, int64_t place, int64_t end, S
 }
 
 // What the tiles found in a group: some are ruled out, the others become pending, now or later.
-void EncodeTiles::keep_candidates(const Group& group, Scratch& scratch, const EncodeLimits& limits,
-                                  const Visit& visit) {
+void EncodeTiles::keep_candidates(const Group& group, Scratch& scratch,
+                                  const EncodeLimits& limits) {
   scratch.screened_blocks += group.count;
   scratch.candidate_count += static_cast<int64_t>(scratch.candidates.size());
   refine(group.count, scratch, limits);
-  if (limits.expect) return hold(group, scratch, limits, visit);
+  if (limits.expect) return hold(group, scratch, limits);
   sort_candidates(group, scratch, scratch.pending.entries);
   scratch.pending.last = group.blocks[0];
 }
@@ -344,7 +344,7 @@ void EncodeTiles::run_screened(const Task& task, Scratch& scratch, const EncodeL
     count_visited(task, place, end);
     if (screened) {
       skip = 1;
-      keep_candidates(own, scratch, limits, visit);
+      keep_candidates(own, scratch, limits);
     } else {
       run_unscreened(task, place, end, scratch, limits, visit);
     }

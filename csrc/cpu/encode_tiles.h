@@ -55,7 +55,9 @@ class EncodeTiles {
   int64_t slots() const { return slots_; }
   Task task(int64_t index) const;
   void run(const Task& task, int64_t slot, const EncodeLimits& limits, const Visit& visit);
-  // Decides what the tasks that ran in the slot held back, if the limits have `expect`.
+  // Whether limits may have `expect`: candidates that wait cost less than they save.
+  bool holds() const { return hot_floats_ > 0; }
+  // Decides what the tasks that ran in the slot held back.
   void finish(int64_t slot, const EncodeLimits& limits, const Visit& visit);
 
   bool screened() const { return why_direct_ == nullptr; }
@@ -93,14 +95,10 @@ class EncodeTiles {
     Block last{0, 0};
     std::vector<Wanted> entries;
   };
-  struct HeldGroup {
-    Pending candidates;
-    int64_t latents;
-  };
   // Those that wait for the limits to rise, a group of blocks each, the oldest first.
   struct Held {
-    std::deque<HeldGroup> groups;
-    int64_t entries = 0, latents = 0;
+    std::deque<std::vector<Wanted>> groups;
+    int64_t entries = 0;
   };
   struct Scratch {
     FloatBuffer weights, state, dots, products, fine_dots;
@@ -144,11 +142,9 @@ class EncodeTiles {
                        const EncodeLimits& limits);
   void refine(int64_t blocks, Scratch& scratch, const EncodeLimits& limits);
   static void sort_candidates(const Group& group, Scratch& scratch, std::vector<Wanted>& target);
-  void keep_candidates(const Group& group, Scratch& scratch, const EncodeLimits& limits,
-                       const Visit& visit);
-  int64_t lag() const;
-  void hold(const Group& group, Scratch& scratch, const EncodeLimits& limits, const Visit& visit);
-  void release(Scratch& scratch, const EncodeLimits& limits, const Visit& visit);
+  void keep_candidates(const Group& group, Scratch& scratch, const EncodeLimits& limits);
+  void hold(const Group& group, Scratch& scratch, const EncodeLimits& limits);
+  void release(Scratch& scratch, const EncodeLimits& limits);
   void pair_rows(Scratch& scratch);
   void rescore(Scratch& scratch, const EncodeLimits& limits, const Visit& visit);
 

@@ -7,9 +7,9 @@
 // Source: Scaling and evaluating sparse autoencoders, arXiv 2406.04093, section 2.
 // Algorithm: only what exceeds the row's limit becomes a candidate, and the k-th best seen so far is a limit, even when stale.
 // Where entries are screened a better one is the r-th best, r the most of the k best that the part seen so far may hold, but
-// for luck (sample_ranks.h); and what the codes say of an entry, less a few standard deviations, is enough to tell that, so
-// that most candidates need no float32 dot: they are held (encode_held.cpp) until the limit rules them out. k entries above the
-// limit prove it in the end; rows where they do not are looked at again, by the k-th best.
+// for luck (sample_ranks.h). With AMX what the codes say of an entry, less a few standard deviations, is enough to tell that, and
+// candidates are held (encode_held.cpp) until a limit rules them out. k entries above the limit prove it in the end; rows where
+// they are not are looked at again, by the k-th best.
 // A last pass orders each row and fills up with zeros at the smallest latents.
 // Bound: the dot products (fma ports); at n = 1 the read of W_enc.
 #include <torch/csrc/stable/library.h>
@@ -265,8 +265,10 @@ class Few {
 // One thread's candidates and what it expects of them.
 class Collector {
  public:
-  Collector(const EncodeTiles& tiles, int64_t k, BestEntries& best)
+  // late: what it is shown is all that it expects.
+  Collector(const EncodeTiles& tiles, int64_t k, bool late, BestEntries& best)
       : best_(&best),
+        late_(late),
         rows_(std::min(tiles.row_block(), tiles.rows())),
         capacity_(std::clamp<int64_t>(k / 2, 32, 512)),
         spread_(kSpread + kLone / std::sqrt(static_cast<float>(k))),
@@ -277,6 +279,7 @@ class Collector {
   void visit(int64_t row, int64_t latent, int64_t count, const int32_t* position,
              const float* pre) {
     for (int64_t i = 0; i < count; ++i) {
+      if (late_) expect(row, pre[i], 0.0f);
       found_.add(row, candidate(pre[i], static_cast<int32_t>(latent) + position[i]), capacity_,
                  merge_);
     }
@@ -304,6 +307,7 @@ class Collector {
         sizes_[static_cast<size_t>(row % rows_)] = best_->expect(row, values, count);
       };
   BestEntries* best_;
+  bool late_;
   int64_t rows_, capacity_;
   float spread_;
   Few<Candidate> found_;
@@ -313,12 +317,13 @@ class Collector {
 
 void collect(EncodeTiles& tiles, const float* bias, int64_t k, bool estimate, BestEntries& best) {
   std::vector<std::unique_ptr<Collector>> collectors(static_cast<size_t>(tiles.slots()));
+  const bool late = estimate && !tiles.holds();
   const auto with = [&](int64_t slot, const auto& work) {
     auto& collector = collectors[static_cast<size_t>(slot)];
-    if (!collector) collector = std::make_unique<Collector>(tiles, k, best);
+    if (!collector) collector = std::make_unique<Collector>(tiles, k, late, best);
     Collector& own = *collector;
     EncodeLimits limits = {bias, nullptr, [&](int64_t row) { return best.limit(row); }};
-    if (estimate) {
+    if (estimate && tiles.holds()) {
       limits.expect = [&](int64_t row, float value, float deviation) {
         own.expect(row, value, deviation);
       };
