@@ -6,11 +6,12 @@
 //
 // Source: BatchTopK sparse autoencoders, arXiv 2412.06410, section 3.
 // Algorithm: one pool of entries; whenever it is a quarter larger its count-th best becomes a lower bound for all tasks, valid
-// even when stale. Where entries are screened a second pool has what they are likely to reach, and its r-th best is a limit: r
-// is the most of the count best that the part of the latents seen so far may hold, but for luck: n times TopK's rank
-// (sample_ranks.h), for a latent has at most n of them, and sums of weights in [0, 1] obey the Chernoff bound of as many whole
-// ones. count entries above the last limit prove it, else the pass is repeated without estimates. The order (value, row,
-// latent) is total, so the outcome is the same whatever the schedule. A guess starts the bound, and is proved in the same way.
+// even when stale. Where entries are screened its r-th best is one: r is the most of the count best that the part of the latents
+// seen so far may hold, but for luck: n times TopK's rank (sample_ranks.h), for a latent has at most n of them, and sums of
+// weights in [0, 1] obey the Chernoff bound of as many whole ones. With AMX it is the r-th best of a second pool, of what the codes
+// say of entries before their dots are made. count entries above the last limit prove it, else the pass is repeated without
+// estimates. The order (value, row, latent) is total, so the outcome is the same whatever the schedule. A guess starts the bound,
+// and is proved in the same way.
 // Bound: the dot products (fma ports); at n = 1 the read of W_enc.
 #include <torch/csrc/stable/library.h>
 
@@ -140,15 +141,13 @@ float limit_of(float bound) { return bound > 0 ? std::nextafter(bound, 0.0f) : 0
 // One thread's entries, added to the pools a few at a time.
 class Collector {
  public:
-  // likely: what the entries are expected to reach, or null. holds: whether that is told before they are shown.
-  Collector(Pool<Entry>& pool, Pool<float>* likely, bool holds)
-      : pool_(&pool), likely_(likely), holds_(holds) {}
+  // likely: what is expected of entries before they are shown, or null.
+  Collector(Pool<Entry>& pool, Pool<float>* likely) : pool_(&pool), likely_(likely) {}
 
   void visit(int64_t row, int64_t latent, int64_t count, const int32_t* position,
              const float* pre) {
     for (int64_t i = 0; i < count; ++i) {
       const float value = std::isnan(pre[i]) ? kNaN : pre[i];
-      if (likely_ != nullptr && !holds_) expect(value, 0.0f);
       found_.push_back({value, static_cast<int32_t>(latent) + position[i], row});
     }
     if (static_cast<int64_t>(found_.size()) >= pool_->share()) pool_->add(found_);
@@ -167,14 +166,12 @@ class Collector {
  private:
   Pool<Entry>* pool_;
   Pool<float>* likely_;
-  bool holds_;
   std::vector<Entry> found_;
   std::vector<float> expected_;
 };
 
 void collect(EncodeTiles& tiles, const float* bias, Pool<Entry>& pool, Pool<float>* likely) {
-  std::vector<Collector> collectors(static_cast<size_t>(tiles.slots()),
-                                    Collector(pool, likely, tiles.holds()));
+  std::vector<Collector> collectors(static_cast<size_t>(tiles.slots()), Collector(pool, likely));
   const auto limit = [&](int64_t) {
     return limit_of(std::max(pool.bound(), likely == nullptr ? 0.0f : likely->bound()));
   };
@@ -182,7 +179,7 @@ void collect(EncodeTiles& tiles, const float* bias, Pool<Entry>& pool, Pool<floa
   const auto with = [&](int64_t slot, const auto& work) {
     Collector& own = collectors[static_cast<size_t>(slot)];
     EncodeLimits limits = {bias, nullptr, limit};
-    if (likely != nullptr && tiles.holds()) {
+    if (likely != nullptr) {
       limits.expect = [&](int64_t, float value, float deviation) { own.expect(value, deviation); };
     }
     work(limits, [&](int64_t row, int64_t latent, int64_t count, const int32_t* position,
@@ -197,6 +194,7 @@ void collect(EncodeTiles& tiles, const float* bias, Pool<Entry>& pool, Pool<floa
       tiles.run(tiles.task(task), slot, limits, visit);
     });
   });
+  if (likely == nullptr) return;
   parallel_tasks(tiles.slots(), [&](int64_t slot, int64_t) {
     with(slot, [&](const EncodeLimits& limits, const EncodeTiles::Visit& visit) {
       tiles.finish(slot, limits, visit);
@@ -240,11 +238,13 @@ std::vector<Entry> select(EncodeTiles& tiles, const float* bias, int64_t count,
   if (tiles.screened() && k <= tiles.latents() / kFew) {
     tiles.shuffle();
     const SampleRanks ranks(k, tiles.latents());
-    Pool<Entry> pool(count, 0.0f, all);
-    Pool<float> likely(count, 0.0f,
-                       [&] { return std::min(count, n * ranks.rank(visited(tiles))); });
-    collect(tiles, bias, pool, &likely);
-    if (proved(pool, limit_of(likely.bound()))) return std::move(pool.finish());
+    const auto rank = [&] { return std::min(count, n * ranks.rank(visited(tiles))); };
+    const bool holds = tiles.holds(k);
+    Pool<Entry> pool(count, 0.0f, holds ? std::function<int64_t()>(all) : rank);
+    Pool<float> likely(count, 0.0f, rank);
+    collect(tiles, bias, pool, holds ? &likely : nullptr);
+    const float limit = limit_of(std::max(pool.bound(), likely.bound()));
+    if (proved(pool, limit)) return std::move(pool.finish());
     if (static_cast<int64_t>(pool.finish().size()) == count) reached = smallest(pool.finish());
   }
   Pool<Entry> pool(count, reached, all);

@@ -12,10 +12,17 @@
 namespace gemmascope_fast {
 namespace {
 
-constexpr int64_t kMostHeld = 512;  // of a row, in the mean
-constexpr size_t kAtOnce = 2048;    // that are rescored together in the end
+constexpr int64_t kFewRows =
+    32;  // which do not share rows of W_enc, nor repay waking the threads again
+constexpr int64_t kMostWanted = 256;  // entries of a row, of which nearly all candidates are some
+constexpr int64_t kMostHeld = 512;    // of a row, in the mean
+constexpr size_t kAtOnce = 2048;      // that are rescored together in the end
 
 }  // namespace
+
+bool EncodeTiles::holds(int64_t k) const {
+  return hot_floats_ > 0 && n_ >= kFewRows && k <= kMostWanted;
+}
 
 // Of the oldest group, what may still pass becomes pending.
 void EncodeTiles::release(Scratch& scratch, const EncodeLimits& limits) {

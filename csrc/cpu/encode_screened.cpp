@@ -226,7 +226,9 @@ void EncodeTiles::refine(int64_t blocks, Scratch& scratch, const EncodeLimits& l
     if (limits.expect) {
       const Reach reach = reach_of(bound, scale, latents, l);
       c.most = reach.most;
-      if (reach.near > limit) limits.expect(c.row, reach.near, reach.deviation);
+      // The deviation is NaN of a latent of zeros and a row out of range.
+      const bool known = reach.deviation < kNever && reach.near > limit;
+      if (known) limits.expect(c.row, reach.near, reach.deviation);
     }
     found[left++] = c;
   }

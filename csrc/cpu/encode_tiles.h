@@ -55,8 +55,8 @@ class EncodeTiles {
   int64_t slots() const { return slots_; }
   Task task(int64_t index) const;
   void run(const Task& task, int64_t slot, const EncodeLimits& limits, const Visit& visit);
-  // Whether limits may have `expect`: candidates that wait cost less than they save.
-  bool holds() const { return hot_floats_ > 0; }
+  // Whether limits may have `expect`, k entries a row being wanted: what waits costs less than it saves.
+  bool holds(int64_t k) const;
   // Decides what the tasks that ran in the slot held back.
   void finish(int64_t slot, const EncodeLimits& limits, const Visit& visit);
 

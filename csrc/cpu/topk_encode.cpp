@@ -89,6 +89,16 @@ class Best {
     return value_of(begin[k_ - 1]);
   }
 
+  // Of what the row has, 0 where that is less.
+  float at_rank(int64_t row, int64_t rank) {
+    const int64_t size = sizes_[static_cast<size_t>(row)];
+    if (rank > size) return 0;
+    const auto begin = entries_.begin() + row * stride_;
+    std::nth_element(begin, begin + rank - 1, begin + size, std::greater<>());
+    return value_of(begin[rank - 1]);
+  }
+
+  int64_t size(int64_t row) const { return sizes_[static_cast<size_t>(row)]; }
   void clear(int64_t row) { sizes_[static_cast<size_t>(row)] = 0; }
   const Candidate* begin(int64_t row) const { return entries_.data() + row * stride_; }
   const Candidate* end(int64_t row) const { return begin(row) + sizes_[static_cast<size_t>(row)]; }
@@ -137,35 +147,40 @@ class Expected {
 // outcome does not depend on the schedule.
 class BestEntries {
  public:
-  // ranks: of a part of the latents: what is expected of the entries raises the limits too. Or null.
+  // ranks: of a part of the latents: they raise the limits too, in the first pass. Or null.
   BestEntries(const EncodeTiles& tiles, int64_t k, const SampleRanks* ranks)
       : tiles_(&tiles),
         ranks_(ranks),
+        holds_(ranks != nullptr && tiles.holds(k)),
         best_(tiles.rows(), k),
-        expected_(ranks == nullptr ? 0 : tiles.rows(), k),
+        expected_(holds_ ? tiles.rows() : 0, k),
         limits_(static_cast<size_t>(tiles.rows())) {
     for (std::atomic<float>& limit : limits_) limit.store(0.0f, std::memory_order_relaxed);
   }
 
+  // Whether limits are estimated, and by what is expected of entries before they are shown.
   bool estimates() const { return ranks_ != nullptr; }
+  bool holds() const { return holds_; }
 
   // What does not exceed this need not be shown.
   float limit(int64_t row) const {
     return limits_[static_cast<size_t>(row)].load(std::memory_order_relaxed);
   }
 
-  void merge(int64_t row, const Candidate* found, int64_t count) {
+  // Returns how many entries the row has now.
+  int64_t merge(int64_t row, const Candidate* found, int64_t count) {
     std::lock_guard<std::mutex> lock(lock_of(row));
-    if (limit(row) == kInf) return;  // a value that is not finite comes whatever the limit is
+    if (limit(row) == kInf) return 0;  // a value that is not finite comes whatever the limit is
     raise(row, best_.merge(row, found, count));
+    if (estimates() && !holds_) raise(row, best_.at_rank(row, rank(row)));
+    return best_.size(row);
   }
 
   // Of entries that may be shown later. They raise the limit, which `prove` then looks after. Returns how many are expected.
   int64_t expect(int64_t row, const float* values, int64_t count) {
     std::lock_guard<std::mutex> lock(lock_of(row));
     const int64_t size = expected_.merge(row, values, count);
-    // Under the lock: what others have merged they had counted as visited.
-    raise(row, expected_.at_rank(row, ranks_->rank(tiles_->visited(row))));
+    raise(row, expected_.at_rank(row, rank(row)));
     return size;
   }
 
@@ -184,6 +199,7 @@ class BestEntries {
       best_.clear(row);
       all = false;
     });
+    ranks_ = nullptr;
     return all;
   }
 
@@ -202,6 +218,9 @@ class BestEntries {
     });
   }
 
+  // Under the row's lock: what others have merged they had counted as visited.
+  int64_t rank(int64_t row) const { return ranks_->rank(tiles_->visited(row)); }
+
   std::mutex& lock_of(int64_t row) { return locks_[static_cast<size_t>(row) % kLocks]; }
 
   // An entry equal to the value may have a smaller latent: the limit is below it. It never falls: what was not shown before
@@ -216,6 +235,7 @@ class BestEntries {
   static constexpr size_t kLocks = 64;  // rows that share one rarely meet: two threads, few merges
   const EncodeTiles* tiles_;
   const SampleRanks* ranks_;
+  bool holds_;
   Best best_;
   Expected expected_;
   std::vector<std::atomic<float>> limits_;
@@ -265,31 +285,28 @@ class Few {
 // One thread's candidates and what it expects of them.
 class Collector {
  public:
-  // late: what it is shown is all that it expects.
-  Collector(const EncodeTiles& tiles, int64_t k, bool late, BestEntries& best)
+  Collector(const EncodeTiles& tiles, int64_t k, BestEntries& best)
       : best_(&best),
-        late_(late),
+        early_(best.estimates() && !best.holds()),
         rows_(std::min(tiles.row_block(), tiles.rows())),
         capacity_(std::clamp<int64_t>(k / 2, 32, 512)),
         spread_(kSpread + kLone / std::sqrt(static_cast<float>(k))),
         found_(rows_, capacity_),
-        expected_(best.estimates() ? rows_ : 1, Expected::few(k)),
+        expected_(best.holds() ? rows_ : 1, Expected::few(k)),
         sizes_(static_cast<size_t>(rows_)) {}
 
   void visit(int64_t row, int64_t latent, int64_t count, const int32_t* position,
              const float* pre) {
     for (int64_t i = 0; i < count; ++i) {
-      if (late_) expect(row, pre[i], 0.0f);
-      found_.add(row, candidate(pre[i], static_cast<int32_t>(latent) + position[i]), capacity_,
-                 merge_);
+      const int64_t due = early_ ? std::min(few(row), capacity_) : capacity_;
+      found_.add(row, candidate(pre[i], static_cast<int32_t>(latent) + position[i]), due, merge_);
     }
   }
 
   void expect(int64_t row, float value, float deviation) {
     value = std::isnan(value) ? kInf : value - spread_ * deviation;
     if (value <= best_->limit(row)) return;
-    const int64_t due = Expected::few(sizes_[static_cast<size_t>(row % rows_)]);
-    expected_.add(row, value, due, expect_);
+    expected_.add(row, value, few(row), expect_);
   }
 
   void flush() {
@@ -298,16 +315,19 @@ class Collector {
   }
 
  private:
+  int64_t few(int64_t row) const { return Expected::few(sizes_[static_cast<size_t>(row % rows_)]); }
+
   const std::function<void(int64_t, const Candidate*, int64_t)> merge_ =
       [this](int64_t row, const Candidate* found, int64_t count) {
-        best_->merge(row, found, count);
+        const int64_t size = best_->merge(row, found, count);
+        if (early_) sizes_[static_cast<size_t>(row % rows_)] = size;
       };
   const std::function<void(int64_t, const float*, int64_t)> expect_ =
       [this](int64_t row, const float* values, int64_t count) {
         sizes_[static_cast<size_t>(row % rows_)] = best_->expect(row, values, count);
       };
   BestEntries* best_;
-  bool late_;
+  bool early_;  // hands the first few on at once, which raise a young limit by much
   int64_t rows_, capacity_;
   float spread_;
   Few<Candidate> found_;
@@ -315,15 +335,14 @@ class Collector {
   std::vector<int64_t> sizes_;
 };
 
-void collect(EncodeTiles& tiles, const float* bias, int64_t k, bool estimate, BestEntries& best) {
+void collect(EncodeTiles& tiles, const float* bias, int64_t k, BestEntries& best) {
   std::vector<std::unique_ptr<Collector>> collectors(static_cast<size_t>(tiles.slots()));
-  const bool late = estimate && !tiles.holds();
   const auto with = [&](int64_t slot, const auto& work) {
     auto& collector = collectors[static_cast<size_t>(slot)];
-    if (!collector) collector = std::make_unique<Collector>(tiles, k, late, best);
+    if (!collector) collector = std::make_unique<Collector>(tiles, k, best);
     Collector& own = *collector;
     EncodeLimits limits = {bias, nullptr, [&](int64_t row) { return best.limit(row); }};
-    if (estimate && tiles.holds()) {
+    if (best.estimates() && best.holds()) {
       limits.expect = [&](int64_t row, float value, float deviation) {
         own.expect(row, value, deviation);
       };
@@ -337,6 +356,7 @@ void collect(EncodeTiles& tiles, const float* bias, int64_t k, bool estimate, Be
       tiles.run(tiles.task(t), slot, limits, visit);
     });
   });
+  if (!best.estimates() || !best.holds()) return;
   parallel_tasks(tiles.slots(), [&](int64_t slot, int64_t) {
     with(slot, [&](const EncodeLimits& limits, const EncodeTiles::Visit& visit) {
       tiles.finish(slot, limits, visit);
@@ -347,10 +367,10 @@ void collect(EncodeTiles& tiles, const float* bias, int64_t k, bool estimate, Be
 void select(EncodeTiles& tiles, const float* bias, int64_t k, BestEntries& best) {
   if (best.estimates()) {
     tiles.shuffle();
-    collect(tiles, bias, k, true, best);
+    collect(tiles, bias, k, best);
     if (best.prove()) return;
   }
-  collect(tiles, bias, k, false, best);
+  collect(tiles, bias, k, best);
   best.finish();
 }
 
