@@ -21,7 +21,7 @@ ROUNDS = (3, 25)
 """Fewest and most repetitions of a contender."""
 
 LEAD_FILLS = 32
-"""Writes of twice the L2 before a call; one takes 40 us on an H200, launching an op up to 0.2 ms."""
+"""Writes of twice the L2 before a call, 40 us each on an H200; a launch takes up to 0.2 ms."""
 
 Call = Callable[[], object]
 
