@@ -1,4 +1,4 @@
-// Adam on a few elements of a row, and what the row decides: plain arithmetic, the same on host and device.
+// Adam on four elements, and what their row decides: plain arithmetic, the same on host and device.
 //
 //   g' = g - share w;  m = m decay1 + one_minus1 g';  v = v decay2 + (one_minus2 g') g'
 //   w = w - (step_size m) / (sqrt(v) scale + eps)
@@ -26,38 +26,37 @@ GSF_BOTH bool middle_rates(const AdamRates& rates) {
          rates.eps <= 0x1p34f;
 }
 
-// Elements of one row; m is read and written only with a first moment. True: all second moments are positive and finite.
-template <int N>
+// Four elements; m is read and written only with a first moment. True: all second moments are positive and finite.
 GSF_BOTH bool adam_elements(const AdamRates& rates, const AdamDecays& row, bool momentum,
-                            float (&g)[N], float (&m)[N], float (&v)[N], float (&w)[N]) {
+                            float (&g)[4], float (&m)[4], float (&v)[4], float (&w)[4]) {
   if (row.share != 0.0f) {  // NaN included
-    for (int e = 0; e < N; ++e) g[e] = rounded_sub(g[e], rounded_mul(row.share, w[e]));
+    for (int e = 0; e < 4; ++e) g[e] = rounded_sub(g[e], rounded_mul(row.share, w[e]));
   }
-  for (int e = 0; e < N; ++e) {
+  for (int e = 0; e < 4; ++e) {
     v[e] = rounded_add(rounded_mul(v[e], row.second),
                        rounded_mul(rounded_mul(rates.one_minus2, g[e]), g[e]));
   }
   if (momentum) {
-    for (int e = 0; e < N; ++e) {
+    for (int e = 0; e < 4; ++e) {
       m[e] = rounded_add(rounded_mul(m[e], row.first), rounded_mul(rates.one_minus1, g[e]));
       g[e] = m[e];
     }
   }
-  float root[N], change[N];
-  for (int e = 0; e < N; ++e) {
+  float root[4], change[4];
+  for (int e = 0; e < 4; ++e) {
     g[e] = rounded_mul(rates.step_size, g[e]);
     root[e] = rounded_add(rounded_mul(middle_root(v[e]), rates.scale), rates.eps);
     change[e] = middle_quotient(g[e], root[e]);
   }
   const bool middle =
       middle_rates(rates) & middle_squares(v) & middle_numerators(g) & plain_divisors(root);
-  if (!middle) {
-    for (int e = 0; e < N; ++e) {
+  if (__builtin_expect(!middle, 0)) {
+    for (int e = 0; e < 4; ++e) {
       root[e] = rounded_add(rounded_mul(rounded_sqrt(v[e]), rates.scale), rates.eps);
       change[e] = rounded_div(g[e], root[e]);
     }
   }
-  for (int e = 0; e < N; ++e) w[e] = rounded_sub(w[e], change[e]);
+  for (int e = 0; e < 4; ++e) w[e] = rounded_sub(w[e], change[e]);
   return middle;
 }
 

@@ -47,7 +47,7 @@ void adam_view(const char* op, const char* name, const Tensor& weight,
              m.scalars.eps};
   a.step = m.step;
   a.tail = m.tail;
-  a.keys = random_keys(m.seed);
+  a.seed = m.seed;
   a.weight_dtype = static_cast<int>(m.weight.dtype);
   a.remove_parallel = m.remove_parallel;
   a.unit_norm = m.unit_norm;

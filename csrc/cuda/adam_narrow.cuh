@@ -1,4 +1,4 @@
-// Adam on quads of columns of a row whose weights are bfloat16 and whose only moments are 8-bit codes, in whole
+// Adam on four adjacent columns of a row whose weights are bfloat16 and whose only moments are 8-bit codes, in whole
 // blocks of 128 columns: adam_quad.cuh with nothing left to ask. 6 bytes of memory per element.
 #pragma once
 
@@ -14,11 +14,10 @@ struct NarrowRow {
   uint32_t cols;
 };
 
-// What is read of kQuads quads of a thread.
-template <int kQuads>
-struct NarrowQuads {
-  uint2 weight[kQuads];
-  uint32_t codes[kQuads], exponent[kQuads];
+// What is read of a quad.
+struct NarrowQuad {
+  uint2 weight;
+  uint32_t codes, exponent;
 };
 
 __device__ inline bool is_narrow(const AdamView& a) {
@@ -34,21 +33,11 @@ __device__ inline NarrowRow narrow_row(const AdamView& a, int64_t row) {
           a.exponents + row * column_blocks(a), static_cast<uint32_t>(a.cols)};
 }
 
-// Quads `stride` columns apart.
-template <int kQuads>
-__device__ inline NarrowQuads<kQuads> load_narrow(const NarrowRow& r, uint32_t column,
-                                                  uint32_t stride) {
-  NarrowQuads<kQuads> quads;
-#pragma unroll
-  for (int q = 0; q < kQuads; ++q, column += stride) {
-    quads.weight[q] = r.weight[column / 4];
-    quads.codes[q] = r.codes[column / 4];
-    quads.exponent[q] = r.exponents[column / kMomentColumns];
-  }
-  return quads;
+__device__ inline NarrowQuad load_narrow(const NarrowRow& r, uint32_t column) {
+  return {r.weight[column / 4], r.codes[column / 4], r.exponents[column / kMomentColumns]};
 }
 
-__device__ inline void widen_narrow(uint2 weight, float* w) {
+__device__ inline void widen_narrow(uint2 weight, float (&w)[4]) {
   w[0] = float_of(weight.x << 16);
   w[1] = float_of(weight.x & 0xffff0000u);
   w[2] = float_of(weight.y << 16);
@@ -56,21 +45,20 @@ __device__ inline void widen_narrow(uint2 weight, float* w) {
 }
 
 __device__ inline void store_narrow_codes(const NarrowRow& r, uint32_t column, bool positive,
-                                          const float* v, const uint32_t* random) {
-  uint32_t bits[4], words[4], largest = 0;
+                                          const float (&v)[4], const RandomQuad& random) {
+  uint32_t bits[4], largest = 0;
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
     bits[e] = bits_of(v[e]);
-    words[e] = random[e];
     largest = larger(largest, bits[e]);
   }
   largest &= 0x7fffffffu;  // only a NaN has the sign, and any NaN decides
   const int exponent = moment_exponent(__reduce_max_sync(0xffffffffu, largest));
-  uint32_t codes = encode_positive_moments(bits, exponent, words);
-  if (!positive) {
+  uint32_t codes = encode_positive_moments(bits, exponent, random.word);
+  if (__builtin_expect(!positive, 0)) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) bits[e] = moment_bits(v[e]);
-    codes = encode_moments(bits, exponent, words);
+    codes = encode_moments(bits, exponent, random.word);
   }
   r.codes[column / 4] = codes;
   if (column % kMomentColumns == 0) {
@@ -79,42 +67,22 @@ __device__ inline void store_narrow_codes(const NarrowRow& r, uint32_t column, b
 }
 
 // g, from which the row's share is taken, becomes the new w; the codes are written, and the weights without `keep`.
-// Nothing is asked between the quads, so that they are computed side by side.
-template <int kQuads>
-__device__ inline void move_narrow(const AdamView& a, const NarrowRow& r, const RandomRow& random,
-                                   uint32_t column, uint32_t stride, float decay,
-                                   const NarrowQuads<kQuads>& quads, bool keep,
-                                   float (&g)[4 * kQuads]) {
-  float m[4 * kQuads], v[4 * kQuads], w[4 * kQuads];
-#pragma unroll
-  for (int q = 0; q < kQuads; ++q) {
-    float moments[4];
-    decode_moments(quads.codes[q], quads.exponent[q], moments);
-    widen_narrow(quads.weight[q], w + 4 * q);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) v[4 * q + e] = moments[e];
-  }
+__device__ inline void narrow_quad(const AdamView& a, const NarrowRow& r, const RandomRow& random,
+                                   uint32_t column, float decay, const NarrowQuad& quad, bool keep,
+                                   float (&g)[4]) {
+  const RandomQuad words = random_quad(random, column / 4);
+  float m[4], v[4], w[4];
+  widen_narrow(quad.weight, w);
+  decode_moments(quad.codes, quad.exponent, v);
   const bool positive = adam_elements(a.rates, {0.0f, decay, 0.0f}, false, g, m, v, w);
-  uint32_t words[4 * kQuads];
-#pragma unroll
-  for (int q = 0; q < kQuads; ++q) {
-    const RandomQuad four = random_quad(a.keys, random, (column + q * stride) / 4);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) words[4 * q + e] = four.word[e];
+  store_narrow_codes(r, column, positive, v, words);
+  if (!keep) {
+    uint32_t out[2];
+    round_stochastically(w, words.word, out);
+    r.weight[column / 4] = make_uint2(out[0], out[1]);
   }
 #pragma unroll
-  for (int q = 0; q < kQuads; ++q) {
-    store_narrow_codes(r, column + q * stride, positive, v + 4 * q, words + 4 * q);
-  }
-#pragma unroll
-  for (int e = 0; e < 4 * kQuads; ++e) g[e] = w[e];
-  if (keep) return;
-  uint32_t out[2 * kQuads];
-  round_stochastically(w, words, out);
-#pragma unroll
-  for (int q = 0; q < kQuads; ++q) {
-    r.weight[(column + q * stride) / 4] = make_uint2(out[2 * q], out[2 * q + 1]);
-  }
+  for (int e = 0; e < 4; ++e) g[e] = w[e];
 }
 
 }  // namespace gemmascope_fast

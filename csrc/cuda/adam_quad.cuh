@@ -24,7 +24,7 @@ struct AdamView {
   double beta1, beta2;
   AdamRates rates;
   int64_t step, tail;  // tail <= step
-  RandomKeys keys;
+  uint64_t seed;
   int weight_dtype;
   bool remove_parallel, unit_norm;
 };
@@ -81,7 +81,7 @@ __device__ inline bool quad_nonzero(const float (&g)[4]) {
 // ---- state
 
 __device__ inline RandomRow random_row(const AdamView& a, int64_t row) {
-  return {static_cast<uint64_t>(row), static_cast<uint64_t>(a.step)};
+  return {a.seed, static_cast<uint64_t>(row), static_cast<uint64_t>(a.step)};
 }
 
 __device__ inline void load_moments(const AdamView& a, int64_t row, int64_t column, float (&v)[4]) {
@@ -108,8 +108,7 @@ __device__ inline void store_codes(const AdamView& a, int64_t row, int64_t colum
     largest = bits[e] > largest ? bits[e] : largest;
   }
   const int exponent = moment_exponent(__reduce_max_sync(0xffffffffu, largest));
-  const RandomQuad random =
-      random_quad(a.keys, random_row(a, row), static_cast<uint32_t>(column / 4));
+  const RandomQuad random = random_quad(random_row(a, row), static_cast<uint32_t>(column / 4));
   uint8_t codes[4];
 #pragma unroll
   for (int e = 0; e < 4; ++e) codes[e] = encode_moment(bits[e], exponent, random.word[e]);
@@ -161,8 +160,7 @@ __device__ inline void store_weight(const AdamView& a, int64_t row, int64_t colu
     store_floats(static_cast<float*>(out), column, a.cols, w);
     return;
   }
-  const RandomQuad random =
-      random_quad(a.keys, random_row(a, row), static_cast<uint32_t>(column / 4));
+  const RandomQuad random = random_quad(random_row(a, row), static_cast<uint32_t>(column / 4));
   uint16_t bits[4];
 #pragma unroll
   for (int e = 0; e < 4; ++e) bits[e] = round_stochastically(w[e], random.word[e]);

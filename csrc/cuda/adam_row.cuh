@@ -83,47 +83,28 @@ __device__ inline void subtract_share(const NarrowRow& r, float share, float* g)
   }
 }
 
-// kQuads of the row's quads at a time, from `column` on while all of them lie in the row; returns where it stopped.
-template <int kQuads>
-__device__ inline uint32_t move_narrow_columns(const AdamView& a, const NarrowRow& r,
-                                               const RandomRow& random, float decay,
-                                               uint32_t column, float* g) {
-  const uint32_t stride = blockDim.x * 4, reach = (kQuads - 1) * stride;
-  if (column + reach >= r.cols) return column;
-  NarrowQuads<kQuads> next = load_narrow<kQuads>(r, column, stride);
-#pragma unroll 1
-  for (; column + reach < r.cols; column += kQuads * stride) {
-    const NarrowQuads<kQuads> quads = next;
-    const uint32_t then = column + kQuads * stride;
-    if (then + reach < r.cols) next = load_narrow<kQuads>(r, then, stride);
-    float mine[4 * kQuads];
-#pragma unroll
-    for (int q = 0; q < kQuads; ++q) {
-      const float4 quad = *reinterpret_cast<const float4*>(g + column + q * stride);
-      mine[4 * q] = quad.x;
-      mine[4 * q + 1] = quad.y;
-      mine[4 * q + 2] = quad.z;
-      mine[4 * q + 3] = quad.w;
-    }
-    move_narrow<kQuads>(a, r, random, column, stride, decay, quads, a.unit_norm, mine);
-    if (!a.unit_norm) continue;
-#pragma unroll
-    for (int q = 0; q < kQuads; ++q) {
-      *reinterpret_cast<float4*>(g + column + q * stride) =
-          make_float4(mine[4 * q], mine[4 * q + 1], mine[4 * q + 2], mine[4 * q + 3]);
-    }
-  }
-  return column;
-}
-
-// As update_row, where is_narrow. A warp's columns lie in the row or beyond it together.
+// As update_row, where is_narrow.
 __device__ inline void update_narrow_row(const AdamView& a, int64_t row, const AdamDecays& decays,
                                          float* g) {
   const NarrowRow r = narrow_row(a, row);
   if (decays.share != 0.0f) subtract_share(r, decays.share, g);  // NaN included
   const RandomRow random = random_row(a, row);
-  const uint32_t rest = move_narrow_columns<2>(a, r, random, decays.second, threadIdx.x * 4, g);
-  move_narrow_columns<1>(a, r, random, decays.second, rest, g);
+  const uint32_t stride = blockDim.x * 4;
+  uint32_t column = threadIdx.x * 4;
+  if (column >= r.cols) return;
+  // A quad is computed in less time than a load takes: two are on their way.
+  NarrowQuad next = load_narrow(r, column), then = {};
+  if (column + stride < r.cols) then = load_narrow(r, column + stride);
+#pragma unroll 1
+  for (; column < r.cols; column += stride) {
+    const NarrowQuad quad = next;
+    next = then;
+    if (column + 2 * stride < r.cols) then = load_narrow(r, column + 2 * stride);
+    float4* at = reinterpret_cast<float4*>(g + column);
+    float mine[4] = {at->x, at->y, at->z, at->w};
+    narrow_quad(a, r, random, column, decays.second, quad, a.unit_norm, mine);
+    if (a.unit_norm) *at = make_float4(mine[0], mine[1], mine[2], mine[3]);
+  }
 }
 
 // The new row: into g with unit_norm, else stored.

@@ -65,7 +65,7 @@ GSF_BOTH float quotient_from(float a, float b, float y) {
 GSF_BOTH float middle_root(float v) { return root_from(v, near_inverse_root(v)); }
 GSF_BOTH float middle_quotient(float a, float b) { return quotient_from(a, b, near_reciprocal(b)); }
 
-// ---- what the middle is, for several at a time
+// ---- what the middle is, for four at a time
 
 GSF_BOTH uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
 GSF_BOTH uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
@@ -76,10 +76,9 @@ GSF_BOTH constexpr uint32_t power_bits(int exponent) {
 }
 
 // 2^-100 <= v < 2^48: neither zero nor NaN.
-template <int N>
-GSF_BOTH bool middle_squares(const float (&v)[N]) {
+GSF_BOTH bool middle_squares(const float (&v)[4]) {
   uint32_t low = bits_of(v[0]), high = low;
-  for (int e = 1; e < N; ++e) {
+  for (int e = 1; e < 4; ++e) {
     low = smaller(low, bits_of(v[e]));
     high = larger(high, bits_of(v[e]));
   }
@@ -87,10 +86,9 @@ GSF_BOTH bool middle_squares(const float (&v)[N]) {
 }
 
 // 2^-84 <= |a| < 2^60, or zero.
-template <int N>
-GSF_BOTH bool middle_numerators(const float (&a)[N]) {
+GSF_BOTH bool middle_numerators(const float (&a)[4]) {
   uint32_t low = 0xffffffffu, high = 0;
-  for (int e = 0; e < N; ++e) {
+  for (int e = 0; e < 4; ++e) {
     const uint32_t twice = bits_of(a[e]) << 1;  // without the sign
     low = smaller(low, twice - 1);              // a zero is the largest
     high = larger(high, twice);
@@ -99,10 +97,9 @@ GSF_BOTH bool middle_numerators(const float (&a)[N]) {
 }
 
 // Of positive divisors; the caller knows that they lie between 2^-60 and 2^36, so that no quotient leaves the range.
-template <int N>
-GSF_BOTH bool plain_divisors(const float (&b)[N]) {
+GSF_BOTH bool plain_divisors(const float (&b)[4]) {
   uint32_t high = 0;
-  for (int e = 0; e < N; ++e) high = larger(high, bits_of(b[e]) << 9);
+  for (int e = 0; e < 4; ++e) high = larger(high, bits_of(b[e]) << 9);
   return high < 0x7ffff8u << 9;
 }
 

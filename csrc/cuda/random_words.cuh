@@ -15,25 +15,9 @@ struct RandomQuad {
   uint32_t word[4];
 };
 
-constexpr int kRandomRounds = 7;
-
-// The keys of all rounds: a kernel that gets them as an argument keeps none in registers.
-struct RandomKeys {
-  uint32_t first[kRandomRounds], second[kRandomRounds];
-};
-
-GSF_BOTH RandomKeys random_keys(uint64_t seed) {
-  RandomKeys keys;
-  for (uint32_t round = 0; round < kRandomRounds; ++round) {
-    keys.first[round] = static_cast<uint32_t>(seed) + round * 0x9e3779b9u;
-    keys.second[round] = static_cast<uint32_t>(seed >> 32) + round * 0xbb67ae85u;
-  }
-  return keys;
-}
-
-// What all words of a row share besides.
+// What all words of a row share.
 struct RandomRow {
-  uint64_t row, step;
+  uint64_t seed, row, step;
 };
 
 struct WideProduct {
@@ -54,16 +38,24 @@ GSF_BOTH WideProduct wide_product(uint32_t a, uint32_t b) {
 }
 
 // The words of columns 4 quad to 4 quad + 3.
-GSF_BOTH RandomQuad random_quad(const RandomKeys& keys, const RandomRow& of, uint32_t quad) {
+GSF_BOTH RandomQuad random_quad(const RandomRow& of, uint32_t quad) {
   uint32_t c0 = quad, c1 = static_cast<uint32_t>(of.row), c2 = static_cast<uint32_t>(of.row >> 32),
            c3 = static_cast<uint32_t>(of.step);
-  for (int round = 0; round < kRandomRounds; ++round) {
+  uint32_t k0 = static_cast<uint32_t>(of.seed), k1 = static_cast<uint32_t>(of.seed >> 32);
+#ifdef __CUDA_ARCH__
+  asm volatile(""
+               : "+r"(k0),
+                 "+r"(k1));  // else a loop over quads keeps the keys of all rounds in registers
+#endif
+  for (int round = 0; round < 7; ++round) {
     const WideProduct first = wide_product(c0, 0xd2511f53u);
     const WideProduct second = wide_product(c2, 0xcd9e8d57u);
-    c0 = second.high ^ c1 ^ keys.first[round];
+    c0 = second.high ^ c1 ^ k0;
     c1 = second.low;
-    c2 = first.high ^ c3 ^ keys.second[round];
+    c2 = first.high ^ c3 ^ k1;
     c3 = first.low;
+    k0 += 0x9e3779b9u;
+    k1 += 0xbb67ae85u;
   }
   return {{c0, c1, c2, c3}};
 }
@@ -76,21 +68,21 @@ GSF_BOTH uint16_t round_stochastically(float w, uint32_t random) {
   return static_cast<uint16_t>((finite ? bits + (random & 0xffffu) : bits) >> 16);
 }
 
-// N of them, in pairs: the first of a pair in the low half.
-template <int N>
-GSF_BOTH void round_stochastically(const float (&w)[N], const uint32_t (&random)[N],
-                                   uint32_t (&out)[N / 2]) {
-  uint32_t up[N], largest = 0;
-  for (int e = 0; e < N; ++e) {
+// Four of them, in pairs: the first of a pair in the low half.
+GSF_BOTH void round_stochastically(const float (&w)[4], const uint32_t (&random)[4],
+                                   uint32_t (&out)[2]) {
+  uint32_t up[4], largest = 0;
+  for (int e = 0; e < 4; ++e) {
     const uint32_t twice = bits_of(w[e]) << 1;  // without the sign
     largest = twice > largest ? twice : largest;
     up[e] = bits_of(w[e]) + (random[e] & 0xffffu);
   }
-  if (largest >= 0xff000000u) {  // infinite or NaN
-    for (int e = 0; e < N; ++e)
+  if (__builtin_expect(largest >= 0xff000000u, 0)) {  // infinite or NaN
+    for (int e = 0; e < 4; ++e)
       up[e] = static_cast<uint32_t>(round_stochastically(w[e], random[e])) << 16;
   }
-  for (int e = 0; e < N; e += 2) out[e / 2] = up[e] >> 16 | (up[e + 1] & 0xffff0000u);
+  out[0] = up[0] >> 16 | (up[1] & 0xffff0000u);
+  out[1] = up[2] >> 16 | (up[3] & 0xffff0000u);
 }
 
 }  // namespace gemmascope_fast

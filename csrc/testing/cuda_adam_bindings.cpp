@@ -20,7 +20,7 @@ void require(bool ok, const char* message) {
 Array<uint32_t> random_words(uint64_t seed, uint64_t row, uint64_t step, int64_t quads) {
   Array<uint32_t> out(4 * quads);
   for (int64_t q = 0; q < quads; ++q) {
-    const RandomQuad quad = random_quad(random_keys(seed), {row, step}, static_cast<uint32_t>(q));
+    const RandomQuad quad = random_quad({seed, row, step}, static_cast<uint32_t>(q));
     std::copy(quad.word, quad.word + 4, out.mutable_data() + 4 * q);
   }
   return out;

@@ -66,7 +66,7 @@ inline AdamView adam_view_of(const std::vector<pybind11::object>& matrix,
   a.tail = std::min(rule[1], rule[0]);
   a.remove_parallel = rule[2] != 0;
   a.unit_norm = rule[3] != 0;
-  a.keys = random_keys(static_cast<uint64_t>(rule[4]));
+  a.seed = static_cast<uint64_t>(rule[4]);
   const double t = static_cast<double>(a.step);
   a.rates = {static_cast<float>(rates[0] / (1 - std::pow(a.beta1, t))),
              static_cast<float>(1 - a.beta1), static_cast<float>(1 - a.beta2),
