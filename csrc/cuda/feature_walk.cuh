@@ -267,7 +267,7 @@ template <int K, class Meanwhile>
 __device__ inline void walk_piece(const FeaturePass& p, const Piece& piece, uint4* memory,
                                   FeatureShared& shared, FeatureSums<K>* sums,
                                   const Meanwhile& meanwhile) {
-  const Slots s = feature_slots(p, memory);
+  const bool even = even_rows<K>(p);
   for (int i = threadIdx.x; i < piece.count; i += blockDim.x) {
     shared.records[i] = p.records[piece.start + i];
   }
@@ -276,20 +276,24 @@ __device__ inline void walk_piece(const FeaturePass& p, const Piece& piece, uint
     reinterpret_cast<float*>(shared.partial)[i] = 0.0f;
   }
   if (threadIdx.x < 2) split_barrier_init(&shared.turns[threadIdx.x], blockDim.x / kWarp);
-  clear_slots<K>(p, s);
-  if (p.dots) copy_row<K>(p.W_dec, piece.latent, s.base, s, s.w_words);
-  __syncthreads();
-  const bool even = even_rows<K>(p);
   if (even) {
-    start_walk<K, true>(p, even_slots<K>(p, memory), shared, piece.count);
+    const Slots s = even_slots<K>(p, memory);
+    clear_even_slots<K>(p, s);
+    copy_even_row<K>(p.W_dec, piece.latent, s.base, s);
+    __syncthreads();
+    start_walk<K, true>(p, s, shared, piece.count);
   } else {
+    const Slots s = feature_slots(p, memory);
+    clear_slots<K>(p, s);
+    if (p.dots) copy_row<K>(p.W_dec, piece.latent, s.base, s, s.w_words);
+    __syncthreads();
     start_walk<K, false>(p, s, shared, piece.count);
   }
   meanwhile();
   if (even) {
     walk_batches<K, true>(p, even_slots<K>(p, memory), shared, piece.count, sums);
   } else {
-    walk_batches<K, false>(p, s, shared, piece.count, sums);
+    walk_batches<K, false>(p, feature_slots(p, memory), shared, piece.count, sums);
   }
   finish_entries(p, piece, shared, &sums->bias, &sums->window);
 }
