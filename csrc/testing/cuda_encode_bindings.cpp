@@ -17,6 +17,7 @@
 #include "cuda/place_kernel.cuh"
 #include "cuda/topk_few_kernel.cuh"
 #include "testing/registry.h"
+#include "testing/sm90_raster.h"
 
 namespace gemmascope_fast {
 namespace {
@@ -87,15 +88,13 @@ void run_few(const EncodeTiles& p, Limit limit) {
   }
 }
 
-// Two CTAs, two rows of tiles to a group.
+// The parts as on a device of so many multiprocessors, on at most so many CTAs.
 template <class T>
-void run_sm90(const EncodeTiles& p, Limit limit) {
-  const Sm90Raster raster = {static_cast<uint32_t>((p.n + kSm90Tokens - 1) / kSm90Tokens),
-                             static_cast<uint32_t>((p.last - p.first + 255) / kSm90Latents),
-                             p.n > kSm90Tokens ? 2u : 1u};
-  const CUtensorMap x = {p.x, 2, p.d, p.n, p.x_stride, kSm90Depth<T>, kSm90Tokens};
+void run_sm90(const EncodeTiles& p, Limit limit, uint32_t processors, uint32_t most) {
+  const Sm90Raster raster = raster_on_cpu(p, processors);
+  const CUtensorMap x = {p.x, 2, p.d, p.n, p.x_stride, kSm90Depth<T>, kSm90GroupTokens};
   const CUtensorMap W = {p.W, 2, p.d, p.last, p.W_stride, kSm90Depth<T>, kSm90Latents};
-  const unsigned ctas = std::min(2u, raster.rows * raster.columns);
+  const unsigned ctas = std::min(most, sm90_parts(raster));
   if (limit == Limit::kPerLatent) {
     cuda_on_cpu::launch<encode_sm90_kernel<T, Limit::kPerLatent>>(
         ctas, kSm90Threads, kSm90SharedBytes, x, W, p, raster);
@@ -274,9 +273,9 @@ EncodeTiles operands(const Rows<T>& x, int64_t n, const Rows<T>& W, int64_t d_sa
   return t;
 }
 
-template <class T>
+template <class T, class Run>
 py::tuple encode_product(const Array<float>& x, const Array<float>& W, const Selection& s,
-                         void (*run)(const EncodeTiles&, Limit), int width) {
+                         const Run& run, int width) {
   const Rows<T> rows(x), latents(W);
   const EncodeTiles t = operands(rows, x.shape(0), latents, W.shape(0));
   return encode(s, t, width, [&](const EncodeTiles& p) { run(p, s.kind); });
@@ -332,10 +331,15 @@ py::tuple encode_tiles(const Array<float>& x, const Array<float>& W, const std::
 py::tuple encode_sm90(const Array<float>& x, const Array<float>& W, const std::string& dtype,
                       const Array<float>& bias, const Array<float>& values, bool per_token,
                       float window, std::pair<int64_t, int64_t> range, int64_t arena,
-                      int64_t capacity) {
+                      int64_t capacity, uint32_t processors, uint32_t most) {
   const Selection s = selection(bias, values, per_token, window, range, arena, capacity);
-  if (dtype == "float16") return encode_product<__half>(x, W, s, &run_sm90<__half>, kSm90Latents);
-  return encode_product<__nv_bfloat16>(x, W, s, &run_sm90<__nv_bfloat16>, kSm90Latents);
+  const bool half = dtype == "float16";
+  const auto run = [&](const EncodeTiles& p, Limit limit) {
+    half ? run_sm90<__half>(p, limit, processors, most)
+         : run_sm90<__nv_bfloat16>(p, limit, processors, most);
+  };
+  return half ? encode_product<__half>(x, W, s, run, kSm90Latents)
+              : encode_product<__nv_bfloat16>(x, W, s, run, kSm90Latents);
 }
 
 py::tuple encode_sums(const Array<float>& sums, int width, const Array<float>& bias,
@@ -360,7 +364,9 @@ const BindLater later([](py::module_& m) {
         py::arg("range"), py::arg("arena"), py::arg("capacity"));
   m.def("cuda_encode_sm90", &encode_sm90, py::arg("x"), py::arg("W"), py::arg("dtype"),
         py::arg("bias"), py::arg("values"), py::arg("per_token"), py::arg("window"),
-        py::arg("range"), py::arg("arena"), py::arg("capacity"));
+        py::arg("range"), py::arg("arena"), py::arg("capacity"), py::arg("processors") = 2,
+        py::arg("most") = 2);
+  m.def("cuda_sm90_whole", &sm90_whole, py::arg("tiles"), py::arg("processors"));
   m.def("cuda_few_keys", &few_keys, py::arg("x"), py::arg("W"), py::arg("dtype"), py::arg("bias"));
   m.def("cuda_encode_sums", &encode_sums, py::arg("sums"), py::arg("width"), py::arg("bias"),
         py::arg("values"), py::arg("per_token"), py::arg("window"), py::arg("range"),
