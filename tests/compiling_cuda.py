@@ -25,6 +25,8 @@ ROOT = Path(__file__).parent.parent
 BUDGET = Path(__file__).parent / "cuda_budget.json"
 LIMITED = ("registers", "stack", "shared", "instructions")
 OURS = "gemmascope_fast::"
+LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?)(U?P\d) +)?([^;]*);", re.M)
+MADE_FALSE = re.compile(r"U?PLOP3\.LUT (U?P\d), U?PT, U?PT, U?PT, U?PT, 0x8, 0x0")
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)", re.M)
 
 
@@ -39,6 +41,8 @@ class Report:
     """Bytes of static shared memory."""
     instructions: int
     opcodes: Counter[str]
+    never: tuple[str, ...]
+    """Instructions that wait for a predicate that was just made false."""
 
     def count(self, opcode: str) -> int:
         """Instructions whose opcode matches this expression from its beginning."""
@@ -125,9 +129,31 @@ def reports(architecture: str) -> dict[str, Report]:
             counts["SHARED"],
             opcodes.total(),
             opcodes,
+            never_executed(code),
         )
     assert not resources, "kernels without code"
     return made
+
+
+def never_executed(code: str) -> tuple[str, ...]:
+    """Instructions of straight code whose predicate has been set to false and not since.
+
+    The assembler of CUDA 13.0 makes them of tensor copies under a condition: the copy is issued,
+    and a coordinate of its box is never handed over.
+    """
+    targets = set(re.findall(r"\b(?:BRA|BRX|BSSY|CALL)\S* [^;]*?0x([0-9a-f]+)", code))
+    false: set[str] = set()
+    found = []
+    for address, negated, guard, text in LINE.findall(code):
+        if address.lstrip("0") in targets:
+            false.clear()
+        if guard in false and not negated:
+            found.append(f"{address}: @{guard} {text.strip()}")
+        made = MADE_FALSE.match(text)
+        false -= set(re.findall(r"\bU?P\d\b", text))
+        if made and not guard:
+            false.add(made[1])
+    return tuple(found)
 
 
 @cache

@@ -98,6 +98,26 @@ def test_nothing_is_in_local_memory(architecture: str) -> None:
     assert local == {}
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_instruction_is_lost_to_the_assembler(architecture: str) -> None:
+    lost = {n: r.never for n, r in compiled.reports(architecture).items() if r.never}
+    assert lost == {}
+
+
+def test_what_is_never_executed() -> None:
+    code = """
+        /*0010*/                   PLOP3.LUT P1, PT, PT, PT, PT, 0x8, 0x0 ;
+        /*0020*/               @P1 R2UR UR27, R7 ;
+        /*0030*/              @!P1 R2UR UR28, R7 ;
+        /*0040*/               @P0 ELECT P1, URZ, PT ;
+        /*0050*/               @P1 R2UR UR26, R15 ;
+        /*0060*/                   PLOP3.LUT P2, PT, PT, PT, PT, 0x8, 0x0 ;
+        /*0070*/               @P2 R2UR UR25, R5 ;
+        /*0080*/               @P0 BRA 0x70 ;
+    """
+    assert compiled.never_executed(code) == ("0020: @P1 R2UR UR27, R7",)
+
+
 @pytest.mark.skipif("sm_90a" not in ARCHITECTURES, reason="not built for sm_90a")
 @pytest.mark.parametrize("kernel", ["rescore_kernel", "decide_rows_kernel", "quantise_kernel"])
 def test_the_screened_encoders_leave_room_for_what_a_kernel_has_of_its_own(kernel: str) -> None:
