@@ -393,11 +393,6 @@ def test_few_tokens_have_the_same_bits_in_every_order_of_threads():
 # ---- the kernel of Hopper GPUs: its rings, its swizzle, its descriptors, its way for few hits
 
 
-def hopper(processors, most=99):
-    """The tiles and halves for a device of so many multiprocessors, on at most so many CTAs."""
-    return lambda *args: testing.cuda_encode_sm90(*args, processors, min(processors, most))
-
-
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(
     "n, d, d_sae", [(1, 1, 1), (33, 8, 130), (129, 40, 257), (5, 0, 300), (140, 100, 300)]
@@ -456,81 +451,3 @@ def test_hopper_tiles_of_a_range_of_latents(dtype):
         **{"per_token": True, "latents": (256, 650), "arena": 30 * 700},
     )
     found.check(candidates(pre, bound, 256, 650))
-
-
-# ---- its last tiles, by halves
-
-
-WHOLE = {
-    (4096, 132): 4092,
-    (3 * 132, 132): 3 * 132,
-    (132 + 66, 132): 132,
-    (132 + 67, 132): 132 + 67,
-    (66, 132): 0,
-    (67, 132): 67,
-    (1, 132): 0,
-    (2, 3): 2,
-    (1, 3): 0,
-    (7, 1): 7,
-    (2**31 - 2, 132): 2**31 - 68,
-}
-
-
-@pytest.mark.parametrize("tiles, processors", WHOLE)
-def test_a_short_last_wave_is_done_by_halves(tiles, processors):
-    whole = testing.cuda_sm90_whole(tiles, processors)
-    assert whole == WHOLE[tiles, processors]
-    assert whole == tiles or whole % processors == 0 and 2 * (tiles - whole) <= processors
-
-
-# 6 tiles: of the last one, of the last two, of all of them, also by few CTAs; all whole.
-SPLIT = [hopper(5), hopper(4), hopper(12), hopper(12, 1), hopper(5, 2), hopper(11), hopper(6)]
-
-
-@pytest.mark.parametrize("split", SPLIT)
-@pytest.mark.parametrize("n", [140, 200, 256])
-def test_hopper_tiles_by_halves(split, n):
-    """The second half of 140 tokens' last tiles is empty, that of 200's has 8 tokens."""
-    x, W, bias, theta, pre = encoder(n, 330, 520)
-    expected = jumprelu_support(pre, theta, 0.0)
-    for seed in range(2):
-        found = run(split, x, W, "bfloat16", bias, theta, arena=n * 520, seed=seed)
-        found.check(expected)
-        assert found.reserved == found.needed, "a half is done once"
-
-
-@pytest.mark.parametrize("split", SPLIT[:5])
-def test_hopper_halves_again_where_records_are_missing(split):
-    x, W, bias, theta, pre = encoder(200, 270, 520)
-    x[140, 3] = NAN
-    pre[140] = NAN
-    expected = jumprelu_support(pre, theta, 0.0)
-    records = int(expected[0].sum()) - 1  # the token with NaN has an entry, but no record
-    for arena in (0, 3001, records - 1):  # none, some, all but one of the tiles are skipped
-        found = run(split, x, W, "bfloat16", bias, theta, arena=arena, seed=arena)
-        assert found.reserved == records
-        found.check(expected)
-
-
-@pytest.mark.parametrize("n", [1, 64, 65, 100])
-@pytest.mark.parametrize("split", [hopper(4), hopper(132), hopper(3)])
-def test_candidates_of_halves(split, n):
-    x, W, bias, _, pre = encoder(n, 270, 700)
-    bound = torch.arange(float(n)) / 3
-    found = run(
-        *(split, x, W, "float16", bias, bound),
-        **{"per_token": True, "latents": (256, 650), "arena": n * 700},
-    )
-    found.check(candidates(pre, bound, 256, 650))
-    assert found.reserved == found.needed
-
-
-def test_a_half_has_the_bits_of_its_tile():
-    draw = torch.Generator().manual_seed(1)
-    x, W = (torch.randn(rows, 300, generator=draw).bfloat16().float() for rows in (200, 300))
-    bias, theta = torch.randn(300, generator=draw), torch.full((300,), 30.0)
-    args = x, W, "bfloat16", bias, theta
-    runs = [run(hopper(p), *args, arena=60000, seed=p) for p in (1, 3, 8)]
-    assert runs[0].needed > 500
-    for other in runs[1:]:
-        assert_same_bits(other, runs[0])

@@ -1,6 +1,4 @@
 // Host side of encode_sm90_kernel.cuh: which problems it serves, tensor maps, launch.
-#include <algorithm>
-
 #include "cuda/encode_sm90.h"
 #include "cuda/encode_sm90_kernel.cuh"
 #include "cuda/sm90_device.h"
@@ -56,17 +54,16 @@ cudaError_t launch(const Sm90Device& device, const void* kernel, const EncodeTil
   const int64_t rows = tile_rows(p), columns = tile_columns(p);
   // Groups of almost one size: a last group of a single row would read all of W for itself.
   const int64_t groups = ceil_div(rows * kSm90Tokens, kGroupTokens);
-  const uint32_t most = static_cast<uint32_t>(device.processors);
   const Sm90Raster raster = {static_cast<uint32_t>(rows), static_cast<uint32_t>(columns),
-                             static_cast<uint32_t>(ceil_div(rows, groups)),
-                             sm90_whole(static_cast<uint32_t>(rows * columns), most)};
+                             static_cast<uint32_t>(ceil_div(rows, groups))};
   CUtensorMap x, W;
-  if (!sm90_map(device, &x, element, p.x, p.n, p.d, p.x_stride, kSm90GroupTokens) ||
+  if (!sm90_map(device, &x, element, p.x, p.n, p.d, p.x_stride, kSm90Tokens) ||
       !sm90_map(device, &W, element, p.W, p.last, p.d, p.W_stride, kSm90Latents)) {
     return cudaErrorInvalidValue;
   }
+  const int64_t most = device.processors, tiles = rows * columns;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(std::min(sm90_parts(raster), most));
+  config.gridDim = dim3(static_cast<unsigned>(tiles < most ? tiles : most));
   config.blockDim = dim3(kSm90Threads);
   config.dynamicSmemBytes = kSm90SharedBytes;
   config.stream = stream;

@@ -4,27 +4,25 @@
 // 64 columns of x and W through a ring of stages (tensor copies, 128-byte swizzle) and one warp brings the biases and
 // limits of the tile to come; the other two multiply, 64 tokens x 256 latents each, and emit their strips. Nothing but
 // the ring joins the groups: copies for the next tile arrive while a strip is emitted, and one group may emit while the
-// other multiplies. The tiles of a short last wave go to two CTAs each (encode_sm90_parts.cuh): one group multiplies its 64
-// tokens, the other waits.
+// other multiplies.
 // Bound by the tensor cores, 2 n d F operations; at small d the emitting shows.
 #pragma once
 
 #include "cuda/emit_few.cuh"
 #include "cuda/emit_strip.cuh"
-#include "cuda/encode_sm90_parts.cuh"
 #include "cuda/encode_tiles.cuh"
 #include "cuda/sm90_ptx.cuh"
 
 namespace gemmascope_fast {
 inline namespace on_cuda {
 
+constexpr int kSm90Tokens = 128;
+constexpr int kSm90Latents = 256;
 constexpr int kSm90RowBytes = 128;  // of a stage: a row of the swizzle
 constexpr int kSm90Threads = 384;
 constexpr int kSm90TokenBytes = kSm90Tokens * kSm90RowBytes;
-constexpr int kSm90GroupBytes = kSm90GroupTokens * kSm90RowBytes;
 constexpr int kSm90LatentBytes = kSm90Latents * kSm90RowBytes;
 constexpr int kSm90StageBytes = kSm90TokenBytes + kSm90LatentBytes;
-constexpr int kSm90HalfBytes = kSm90GroupBytes + kSm90LatentBytes;  // that a half of a tile needs
 constexpr int kSm90Slots = 2;  // tiles whose biases and limits are held
 constexpr int kSm90SlotFloats = 2 * kSm90Latents;
 constexpr int kSm90Stages = 4;
@@ -37,17 +35,34 @@ constexpr int kSm90Depth = kSm90RowBytes / static_cast<int>(sizeof(T));
 template <typename T>
 using Sm90Sum = std::conditional_t<std::is_same_v<T, int8_t>, int32_t, float>;
 
-// Whether there is nothing to do: no token in this half, or, in the second pass, no strip of the tile that missed its run.
-// One warp; every role asks alike, so all skip the same parts.
-__device__ __forceinline__ bool sm90_is_idle(const EncodeTiles& p, const Sm90Part& part, int lane) {
+// Order of the tiles: `group` rows of tiles sweep the columns together, so that x of these rows and W of a few columns
+// stay in L2. rows * columns < 2^31 and group <= rows.
+struct Sm90Raster {
+  uint32_t rows, columns, group;
+};
+
+struct Sm90Tile {
+  uint32_t row, column;
+};
+
+__device__ __forceinline__ Sm90Tile sm90_tile(const Sm90Raster& raster, uint32_t index) {
+  const uint32_t sweep = raster.group * raster.columns;
+  const uint32_t top = index / sweep * raster.group;
+  const uint32_t height = min(raster.group, raster.rows - top);
+  const uint32_t inside = index % sweep;
+  return {top + inside % height, inside / height};
+}
+
+// Second pass: whether a strip of this row and column missed its run. One warp; every role asks alike, so all skip the
+// same tiles.
+__device__ __forceinline__ bool sm90_is_missing(const EncodeTiles& p, const Sm90Tile& tile,
+                                                int lane) {
   constexpr int kStrips = kSm90Tokens / kStripTokens;
   static_assert(kStrips <= 32);
-  const int64_t tile0 = static_cast<int64_t>(part.row) * kSm90Tokens;
-  if (tile0 + (part.groups == 2 ? kSm90GroupTokens : 0) >= p.n) return true;
-  if (p.rest == nullptr) return false;
-  const int64_t token0 = tile0 + static_cast<int64_t>(lane) * kStripTokens;
-  const bool missing = lane < kStrips && token0 < p.n && strip_is_missing(p, token0, part.column);
-  return !__any_sync(kWholeWarp, missing);
+  const int64_t token0 =
+      static_cast<int64_t>(tile.row) * kSm90Tokens + static_cast<int64_t>(lane) * kStripTokens;
+  const bool missing = lane < kStrips && token0 < p.n && strip_is_missing(p, token0, tile.column);
+  return __any_sync(kWholeWarp, missing);
 }
 
 // Position in a ring of kSize places. A place's barriers complete one phase each time round; `phase` is its parity.
@@ -82,7 +97,7 @@ constexpr int kSm90SharedBytes = 1024 + sizeof(Sm90Shared);
 // What all roles know of their CTA.
 struct Sm90Place {
   Sm90Shared* shared;
-  uint32_t first, step, parts;  // the CTA takes parts first, first + step, ...
+  uint32_t first, step, tiles;  // the CTA takes tiles first, first + step, ...
   int warp, lane;
 
   __device__ __forceinline__ uint32_t stage(uint32_t place) const {
@@ -109,24 +124,18 @@ __device__ __forceinline__ void sm90_bring_stages(const Sm90Place& at, const CUt
                                                   const Sm90Raster& raster) {
   const int blocks = static_cast<int>((p.d + kSm90Depth<T> - 1) / kSm90Depth<T>);
   Sm90Ring<kSm90Stages> ring;
-  for (uint32_t index = at.first; index < at.parts; index += at.step) {
-    const Sm90Part part = sm90_part(raster, index);
-    if (sm90_is_idle(p, part, at.lane)) continue;
+  for (uint32_t index = at.first; index < at.tiles; index += at.step) {
+    const Sm90Tile tile = sm90_tile(raster, index);
+    if (p.rest != nullptr && !sm90_is_missing(p, tile, at.lane)) continue;
     if (at.lane == 0) {
-      const int32_t token = static_cast<int32_t>(part.row * kSm90Tokens);
-      const int32_t latent = static_cast<int32_t>(p.first + part.column * kSm90Latents);
-      const uint32_t bytes = part.groups == 3 ? kSm90StageBytes : kSm90HalfBytes;
+      const int32_t token = static_cast<int32_t>(tile.row * kSm90Tokens);
+      const int32_t latent = static_cast<int32_t>(p.first + tile.column * kSm90Latents);
       for (int block = 0; block < blocks; ++block) {
         const uint32_t full = at.full(ring.place);
         const uint32_t stage = at.stage(ring.place);
         sm90::barrier_wait(at.empty(ring.place), ring.phase ^ 1);
-        sm90::barrier_arrive_expecting(full, bytes);
-#pragma unroll
-        for (int group = 0; group < 2; ++group) {
-          if ((part.groups >> group & 1) == 0) continue;
-          sm90::copy_box(x, stage + group * kSm90GroupBytes, full, block * kSm90Depth<T>,
-                         token + group * kSm90GroupTokens);
-        }
+        sm90::barrier_arrive_expecting(full, kSm90StageBytes);
+        sm90::copy_box(x, stage, full, block * kSm90Depth<T>, token);
         sm90::copy_box(W, stage + kSm90TokenBytes, full, block * kSm90Depth<T>, latent);
         ring.advance();
       }
@@ -140,10 +149,10 @@ template <Limit kLimit>
 __device__ __forceinline__ void sm90_bring_slots(const Sm90Place& at, const EncodeTiles& p,
                                                  const Sm90Raster& raster) {
   Sm90Ring<kSm90Slots> ring;
-  for (uint32_t index = at.first; index < at.parts; index += at.step) {
-    const Sm90Part part = sm90_part(raster, index);
-    if (sm90_is_idle(p, part, at.lane)) continue;
-    const int64_t latent0 = p.first + static_cast<int64_t>(part.column) * kSm90Latents;
+  for (uint32_t index = at.first; index < at.tiles; index += at.step) {
+    const Sm90Tile tile = sm90_tile(raster, index);
+    if (p.rest != nullptr && !sm90_is_missing(p, tile, at.lane)) continue;
+    const int64_t latent0 = p.first + static_cast<int64_t>(tile.column) * kSm90Latents;
     float bias[kSm90Latents / 32], limit[kSm90Latents / 32];
 #pragma unroll
     for (int i = 0; i < kSm90Latents / 32; ++i) {
@@ -169,14 +178,6 @@ __device__ __forceinline__ void sm90_release(const Sm90Place& at, uint32_t place
   if (at.lane == 0) sm90::barrier_arrive(at.empty(place));
 }
 
-// This warp reads the slot no more.
-__device__ __forceinline__ void sm90_release_slot(const Sm90Place& at,
-                                                  Sm90Ring<kSm90Slots>& slots) {
-  __syncwarp();
-  if (at.lane == 0) sm90::barrier_arrive(at.unused(slots.place));
-  slots.advance();
-}
-
 // A warpgroup: acc = 64 tokens x 256 latents of the next `blocks` stages. A stage is released once the products that
 // read it are done, while those of the next one run.
 template <typename T>
@@ -195,7 +196,7 @@ __device__ __forceinline__ void sm90_multiply(const Sm90Place& at, int group, in
   sm90::pin(acc);
   for (int block = 0; block < blocks; ++block) {
     const uint32_t stage = at.stage(ring.place);
-    const uint64_t a = sm90::descriptor(stage + group * kSm90GroupBytes);
+    const uint64_t a = sm90::descriptor(stage + group * (kSm90TokenBytes / 2));
     const uint64_t b = sm90::descriptor(stage + kSm90TokenBytes);
     sm90::barrier_wait(at.full(ring.place), ring.phase);
     sm90::product_fence();
@@ -216,20 +217,6 @@ __device__ __forceinline__ void sm90_multiply(const Sm90Place& at, int group, in
   sm90_release(at, before);
 }
 
-// A warp of the group that has no tokens in a part: what the other group reads is released by both.
-__device__ __forceinline__ void sm90_pass(const Sm90Place& at, int blocks,
-                                          Sm90Ring<kSm90Stages>& ring,
-                                          Sm90Ring<kSm90Slots>& slots) {
-  for (int block = 0; block < blocks; ++block) {
-    sm90::barrier_wait(at.full(ring.place), ring.phase);
-    __syncwarp();
-    sm90_release(at, ring.place);
-    ring.advance();
-  }
-  sm90::barrier_wait(at.ready(slots.place), slots.phase);
-  sm90_release_slot(at, slots);
-}
-
 // The sums as floats, in the same registers.
 __device__ __forceinline__ const float (&sm90_floats(const float (&acc)[32][4]))[32][4] {
   return acc;
@@ -247,21 +234,19 @@ __device__ __forceinline__ void sm90_consume(const Sm90Place& at, const EncodeTi
   Sm90Ring<kSm90Stages> ring;
   Sm90Ring<kSm90Slots> slots;
   Sm90Sum<T> acc[32][4];
-  for (uint32_t index = at.first; index < at.parts; index += at.step) {
-    const Sm90Part part = sm90_part(raster, index);
-    if (sm90_is_idle(p, part, at.lane)) continue;
-    if ((part.groups >> group & 1) == 0) {
-      sm90_pass(at, blocks, ring, slots);
-      continue;
-    }
+  for (uint32_t index = at.first; index < at.tiles; index += at.step) {
+    const Sm90Tile tile = sm90_tile(raster, index);
+    if (p.rest != nullptr && !sm90_is_missing(p, tile, at.lane)) continue;
     sm90_multiply<T>(at, group, blocks, ring, acc);
-    const int64_t token0 = static_cast<int64_t>(part.row) * kSm90Tokens + 16 * (at.warp - 4);
-    const int64_t latent0 = p.first + static_cast<int64_t>(part.column) * kSm90Latents;
+    const int64_t token0 = static_cast<int64_t>(tile.row) * kSm90Tokens + 16 * (at.warp - 4);
+    const int64_t latent0 = p.first + static_cast<int64_t>(tile.column) * kSm90Latents;
     const float* slot = at.shared->slots[slots.place];
     sm90::barrier_wait(at.ready(slots.place), slots.phase);
-    emit_strip_of_few<kSm90Latents, kLimit>(p, sm90_floats(acc), token0, latent0, part.column,
+    emit_strip_of_few<kSm90Latents, kLimit>(p, sm90_floats(acc), token0, latent0, tile.column,
                                             at.lane, slot, slot + kSm90Latents);
-    sm90_release_slot(at, slots);
+    __syncwarp();
+    if (at.lane == 0) sm90::barrier_arrive(at.unused(slots.place));
+    slots.advance();
   }
 }
 
@@ -283,8 +268,9 @@ __device__ __forceinline__ void sm90_start(const Sm90Place& at, const CUtensorMa
   __syncthreads();
 }
 
-// 384 threads; dynamic shared memory of kSm90SharedBytes. The boxes are kSm90Depth x 64 of x and kSm90Depth x 256 of W.
-// Compiled for another architecture it is a trap of a few registers, which tells the host.
+// 384 threads; dynamic shared memory of kSm90SharedBytes. The boxes are kSm90Depth x 128
+// of x and kSm90Depth x 256 of W. Compiled for another architecture it is a trap of a few registers, which
+// tells the host.
 template <typename T, Limit kLimit>
 __global__ void __launch_bounds__(kSm90Threads, 1)
     encode_sm90_kernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap W,
@@ -297,7 +283,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
   at.shared = reinterpret_cast<Sm90Shared*>(given);
   at.first = blockIdx.x;
   at.step = gridDim.x;
-  at.parts = sm90_parts(raster);
+  at.tiles = raster.rows * raster.columns;
   at.warp = __shfl_sync(kWholeWarp, static_cast<int>(threadIdx.x / 32), 0);
   at.lane = threadIdx.x % 32;
   sm90_start(at, &x, &W);

@@ -34,7 +34,7 @@ __device__ __forceinline__ void hot_bring_stages(const Sm90Place& at, const CUte
   if (at.lane != 0) return;
   const int blocks = static_cast<int>((p.depth + kDepth - 1) / kDepth);
   Sm90Ring<kSm90Stages> ring;
-  for (uint32_t index = at.first; index < at.parts; index += at.step) {
+  for (uint32_t index = at.first; index < at.tiles; index += at.step) {
     const Sm90Tile tile = sm90_tile(raster, index);
     const int32_t row = static_cast<int32_t>(tile.row * kSm90Tokens);
     const int32_t column = static_cast<int32_t>(tile.column * kSm90Latents);
@@ -84,7 +84,7 @@ __device__ __forceinline__ void hot_consume(const Sm90Place& at, const HotProduc
   const int blocks = kTerms * static_cast<int>((p.depth + kDepth - 1) / kDepth);
   Sm90Ring<kSm90Stages> ring;
   float acc[32][4];
-  for (uint32_t index = at.first; index < at.parts; index += at.step) {
+  for (uint32_t index = at.first; index < at.tiles; index += at.step) {
     const Sm90Tile tile = sm90_tile(raster, index);
     sm90_multiply<__nv_bfloat16>(at, at.warp / 4 - 1, blocks, ring, acc);
     hot_store<kTerms>(p, acc, static_cast<int>(tile.row * kSm90Tokens) + 16 * (at.warp - 4), rows,
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
   at.shared = reinterpret_cast<Sm90Shared*>(given);
   at.first = blockIdx.x;
   at.step = gridDim.x;
-  at.parts = raster.rows * raster.columns;
+  at.tiles = raster.rows * raster.columns;
   at.warp = __shfl_sync(kWholeWarp, static_cast<int>(threadIdx.x / 32), 0);
   at.lane = threadIdx.x % 32;
   sm90_start(at, &left, &right);

@@ -17,7 +17,6 @@
 #include "cuda/place_kernel.cuh"
 #include "cuda/topk_few_kernel.cuh"
 #include "testing/registry.h"
-#include "testing/sm90_raster.h"
 
 namespace gemmascope_fast {
 namespace {
@@ -88,13 +87,15 @@ void run_few(const EncodeTiles& p, Limit limit) {
   }
 }
 
-// The parts as on a device of so many multiprocessors, on at most so many CTAs.
+// Two CTAs, two rows of tiles to a group.
 template <class T>
-void run_sm90(const EncodeTiles& p, Limit limit, uint32_t processors, uint32_t most) {
-  const Sm90Raster raster = raster_on_cpu(p, processors);
-  const CUtensorMap x = {p.x, 2, p.d, p.n, p.x_stride, kSm90Depth<T>, kSm90GroupTokens};
+void run_sm90(const EncodeTiles& p, Limit limit) {
+  const Sm90Raster raster = {static_cast<uint32_t>((p.n + kSm90Tokens - 1) / kSm90Tokens),
+                             static_cast<uint32_t>((p.last - p.first + 255) / kSm90Latents),
+                             p.n > kSm90Tokens ? 2u : 1u};
+  const CUtensorMap x = {p.x, 2, p.d, p.n, p.x_stride, kSm90Depth<T>, kSm90Tokens};
   const CUtensorMap W = {p.W, 2, p.d, p.last, p.W_stride, kSm90Depth<T>, kSm90Latents};
-  const unsigned ctas = std::min(most, sm90_parts(raster));
+  const unsigned ctas = std::min(2u, raster.rows * raster.columns);
   if (limit == Limit::kPerLatent) {
     cuda_on_cpu::launch<encode_sm90_kernel<T, Limit::kPerLatent>>(
         ctas, kSm90Threads, kSm90SharedBytes, x, W, p, raster);
@@ -273,9 +274,9 @@ EncodeTiles operands(const Rows<T>& x, int64_t n, const Rows<T>& W, int64_t d_sa
   return t;
 }
 
-template <class T, class Run>
+template <class T>
 py::tuple encode_product(const Array<float>& x, const Array<float>& W, const Selection& s,
-                         const Run& run, int width) {
+                         void (*run)(const EncodeTiles&, Limit), int width) {
   const Rows<T> rows(x), latents(W);
   const EncodeTiles t = operands(rows, x.shape(0), latents, W.shape(0));
   return encode(s, t, width, [&](const EncodeTiles& p) { run(p, s.kind); });
@@ -331,15 +332,10 @@ py::tuple encode_tiles(const Array<float>& x, const Array<float>& W, const std::
 py::tuple encode_sm90(const Array<float>& x, const Array<float>& W, const std::string& dtype,
                       const Array<float>& bias, const Array<float>& values, bool per_token,
                       float window, std::pair<int64_t, int64_t> range, int64_t arena,
-                      int64_t capacity, uint32_t processors, uint32_t most) {
+                      int64_t capacity) {
   const Selection s = selection(bias, values, per_token, window, range, arena, capacity);
-  const bool half = dtype == "float16";
-  const auto run = [&](const EncodeTiles& p, Limit limit) {
-    half ? run_sm90<__half>(p, limit, processors, most)
-         : run_sm90<__nv_bfloat16>(p, limit, processors, most);
-  };
-  return half ? encode_product<__half>(x, W, s, run, kSm90Latents)
-              : encode_product<__nv_bfloat16>(x, W, s, run, kSm90Latents);
+  if (dtype == "float16") return encode_product<__half>(x, W, s, &run_sm90<__half>, kSm90Latents);
+  return encode_product<__nv_bfloat16>(x, W, s, &run_sm90<__nv_bfloat16>, kSm90Latents);
 }
 
 py::tuple encode_sums(const Array<float>& sums, int width, const Array<float>& bias,
@@ -364,9 +360,7 @@ const BindLater later([](py::module_& m) {
         py::arg("range"), py::arg("arena"), py::arg("capacity"));
   m.def("cuda_encode_sm90", &encode_sm90, py::arg("x"), py::arg("W"), py::arg("dtype"),
         py::arg("bias"), py::arg("values"), py::arg("per_token"), py::arg("window"),
-        py::arg("range"), py::arg("arena"), py::arg("capacity"), py::arg("processors") = 2,
-        py::arg("most") = 2);
-  m.def("cuda_sm90_whole", &sm90_whole, py::arg("tiles"), py::arg("processors"));
+        py::arg("range"), py::arg("arena"), py::arg("capacity"));
   m.def("cuda_few_keys", &few_keys, py::arg("x"), py::arg("W"), py::arg("dtype"), py::arg("bias"));
   m.def("cuda_encode_sums", &encode_sums, py::arg("sums"), py::arg("width"), py::arg("bias"),
         py::arg("values"), py::arg("per_token"), py::arg("window"), py::arg("range"),

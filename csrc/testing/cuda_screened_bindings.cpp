@@ -87,7 +87,7 @@ struct Screened {
   Given x, W;
   const Array<float>&bias, &threshold;
   float window;
-  uint32_t hopper;
+  bool hopper;
   int64_t n = x.rows.rows, d_sae = W.rows.rows, width = screened_width(x.rows.cols);
 
   // Candidates: offsets [n + 1], indices.
@@ -127,7 +127,7 @@ struct Screened {
 py::tuple encode(const Array<float>& x, int x_dtype, int64_t x_stride, const Array<float>& W,
                  int W_dtype, int64_t W_stride, const Array<float>& bias,
                  const Array<float>& threshold, float window, const Array<float>& center,
-                 int64_t max_nnz, uint32_t hopper) {
+                 int64_t max_nnz, bool hopper) {
   Screened s = {{x, x_dtype, x_stride}, {W, W_dtype, W_stride}, bias, threshold, window, hopper};
   if (!s.W.rows.wide) throw py::value_error("W is not wide");
   const auto [offsets, indices] = s.candidates(center);

@@ -29,7 +29,7 @@ py::tuple limits(const Array<float>& scale, const Array<float>& dot, const Array
 py::tuple uppers(const Array<int8_t>& x, const Array<float>& scale, const Array<float>& bound,
                  const Array<int8_t>& W, const Array<float>& units, const Array<float>& limit,
                  const Array<float>& least, int64_t first, int64_t last, int64_t capacity,
-                 uint32_t hopper) {
+                 bool hopper) {
   EncodeTiles t = {};
   Memory<int8_t> x_codes(x.size()), W_codes(W.size());
   std::copy_n(x.data(), x.size(), x_codes.data());

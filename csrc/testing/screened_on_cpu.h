@@ -12,7 +12,6 @@
 #include "cuda/encode_sm90_kernel.cuh"
 #include "cuda/place_kernel.cuh"
 #include "cuda/quantise_kernel.cuh"
-#include "testing/sm90_raster.h"
 
 namespace gemmascope_fast {
 namespace {
@@ -101,20 +100,23 @@ __global__ void __launch_bounds__(32) products_kernel(EncodeTiles p) {
   emit_strip_of_few<kColumns, kLimit>(p, acc, token0, latent0, blockIdx.y, lane, bias, limit);
 }
 
-// As on a device of so many multiprocessors.
+// Two CTAs, two rows of tiles to a group.
 template <Limit kLimit>
-void run_hopper(const EncodeTiles& p, uint32_t processors) {
-  const Sm90Raster raster = raster_on_cpu(p, processors);
+void run_hopper(const EncodeTiles& p) {
+  const Sm90Raster raster = {
+      static_cast<uint32_t>((p.n + kSm90Tokens - 1) / kSm90Tokens),
+      static_cast<uint32_t>((p.last - p.first + kSm90Latents - 1) / kSm90Latents),
+      p.n > kSm90Tokens ? 2u : 1u};
   constexpr int kDepth = kSm90Depth<int8_t>;
-  const CUtensorMap x = {p.x, 1, p.d, p.n, p.x_stride, kDepth, kSm90GroupTokens};
+  const CUtensorMap x = {p.x, 1, p.d, p.n, p.x_stride, kDepth, kSm90Tokens};
   const CUtensorMap W = {p.W, 1, p.d, p.last, p.W_stride, kDepth, kSm90Latents};
   cuda_on_cpu::launch<encode_sm90_kernel<int8_t, kLimit>>(
-      std::min(processors, sm90_parts(raster)), kSm90Threads, kSm90SharedBytes, x, W, p, raster);
+      std::min(2u, raster.rows * raster.columns), kSm90Threads, kSm90SharedBytes, x, W, p, raster);
 }
 
 template <Limit kLimit>
-void run_products(const EncodeTiles& p, uint32_t hopper) {
-  if (hopper > 0) return run_hopper<kLimit>(p, hopper);
+void run_products(const EncodeTiles& p, bool hopper) {
+  if (hopper) return run_hopper<kLimit>(p);
   const dim3 grid(static_cast<unsigned>((p.n + kStripTokens - 1) / kStripTokens),
                   static_cast<unsigned>((p.last - p.first + kColumns - 1) / kColumns));
   cuda_on_cpu::launch<products_kernel<kLimit>>(grid, 32, 0, p);
@@ -133,10 +135,9 @@ struct Entries {
   int64_t needed;
 };
 
-// Of latents [t.first, t.last) with room for `capacity` entries. `hopper`: multiprocessors that run encode_sm90_kernel, or
-// 0.
+// Of latents [t.first, t.last) with room for `capacity` entries.
 template <Limit kLimit>
-Entries entries_of(EncodeTiles t, int64_t capacity, uint32_t hopper) {
+Entries entries_of(EncodeTiles t, int64_t capacity, bool hopper) {
   PlaceHits h = {};
   h.tiles = t;
   h.width = kColumns;
