@@ -8,8 +8,7 @@ namespace gemmascope_fast {
 constexpr int kSegment = 256;         // entries of a piece
 constexpr int kFeatureWarps = 8;      // at most
 constexpr int kFeatureStages = 4;     // at most
-constexpr int kFeaturePartials = 4;   // batches whose dot products are in shared memory
-constexpr int kFinishShared = 1664;   // static shared memory that may finish a row, bytes
+constexpr int kFinishShared = 2048;   // static shared memory that may finish a row, bytes
 constexpr int kFeatureChunks = 1024;  // of a row that fits: 8192 columns
 
 // Chunks of columns per thread, K, and what follows from it.
@@ -85,9 +84,7 @@ __host__ __device__ inline int64_t feature_windows(const FeaturePass& p) {
 struct FeatureShared {
   Record records[kSegment];
   float gradients[kSegment];
-  // [batch % kFeaturePartials][entry of the batch][warp]
-  float4 partial[kFeaturePartials][4][kFeatureWarps / 4];
-  uint64_t turns[2];  // [batch % 2]
+  float4 partial[2][4][kFeatureWarps / 4];  // [batch % 2][entry of the batch][warp]
 };
 
 // ---- how a pass is launched

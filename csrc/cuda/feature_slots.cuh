@@ -133,20 +133,6 @@ __device__ inline void clear_slots(const FeaturePass& p, const Slots& s) {
   }
 }
 
-// The same of even rows: a thread lacks its last chunk or none.
-template <int K>
-__device__ inline void clear_even_slots(const FeaturePass& p, const Slots& s) {
-  if (s.last) return;
-  const uint4 zero = make_uint4(0, 0, 0, 0);
-  s.base[(K - 1) * s.threads] = zero;
-#pragma unroll 1
-  for (int slot = 0; slot < p.stages * feature_batch(K); ++slot) {
-    uint4* to = entry_slot<K>(s, slot);
-    to[(K - 1) * s.threads] = zero;
-    to[(2 * K - 1) * s.threads] = zero;
-  }
-}
-
 __device__ inline void read_chunk(const uint4* slot, int threads, int words, int dtype,
                                   float (&out)[kChunk]) {
   const uint4 first = slot[0];

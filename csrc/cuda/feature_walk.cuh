@@ -1,12 +1,10 @@
 // The walk over a latent's entries that all kernels of the feature-major pass share.
 //
 // A thread copies its chunks of the next entries' rows into shared memory and reads only what it copied itself, so that
-// the warps meet once per batch of entries, for the dot products. They need not meet at the same time: the encoder's
-// half of a batch, which needs these, comes after the decoder's half of the next batch.
+// the one barrier per batch of entries is that of the dot products.
 #pragma once
 
 #include "cuda/feature_slots.cuh"
-#include "cuda/split_barrier.cuh"
 
 namespace gemmascope_fast {
 
@@ -50,10 +48,10 @@ struct FeatureSums {
   float bias, window;
 };
 
-// Start the copies of a batch of entries, of g and of x; `slot` is that of its first.
+// Starts the copies of a batch of entries; `slot` is that of its first.
 template <int K, bool kEven>
-__device__ inline void start_g(const FeaturePass& p, const Slots& s, const FeatureShared& shared,
-                               int batch, int slot, int count) {
+__device__ inline void start_batch(const FeaturePass& p, const Slots& s,
+                                   const FeatureShared& shared, int batch, int slot, int count) {
   constexpr int B = feature_batch(K);
 #pragma unroll
   for (int b = 0; b < B; ++b) {
@@ -62,28 +60,15 @@ __device__ inline void start_g(const FeaturePass& p, const Slots& s, const Featu
     if (token < 0) continue;
     uint4* to = entry_slot<K>(s, slot + b);
     if (kEven) {
+      const int64_t row = token < p.n ? token : token % static_cast<int32_t>(p.n);
       copy_even_row<K>(p.g, token, to, s);
-    } else if (p.decoder) {
-      copy_row<K>(p.g, token, to, s, s.g_words);
+      copy_even_row<K>(p.x, row, to + K * s.threads, s);
+      continue;
     }
-  }
-}
-
-template <int K, bool kEven>
-__device__ inline void start_x(const FeaturePass& p, const Slots& s, const FeatureShared& shared,
-                               int batch, int slot, int count) {
-  constexpr int B = feature_batch(K);
-#pragma unroll
-  for (int b = 0; b < B; ++b) {
-    const int i = batch * B + b;
-    const int32_t token = i < count ? shared.records[i].token : -1;
-    if (token < 0) continue;
-    const int64_t row = token < p.n ? token : token % static_cast<int32_t>(p.n);
-    uint4* to = entry_slot<K>(s, slot + b) + K * s.g_words * s.threads;
-    if (kEven) {
-      copy_even_row<K>(p.x, row, to, s);
-    } else if (p.encoder) {
-      copy_row<K>(p.x, row, to, s, s.x_words);
+    if (p.decoder) copy_row<K>(p.g, token, to, s, s.g_words);
+    if (p.encoder) {
+      const int64_t row = token < p.n ? token : token % static_cast<int32_t>(p.n);
+      copy_row<K>(p.x, row, to + K * s.g_words * s.threads, s, s.x_words);
     }
   }
 }
@@ -140,46 +125,35 @@ __device__ inline void encoder_entry(const Slots& s, const uint4* slot, float d_
   }
 }
 
-// The decoder's half of a batch whose rows of g have arrived: this warp's share of its dot products is left in `partial`,
-// and its turn announced.
+// One batch whose rows have arrived. Its dot products go to shared.gradients.
 template <int K, bool kEven>
-__device__ inline void walk_g(const FeaturePass& p, const Slots& s, FeatureShared& shared,
-                              int batch, int slot, int count, FeatureSums<K>* sums) {
+__device__ inline void walk_batch(const FeaturePass& p, const Slots& s, FeatureShared& shared,
+                                  int batch, int slot, int count, FeatureSums<K>* sums) {
   constexpr int B = feature_batch(K);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const bool dots = kEven || p.dots;
-  if (!kEven && !p.decoder) return;
-  float* partial = reinterpret_cast<float*>(shared.partial[batch % kFeaturePartials]);
+  const bool decoder = kEven || p.decoder, dots = kEven || p.dots, encoder = kEven || p.encoder;
+  if (decoder) {
+    float* partial = reinterpret_cast<float*>(shared.partial[batch % 2]);
 #pragma unroll
-  for (int b = 0; b < B; ++b) {
-    const int i = batch * B + b;
-    if (i >= count || shared.records[i].token < 0) continue;
-    const float value = shared.records[i].value;
-    float dot = decoder_entry<K>(p, s, entry_slot<K>(s, slot + b), value, sums);
-    if (!dots) continue;
-    dot = warp_sum(dot);
-    if (lane == 0) partial[b * kFeatureWarps + warp] = dot;
+    for (int b = 0; b < B; ++b) {
+      const int i = batch * B + b;
+      if (i >= count || shared.records[i].token < 0) continue;
+      const float value = shared.records[i].value;
+      float dot = decoder_entry<K>(p, s, entry_slot<K>(s, slot + b), value, sums);
+      if (!dots) continue;
+      dot = warp_sum(dot);
+      if (lane == 0) partial[b * kFeatureWarps + warp] = dot;
+    }
   }
-  if (!dots) return;
-  __syncwarp();  // no lane still waits for the batch before the last, whose barrier this is
-  if (lane == 0) split_barrier_arrive(&shared.turns[batch % 2]);
-}
-
-// The encoder's half, once all warps have had their turn. Its dot products go to shared.gradients.
-template <int K, bool kEven>
-__device__ inline void walk_x(const FeaturePass& p, const Slots& s, FeatureShared& shared,
-                              int batch, int slot, int count, FeatureSums<K>* sums) {
-  constexpr int B = feature_batch(K);
-  const bool dots = kEven || p.dots, encoder = kEven || p.encoder;
-  if (dots) split_barrier_wait(&shared.turns[batch % 2], batch / 2 % 2);
+  // The next batch writes the other half of `partial`, and its barrier comes after all reads of this one.
+  if (dots) __syncthreads();
 #pragma unroll
   for (int b = 0; b < B; ++b) {
     const int i = batch * B + b;
     if (i >= count || shared.records[i].token < 0) continue;
     float gradient = shared.records[i].gradient;
     if (dots) {
-      const float4* partial = shared.partial[batch % kFeaturePartials][b];
-      const float4 low = partial[0], high = partial[1];
+      const float4 low = shared.partial[batch % 2][b][0], high = shared.partial[batch % 2][b][1];
       gradient += ((low.x + low.y) + (low.z + low.w)) + ((high.x + high.y) + (high.z + high.w));
       if (threadIdx.x == 0) shared.gradients[i] = gradient;
     }
@@ -227,17 +201,12 @@ __device__ inline void finish_entries(const FeaturePass& p, const Piece& piece,
   *window = warp_sum(*window);
 }
 
-// x of a batch is read one batch after g, so that no warp waits for the others' share of a dot product before it has done
-// the next of its own. Group b of copies brings g of batch b and x of batch b - 1; the first groups have room for x of
-// one batch more.
 template <int K, bool kEven>
 __device__ inline void start_walk(const FeaturePass& p, const Slots& s, const FeatureShared& shared,
                                   int count) {
   constexpr int B = feature_batch(K);
   for (int batch = 0; batch < p.stages; ++batch) {
-    start_g<K, kEven>(p, s, shared, batch, batch * B, count);
-    if (batch > 0) start_x<K, kEven>(p, s, shared, batch - 1, (batch - 1) * B, count);
-    if (batch == p.stages - 1) start_x<K, kEven>(p, s, shared, batch, batch * B, count);
+    start_batch<K, kEven>(p, s, shared, batch, batch * B, count);
     async_commit();
   }
 }
@@ -246,19 +215,14 @@ template <int K, bool kEven>
 __device__ inline void walk_batches(const FeaturePass& p, const Slots& s, FeatureShared& shared,
                                     int count, FeatureSums<K>* sums) {
   constexpr int B = feature_batch(K);
-  const int batches = (count + B - 1) / B, slots = p.stages * B;
-  int slot = 0, before = slots - B;  // of this batch and of the one before
-  for (int batch = 0; batch <= batches; ++batch) {
+  const int batches = (count + B - 1) / B;
+  int slot = 0;
+  for (int batch = 0; batch < batches; ++batch) {
     async_wait(p.stages - 1);
-    if (batch < batches) walk_g<K, kEven>(p, s, shared, batch, slot, count, sums);
-    if (batch > 0) {
-      walk_x<K, kEven>(p, s, shared, batch - 1, before, count, sums);
-      start_x<K, kEven>(p, s, shared, batch - 1 + p.stages, before, count);
-    }
-    start_g<K, kEven>(p, s, shared, batch + p.stages, slot, count);
+    walk_batch<K, kEven>(p, s, shared, batch, slot, count, sums);
+    start_batch<K, kEven>(p, s, shared, batch + p.stages, slot, count);
     async_commit();
-    before = slot;
-    slot = slot + B == slots ? 0 : slot + B;
+    slot = slot + B == p.stages * B ? 0 : slot + B;
   }
 }
 
@@ -267,33 +231,28 @@ template <int K, class Meanwhile>
 __device__ inline void walk_piece(const FeaturePass& p, const Piece& piece, uint4* memory,
                                   FeatureShared& shared, FeatureSums<K>* sums,
                                   const Meanwhile& meanwhile) {
-  const bool even = even_rows<K>(p);
+  const Slots s = feature_slots(p, memory);
   for (int i = threadIdx.x; i < piece.count; i += blockDim.x) {
     shared.records[i] = p.records[piece.start + i];
   }
   // Warps that a CTA does not have count as zeros.
-  for (int i = threadIdx.x; i < kFeaturePartials * 4 * kFeatureWarps; i += blockDim.x) {
+  for (int i = threadIdx.x; i < 2 * 4 * kFeatureWarps; i += blockDim.x) {
     reinterpret_cast<float*>(shared.partial)[i] = 0.0f;
   }
-  if (threadIdx.x < 2) split_barrier_init(&shared.turns[threadIdx.x], blockDim.x / kWarp);
+  clear_slots<K>(p, s);
+  if (p.dots) copy_row<K>(p.W_dec, piece.latent, s.base, s, s.w_words);
+  __syncthreads();
+  const bool even = even_rows<K>(p);
   if (even) {
-    const Slots s = even_slots<K>(p, memory);
-    clear_even_slots<K>(p, s);
-    copy_even_row<K>(p.W_dec, piece.latent, s.base, s);
-    __syncthreads();
-    start_walk<K, true>(p, s, shared, piece.count);
+    start_walk<K, true>(p, even_slots<K>(p, memory), shared, piece.count);
   } else {
-    const Slots s = feature_slots(p, memory);
-    clear_slots<K>(p, s);
-    if (p.dots) copy_row<K>(p.W_dec, piece.latent, s.base, s, s.w_words);
-    __syncthreads();
     start_walk<K, false>(p, s, shared, piece.count);
   }
   meanwhile();
   if (even) {
     walk_batches<K, true>(p, even_slots<K>(p, memory), shared, piece.count, sums);
   } else {
-    walk_batches<K, false>(p, feature_slots(p, memory), shared, piece.count, sums);
+    walk_batches<K, false>(p, s, shared, piece.count, sums);
   }
   finish_entries(p, piece, shared, &sums->bias, &sums->window);
 }
