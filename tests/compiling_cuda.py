@@ -25,8 +25,11 @@ ROOT = Path(__file__).parent.parent
 BUDGET = Path(__file__).parent / "cuda_budget.json"
 LIMITED = ("registers", "stack", "shared", "instructions")
 OURS = "gemmascope_fast::"
-LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?)(U?P\d) +)?([^;]*);", re.M)
-MADE_FALSE = re.compile(r"U?PLOP3\.LUT (U?P\d), U?PT, U?PT, U?PT, U?PT, 0x8, 0x0")
+LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?)(U?P\d) +)?([^;]*);|^\s*(\.\w+):", re.M)
+MADE = re.compile(r"U?PLOP3\.LUT (U?P\d), U?PT, U?PT, U?PT, U?PT, 0x([0-9a-f]+), 0x")
+JUMPS = re.compile(r"\b(?:BR\w|BSSY|BRX|CALL|JMP|JMX|RET|SSY|WARPSYNC)\b\S* [^;]*?0x([0-9a-f]+)")
+UNKNOWN = re.compile(r"(?:U?R2U?P|BRX|JMX|CALL|RET)\b")
+"""Behind these any predicate may have any value."""
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)", re.M)
 
 
@@ -141,17 +144,19 @@ def never_executed(code: str) -> tuple[str, ...]:
     The assembler of CUDA 13.0 makes them of tensor copies under a condition: the copy is issued,
     and a coordinate of its box is never handed over.
     """
-    targets = set(re.findall(r"\b(?:BRA|BRX|BSSY|CALL)\S* [^;]*?0x([0-9a-f]+)", code))
+    targets = {int(address, 16) for address in JUMPS.findall(code)}
     false: set[str] = set()
     found = []
-    for address, negated, guard, text in LINE.findall(code):
-        if address.lstrip("0") in targets:
+    for address, negated, guard, text, label in LINE.findall(code):
+        if label or int(address, 16) in targets:
             false.clear()
         if guard in false and not negated:
             found.append(f"{address}: @{guard} {text.strip()}")
-        made = MADE_FALSE.match(text)
-        false -= set(re.findall(r"\bU?P\d\b", text))
-        if made and not guard:
+        if UNKNOWN.match(text):
+            false.clear()
+        false -= set(re.findall(r"\bU?P\d\b", text))  # read or written: as good as unknown
+        made = MADE.match(text)
+        if made and not guard and not int(made[2], 16) & 0x80:  # of three that are true
             false.add(made[1])
     return tuple(found)
 

@@ -104,18 +104,43 @@ def test_no_instruction_is_lost_to_the_assembler(architecture: str) -> None:
     assert lost == {}
 
 
-def test_what_is_never_executed() -> None:
-    code = """
-        /*0010*/                   PLOP3.LUT P1, PT, PT, PT, PT, 0x8, 0x0 ;
-        /*0020*/               @P1 R2UR UR27, R7 ;
-        /*0030*/              @!P1 R2UR UR28, R7 ;
-        /*0040*/               @P0 ELECT P1, URZ, PT ;
-        /*0050*/               @P1 R2UR UR26, R15 ;
-        /*0060*/                   PLOP3.LUT P2, PT, PT, PT, PT, 0x8, 0x0 ;
-        /*0070*/               @P2 R2UR UR25, R5 ;
-        /*0080*/               @P0 BRA 0x70 ;
+FALSE = "PLOP3.LUT P1, PT, PT, PT, PT, 0x8, 0x0 ;"
+
+
+@pytest.mark.parametrize(
+    "between, seen",
+    [
+        ("", True),
+        ("@P0 IADD3 R1, R2, R3, RZ ;", True),
+        ("@P0 ELECT P1, URZ, PT ;", False),
+        ("R2P PR, R4, 0x7f ;", False),
+        ("CALL.REL.NOINC 0x500 ;", False),
+        ("BRA 0x30 ;", False),
+        ("WARPSYNC.COLLECTIVE R1, 0x30 ;", False),
+    ],
+)
+def test_what_is_never_executed(between: str, seen: bool) -> None:
+    code = f"""
+        /*0010*/                   {FALSE}
+        /*0020*/                   {between or "NOP ;"}
+        /*0030*/               @P1 R2UR UR27, R7 ;
     """
-    assert compiled.never_executed(code) == ("0020: @P1 R2UR UR27, R7",)
+    assert compiled.never_executed(code) == (("0030: @P1 R2UR UR27, R7",) if seen else ())
+
+
+def test_what_may_be_executed() -> None:
+    found = [
+        FALSE.replace("0x8, 0x0", "0x80, 0x8"),  # true
+        FALSE.replace("PT, 0x8", "P0, 0x8"),
+        "@P0 " + FALSE,
+        FALSE.replace("P1", "P2"),
+    ]
+    for made in found:
+        assert not compiled.never_executed(f"  /*0000*/ {made}\n  /*0010*/ @P1 NOP ;\n"), made
+    labelled = f"  /*0000*/ {FALSE}\n.L_x_1:\n  /*0010*/ @P1 NOP ;\n"
+    assert not compiled.never_executed(labelled)
+    assert not compiled.never_executed(f"  /*0000*/ {FALSE}\n  /*0010*/ @!P1 NOP ;\n")
+    assert compiled.never_executed(f"  /*0000*/ {FALSE}\n  /*0010*/ @P1 NOP ;\n")
 
 
 @pytest.mark.skipif("sm_90a" not in ARCHITECTURES, reason="not built for sm_90a")

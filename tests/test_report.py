@@ -72,7 +72,8 @@ def test_the_table_keeps_to_the_default_l0_and_names_the_machine(folder: Path) -
 
 def test_rows_that_are_not_done_stay_out(tmp_path: Path) -> None:
     failed = gpu_row("decode", 2**14, status="failed", reason="ValueError: broken\nwhere")
-    text = tables.gpu_section(results(gpu_row("decode", 2**20), failed))
+    text = tables.gpu_section(results(gpu_row("decode", 2**20), failed) | {"about": "two runs"})
+    assert "\n\ntwo runs\n\n" in text
     assert text.count("| decode |") == 1
     assert "## Failed: decode, F=16384\n\n```\nValueError: broken" in report.summary(
         results(gpu_row("decode", 2**20), failed)

@@ -71,6 +71,7 @@ def gpu_section(results: Results, every: bool = False, source: str = "") -> str:
     table = markdown(HEAD, [cells(row) for row in chosen])
     training = [f"- {r['name']}: {r['line']}" for r in rows(results, "train_1m")]
     told = machine(results) + (f" {origin(source, GPU_COMMAND)}" if source else "")
+    told += f"\n\n{results['about']}" if "about" in results else ""
     text = f"{told}\n\n{table}" if chosen else told
     return text + ("\n\nTraining, 1M latents:\n\n" + "\n".join(training) if training else "")
 

@@ -40,7 +40,7 @@ def sparse_block(inputs: Inputs, rows: slice, objective: Objective, gradients: G
     d_values = objective.entries(inputs, block.values, block.indices.long(), gradients)
     d_gate = per_entry(d_l0, d_counts, block)
     d_x = backward(inputs, block, ends, (d_recons, d_values, d_gate), gradients)
-    finish(inputs, x, rows, d_recons.sum(0), d_x, gradients)
+    finish(inputs, x, rows, over_prefixes(d_recons), d_x, gradients)
 
 
 def dense_block(inputs: Inputs, rows: slice, objective: Objective, gradients: Gradients) -> None:
@@ -54,7 +54,7 @@ def dense_block(inputs: Inputs, rows: slice, objective: Objective, gradients: Gr
     d_gates = d_l0, objective.latents(tile.counts)
     d_values = objective.entries(inputs, tile.acts, None, gradients)
     d_x = dense_paths.dense_backward(inputs, tile, ends, (d_recons, d_values, d_gates), gradients)
-    finish(inputs, tile.x, rows, d_recons.sum(0), d_x, gradients)
+    finish(inputs, tile.x, rows, over_prefixes(d_recons), d_x, gradients)
 
 
 def count_block(inputs: Inputs, rows: slice, dense: bool) -> Tensor:
@@ -114,6 +114,11 @@ def add_skip(inputs: Inputs, x: Tensor, recons: Tensor) -> None:
     if "W_skip" in inputs.tensors and inputs.whole.first:
         for recon in recons:
             recon.addmm_(x.to(inputs.acc), inputs.wide("W_skip"))
+
+
+def over_prefixes(d_recons: Tensor) -> Tensor:
+    """Sum of `[G, r, d_out]` over the prefixes, of which there is one as a rule."""
+    return d_recons[0] if d_recons.shape[0] == 1 else d_recons.sum(0)
 
 
 def finish(

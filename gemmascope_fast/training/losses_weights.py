@@ -13,6 +13,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..arguments import check_number
@@ -263,5 +264,5 @@ class MultiTopK(WeightTerm):
         ):
             acts = d.whole.keep(widest, k, last)
             recon = d.whole.decode(acts, d.W_dec, d.b_dec, goal.dtype)
-            total = total + self.coefficient * weight * (recon - goal).square().sum()
+            total = total + self.coefficient * weight * F.mse_loss(recon, goal, reduction="sum")
         return total

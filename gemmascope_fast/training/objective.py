@@ -85,8 +85,7 @@ class Objective:
         whole, target = self._inputs.whole, self._inputs.tensors["target"][rows]
         recons, l0 = whole.over_latents(recons), whole.over_latents(l0)
         target = target.to(self._inputs.acc)
-        d_recons, d_target, d_l0 = self._differentiate(recons, target, l0)
-        error = F.mse_loss(recons[-1], target, reduction="sum")
+        (d_recons, d_target, d_l0), error = self._differentiate(recons, target, l0)
         self.sums[-2].add_(error)
         self.sums[-1].add_(l0.sum())
         if self.residual is not None:
@@ -96,8 +95,10 @@ class Objective:
             gradients.write("target", rows, d_target)
         return torch.zeros_like(recons) if d_recons is None else d_recons, d_l0
 
-    def _differentiate(self, recons: Tensor, target: Tensor, l0: Tensor) -> Sequence[Tensor | None]:
-        """Gradients of the terms per token in recons, target and l0."""
+    def _differentiate(
+        self, recons: Tensor, target: Tensor, l0: Tensor
+    ) -> tuple[Sequence[Tensor | None], Tensor]:
+        """Gradients of the terms per token in recons, target and l0, and the squared error."""
         needs = self._inputs.needs
         wanted = (bool(needs), "target" in needs, self._inputs.bandwidth > 0)
         leaves = [
@@ -105,7 +106,9 @@ class Objective:
             for t, want in zip((recons, target, l0), wanted, strict=True)
         ]
         with torch.set_grad_enabled(bool(needs)):
-            prefixes = dict(zip(self.ends, leaves[0], strict=True))
+            one = len(self.ends) == 1  # as a view, whose gradient is one too
+            made = (leaves[0].squeeze(0),) if one else leaves[0].unbind()
+            prefixes = dict(zip(self.ends, made, strict=True))
             recon = prefixes[self.ends[-1]]
             statistics = TokenStatistics(recon, leaves[1], leaves[2], self._deviation, prefixes)
             total = recons.new_zeros(())
@@ -115,11 +118,12 @@ class Objective:
                     self.sums[at].add_(value.detach())
                     total = total + value
             total = total / self._inputs.tokens
+        error = statistics.squared_error.detach().sum()  # a term's own, as a rule
         if not total.requires_grad:
-            return None, None, None
+            return (None, None, None), error
         sources = [t for t in leaves if t.requires_grad]
         grads = iter(torch.autograd.grad(total, sources, allow_unused=True))
-        return [next(grads) if want else None for want in wanted]
+        return [next(grads) if want else None for want in wanted], error
 
     def entries(
         self, inputs: Inputs, values: Tensor, latents: Tensor | None, gradients: Gradients
