@@ -109,10 +109,12 @@ def as_path(op: str, argument: str, value: Any) -> Path:
 
     Raises:
         TypeError: it is no path, or one of bytes.
-        ValueError: it holds a NUL character.
+        ValueError: it is empty or holds a NUL character.
     """
     if not isinstance(value, (str, os.PathLike)) or isinstance(os.fspath(value), bytes):
         raise TypeError(f"{op}: {argument} must be a str or a path, got {type(value).__name__}")
+    if not os.fspath(value):
+        raise ValueError(f'{op}: {argument} is empty; the folder one is in is "."')
     if "\0" in os.fspath(value):
         raise ValueError(f"{op}: {argument} must be a path, got a string with a NUL character")
     return Path(value)

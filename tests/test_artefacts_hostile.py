@@ -87,12 +87,29 @@ def test_nothing_to_load(tmp_path):
         (None, TypeError, "source must be a str or a path, got NoneType"),
         (3, TypeError, "source must be a str or a path, got int"),
         ("a\0b", ValueError, "NUL character"),
+        ("", ValueError, "source is empty"),
         ("x" * 5000, ValueError, "must be a path: File name too long"),
     ],
 )
 def test_sources_that_are_no_paths(source, error, message):
     with pytest.raises(error, match=message):
         load(source)
+
+
+def test_an_empty_path_is_not_the_folder_one_is_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match='path is empty; the folder one is in is "."'):
+        SAE(2, 3).save_pretrained("")
+    assert not list(tmp_path.iterdir())
+    SAE(2, 3).save_pretrained(".")
+    assert load(".").d_sae == 3
+
+
+def test_a_folder_that_cannot_be_made():
+    if not os.path.exists("/proc/self"):
+        pytest.skip("no /proc, which takes no folders")
+    with pytest.raises(FileNotFoundError, match="/proc/sae cannot be made"):
+        SAE(2, 3).save_pretrained("/proc/sae")
 
 
 @pytest.mark.parametrize("options", [{"dtype": torch.int8}, {"dtype": "float32"}])

@@ -105,7 +105,7 @@ def _make_and_open(op: str, folder: Path, made: list[Path]) -> int:
                 os.close(descriptor)
                 raise
             os.close(descriptor)
-    raise FileNotFoundError(f"{op}: {folder} was removed each time that it was made")
+    raise FileNotFoundError(f"{op}: {folder} cannot be made, or is removed as soon as it is")
 
 
 def _make(op: str, folder: Path, made: list[Path]) -> None:
