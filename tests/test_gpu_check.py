@@ -205,7 +205,9 @@ def test_what_the_sanitizer_watches_runs_every_op() -> None:
     script = ROOT / "bench" / "gpu" / "sanitized.py"
     done = subprocess.run([sys.executable, script, "cpu"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(suite.sanitized(0, done.stdout, 9)["calls"]) == 2 * len(ops.TABLE), "two dtypes"
+    calls = suite.sanitized(0, done.stdout, 9)["calls"]
+    assert len(calls) == 4 * (len(ops.TABLE) + 1), "two sizes of two dtypes, and on codes"
+    assert sum("130 tokens" in call for call in calls) == len(calls) / 2
 
 
 # ---- all of it
