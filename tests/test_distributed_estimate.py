@@ -131,7 +131,9 @@ def test_time_is_a_floor_of_what_was_measured() -> None:
         sizes = {"d_in": shape["d"], "d_sae": shape["d_sae"], "batch_size": shape["n"]}
         options = {"l0": shape["l0"], "dtype": torch.bfloat16, "moments": "8bit"}
         floor = estimate(**sizes, **options).step_seconds
-        assert floor < took["median_s"] < 2.5 * floor, shape
+        # Rows that the cache holds count once, however often they are read: a small dictionary's.
+        most = 2.5 if shape["d_sae"] >= 65536 else 3.5
+        assert floor < took["median_s"] < most * floor, shape
 
 
 def test_more_slices_take_less_memory_and_products() -> None:
