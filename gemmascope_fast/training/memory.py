@@ -33,8 +33,9 @@ BATCH_COPIES, ROW_COPIES, GROUP_COPIES, AUX_COPIES = 1, 4, 6, 5
 reconstruction, error, gradient and what the allocator keeps of freed ones; for every prefix of a
 Matryoshka run but the whole; and for AuxK. Measured."""
 
-LARGE_BYTES, LARGE_COPIES = 32 << 20, 2.25
-"""glibc returns a freed matrix from this size on at once: then so many of a block. Measured."""
+LARGE_BYTES, LARGE_COPIES, LARGE_WIDENED = 32 << 20, 2.0, 0.5
+"""glibc returns a freed matrix from this size on at once: then so many of a block, and so many more
+where the target, in 16 bits, is widened. Measured."""
 
 REFERENCE_COPIES, REFERENCE_TILES = 6, 4
 """What the reference, which serves float64, holds of a matrix of weights in the optimizer's step,
@@ -241,8 +242,12 @@ def _batch(s: Settings, device: torch.device, rows: int) -> tuple[int, int]:
     """Bytes of a batch's matrices, and of those of `rows` of it that are a block."""
     width = max(s.dtype.itemsize, 4) * sum(widths(s))
     large = device.type == "cpu" and width * rows // 2 >= LARGE_BYTES
-    copies = LARGE_COPIES if large else ROW_COPIES
-    return BATCH_COPIES * width * s.batch_size, int(copies * width * rows)
+    batch = BATCH_COPIES * width * s.batch_size
+    if not large:
+        return batch, ROW_COPIES * width * rows
+    copies = LARGE_COPIES + (LARGE_WIDENED if s.dtype.itemsize < 4 else 0.0)
+    once = s.kind == "sae"  # x is the target
+    return batch // (2 if once else 1), int(copies * width * rows)
 
 
 def _auxk(s: Settings, matrix: int, entries: int) -> int:
