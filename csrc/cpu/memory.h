@@ -10,7 +10,6 @@
 #include <new>
 
 #include "common/check.h"
-#include "common/empty_tensor.h"
 
 namespace gemmascope_fast {
 
@@ -53,11 +52,20 @@ inline int64_t size_in_bytes(ScalarType dtype) {
   }
 }
 
+// By torch's C function: torch::stable::new_empty looks the operator up by its name, which takes 1 us more, and an encoder
+// returns seven tensors.
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes,
                          ScalarType dtype) {
   int64_t numel = 1;
   for (int64_t size : sizes) numel = bytes_of(numel, size);
-  return try_tensor(numel, size_in_bytes(dtype), [&] { return empty_tensor(like, sizes, dtype); });
+  int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  return try_tensor(numel, size_in_bytes(dtype), [&] {
+    AtenTensorHandle made = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.begin(),
+                                                     static_cast<int64_t>(sizes.size()), &type,
+                                                     nullptr, nullptr, 0, nullptr, &made));
+    return Tensor(made);
+  });
 }
 
 inline Tensor tensor_like(const Tensor& t) {

@@ -6,7 +6,6 @@
 #include <cub/device/device_scan.cuh>
 #include <limits>
 
-#include "common/empty_tensor.h"
 #include "cuda/encode_few.h"
 #include "cuda/encode_few_kernel.cuh"
 #include "cuda/encode_limit_kernel.cuh"
@@ -21,7 +20,7 @@ inline namespace on_cuda {
 namespace {
 
 Tensor empty(const Tensor& like, int64_t size, ScalarType dtype) {
-  return empty_tensor(like, {size}, dtype);
+  return torch::stable::new_empty(like, {size}, dtype);
 }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -121,24 +120,15 @@ void start_state(const char* op, EncodeHits& hits, const EncodeInputs& in, cudaS
   hits.tiles.needed = data<unsigned long long>(hits.state);
 }
 
-Tensor scalar(const Tensor& like) { return empty_tensor(like, {}, ScalarType::Long); }
-
 // Entries that nobody wrote yet; `needed` neither.
-EncodeCsr allocate_csr(const Tensor& offsets, const Tensor& needed, int64_t capacity, bool gated) {
+EncodeCsr allocate_csr(const Tensor& offsets, int64_t capacity, bool gated) {
   EncodeCsr out;
   out.offsets = offsets;
-  out.needed = needed;
   out.indices = empty(offsets, capacity, ScalarType::Int);
   out.values = empty(offsets, capacity, ScalarType::Float);
   out.gate = empty(offsets, gated ? capacity : 0, ScalarType::Float);
+  out.needed = torch::stable::new_empty(offsets, {}, ScalarType::Long);
   return out;
-}
-
-// Clamps the offsets and sets `needed`.
-void limit_csr(const char* op, const EncodeCsr& out, cudaStream_t stream) {
-  const PlaceHits p = csr_arguments({}, out);
-  limit_offsets_kernel<<<place_blocks(p.tiles.n + 1), kPlaceThreads, 0, stream>>>(p);
-  check_launch(op);
 }
 
 void set_limit(const char* op, EncodeHits& hits, const EncodeInputs& in, const EncodeLimit& limit,
@@ -194,7 +184,6 @@ void allocate_outputs(EncodeHits& hits, const EncodeInputs& in, int64_t arena) {
   hits.bases = empty(in.bias, sizes.groups() * sizes.tokens(), ScalarType::Int);
   hits.records = empty(in.bias, arena, ScalarType::Long);
   hits.offsets = empty(in.bias, p.n + 1, ScalarType::Long);
-  hits.needed = scalar(in.bias);
   p.counts = data<uint16_t>(hits.counts);
   p.runs = data<uint64_t>(hits.runs);
   p.records = data<uint64_t>(hits.records);
@@ -297,8 +286,10 @@ void sum_counts(const char* op, const Tensor& counts, cudaStream_t stream) {
 
 EncodeCsr new_csr(const char* op, const Tensor& offsets, int64_t capacity, bool gated,
                   cudaStream_t stream) {
-  const EncodeCsr out = allocate_csr(offsets, scalar(offsets), capacity, gated);
-  limit_csr(op, out, stream);
+  const EncodeCsr out = allocate_csr(offsets, capacity, gated);
+  const PlaceHits p = csr_arguments({}, out);
+  limit_offsets_kernel<<<place_blocks(p.tiles.n + 1), kPlaceThreads, 0, stream>>>(p);
+  check_launch(op);
   return out;
 }
 
@@ -350,9 +341,9 @@ void encode_missing(const char* op, EncodeHits& hits, int64_t reserved, cudaStre
 EncodeCsr place_hits(const char* op, EncodeHits& hits, int64_t capacity, bool exact,
                      cudaStream_t stream) {
   const bool gated = hits.kind == Limit::kPerLatent;
-  const EncodeCsr out = allocate_csr(hits.offsets, hits.needed, capacity, gated);
-  if (capacity == 0 || !exact) limit_csr(op, out, stream);
-  if (capacity == 0) return out;
+  if (capacity == 0) return new_csr(op, hits.offsets, capacity, gated, stream);
+  const EncodeCsr out = exact ? allocate_csr(hits.offsets, capacity, gated)
+                              : new_csr(op, hits.offsets, capacity, gated, stream);
   PlaceHits p = csr_arguments(place_arguments(hits), out);
   p.exact = exact;
   const int64_t runs = p.column_blocks * p.strips(), others = gated && !exact ? capacity : 0;

@@ -59,7 +59,6 @@ struct EncodeHits {
   Tensor limit, scale, least, counts, bases, runs, records, rest;
   Tensor state;    // int64: records of all strips; then tiles.invalid
   Tensor offsets;  // [n + 1] int64: of the CSR with all entries
-  Tensor needed;   // of the CSR, not written yet
 
   const void* reserved() const { return state.data_ptr(); }
 };

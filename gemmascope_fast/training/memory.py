@@ -33,9 +33,9 @@ BATCH_COPIES, ROW_COPIES, GROUP_COPIES, AUX_COPIES = 1, 4, 6, 5
 reconstruction, error, gradient and what the allocator keeps of freed ones; for every prefix of a
 Matryoshka run but the whole; and for AuxK. Measured."""
 
-LARGE_BYTES, LARGE_COPIES, LARGE_WIDENED = 32 << 20, 2.0, 0.5
+LARGE_BYTES, LARGE_COPIES, LARGE_APART, LARGE_WIDENED = 32 << 20, 1.75, 0.25, 0.75
 """glibc returns a freed matrix from this size on at once: then so many of a block, and so many more
-where the target, in 16 bits, is widened. Measured."""
+where the target is not x, and where it is widened from 16 bits. Measured."""
 
 REFERENCE_COPIES, REFERENCE_TILES = 6, 4
 """What the reference, which serves float64, holds of a matrix of weights in the optimizer's step,
@@ -245,9 +245,9 @@ def _batch(s: Settings, device: torch.device, rows: int) -> tuple[int, int]:
     batch = BATCH_COPIES * width * s.batch_size
     if not large:
         return batch, ROW_COPIES * width * rows
-    copies = LARGE_COPIES + (LARGE_WIDENED if s.dtype.itemsize < 4 else 0.0)
-    once = s.kind == "sae"  # x is the target
-    return batch // (2 if once else 1), int(copies * width * rows)
+    apart = s.kind != "sae"  # else x is the target, and is there once
+    copies = LARGE_COPIES + LARGE_APART * apart + LARGE_WIDENED * (s.dtype.itemsize < 4)
+    return batch if apart else batch // 2, int(copies * width * rows)
 
 
 def _auxk(s: Settings, matrix: int, entries: int) -> int:
