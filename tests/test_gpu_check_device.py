@@ -17,7 +17,7 @@ from gpu import (  # noqa: E402
     dense,
     encoders,
     machine,
-    passes,
+    steps,
     streams,
     suite,
     supervise,
@@ -247,11 +247,9 @@ def test_no_other_contender_writes_to_weights_that_have_codes(monkeypatch: Any) 
     """A step of torch's Adam makes codes old of whatever shares memory with its parameters."""
     p = problem(Shape(8, 16, 64, 4), torch.device("cpu"))
     modules: list[Any] = []
-    adam_step = passes.adam_step
-    monkeypatch.setattr(
-        passes, "adam_step", lambda sae, x: modules.append(sae) or adam_step(sae, x)
-    )
-    assert passes.screened_step(p) == "nothing on this machine would use the codes"
+    adam_step = steps.adam_step
+    monkeypatch.setattr(steps, "adam_step", lambda sae, x: modules.append(sae) or adam_step(sae, x))
+    assert steps.screened_step(p) == "nothing on this machine would use the codes"
     (sae,) = modules
     assert sae.screened is not None and sae.W_dec.data_ptr() == p.W_dec.data_ptr()
     assert sae.W_enc.data_ptr() != p.W_enc.data_ptr()

@@ -19,8 +19,8 @@ from gemmascope_fast import doctor, ops
 from .context import ROOT, Context
 from .encoders import device_of
 from .few import portable
-from .passes import sparse_step
 from .sanitized import moved_to
+from .steps import sparse_step
 from .streams import (
     captured_graph,
     flat,

@@ -11,8 +11,8 @@ import gemmascope_fast as gsf
 
 from .context import Context, Shape, Skip
 from .encoders import device_of
-from .passes import sparse_step
 from .problem import Problem, problem
+from .steps import sparse_step
 
 
 def problem_of(ctx: Context, seed: int = 0) -> Problem:

@@ -36,7 +36,7 @@ PARTS: dict[str, str] = {
     "few": "few",
     "decode": "passes",
     "backward": "passes",
-    "step": "passes",
+    "step": "steps",
     "handover": "few",
     "train_1m": "train",
     "distributed": "distributed",

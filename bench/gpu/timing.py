@@ -138,6 +138,16 @@ def unavailable(error: Exception) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0][:200]}"
 
 
+def or_reason(reason: str, make: Any) -> Any:
+    """What `make` returns, or why it cannot be had: `reason`, or what it raised."""
+    if reason:
+        return reason
+    try:
+        return make()
+    except Exception as error:
+        return unavailable(error)
+
+
 def free(device: torch.device) -> None:
     """Return cached memory to the device."""
     gc.collect()

@@ -19,9 +19,9 @@ import gemmascope_fast as gsf
 from . import checks
 from .context import Context, Shape
 from .encoders import device_of
-from .passes import entries_of, module_of
 from .problem import Entries, problem
 from .rows import OURS
+from .steps import entries_of, module_of
 from .targets import verdicts
 from .timing import free, summarise, unavailable
 
