@@ -81,11 +81,11 @@ def step(p: Problem) -> tuple[Tensor, ...]:
     return backward(p, pre, (recon - p.x) * (2 / p.x.shape[0]))
 
 
-def adam_step(p: Problem) -> Callable[[], object]:
+def adam_step(p: Problem, beta1: float = 0.0) -> Callable[[], object]:
     """The same with PyTorch's fused Adam on the five parameters; lr = 0 leaves them as they are."""
     names = ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")
     parameters = [torch.nn.Parameter(getattr(p, name)) for name in names]
-    adam = torch.optim.Adam(parameters, lr=0.0, betas=(0.0, 0.999), fused=True)
+    adam = torch.optim.Adam(parameters, lr=0.0, betas=(beta1, 0.999), fused=True)
 
     def call() -> None:
         for parameter, gradient in zip(parameters, step(p), strict=True):

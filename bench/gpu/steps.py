@@ -116,7 +116,11 @@ def adam_step(sae: gsf.SAE, x: Tensor, max_nnz: int | None = None) -> Call:
     With `max_nnz` nothing waits for the device, so that Python is ahead of it. lr = 0 is all the
     work of a step, and leaves the weights to the other contenders as they are.
     """
-    optimizer = gsf.optim.Adam(sae, lr=0.0, moments="8bit", fused=True)
+    return stepping(sae, x, gsf.optim.Adam(sae, lr=0.0, moments="8bit", fused=True), max_nnz)
+
+
+def stepping(sae: gsf.SAE, x: Tensor, optimizer: gsf.optim.Adam, max_nnz: int | None) -> Call:
+    """Forward, backward and the step of an optimizer."""
 
     def call() -> Tensor:
         optimizer.zero_grad()

@@ -37,6 +37,7 @@ PARTS: dict[str, str] = {
     "decode": "passes",
     "backward": "passes",
     "step": "steps",
+    "momentum": "momentum",
     "handover": "few",
     "train_1m": "train",
     "distributed": "distributed",

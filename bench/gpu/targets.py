@@ -13,6 +13,8 @@ OURS_ADAM, DENSE_ADAM = "ours, with Adam(fused=True)", "dense eager, with fused 
 OURS_CAPPED = f"{OURS_ADAM}, fixed capacity"
 OURS_SCREENED = "ours, screened, with Adam(fused=True)"
 """Contenders that update the weights too."""
+MOMENTUM_CAPPED = "ours, fixed capacity"
+"""Of part `momentum`, where every contender but the matmul updates the weights."""
 OURS_ROWS = "ours, row-sparse"
 """Gradients of the touched latents alone."""
 
@@ -94,6 +96,7 @@ def _with_optimizer(*names: str) -> Callable[[dict[str, Any]], float | None]:
 
 
 PLAIN = (OURS_ADAM, OURS_CAPPED)
+MOMENTUM = ("gemmascope_fast", MOMENTUM_CAPPED)
 K16, K65, K262, M1 = 2**14, 2**16, 2**18, 2**20
 TARGETS = [
     Target("encode", "time over the plain matmul", 1.07, _over_matmul, at_most=True),
@@ -113,6 +116,8 @@ TARGETS = [
     Target("step", "x dense step, with optimizer", 3.5, _with_optimizer(*PLAIN), (K65,)),
     Target("step", "x dense step, with optimizer", 5.0, _with_optimizer(*PLAIN), (K262,)),
     Target("step", "x the same, screened", 5.0, _with_optimizer(OURS_SCREENED), (K262,)),
+    Target("momentum", "x dense step, with optimizer", 2.5, _with_optimizer(*MOMENTUM), (K65,)),
+    Target("momentum", "x dense step, with optimizer", 3.3, _with_optimizer(*MOMENTUM), (K262,)),
     Target(
         *("train_1m", "GB peak of 1M x 5376 training", 80.0, lambda row: row["peak_gb"]),
         **{"d_sae": (M1,), "at_most": True},
