@@ -7,7 +7,8 @@
 Needs Python >= 3.11, torch >= 2.11, triton, pytest and numpy; a checkout is enough, nothing is
 fetched or installed. Each part is a process of its own, and every row is written as soon as it is
 measured: a run that was stopped goes on where it was (`--redo` measures anew). Writes
-`gpu_check_<device>.json` and the same as Markdown into `--out`.
+`gpu_check_<device>.json` and the same as Markdown into `--out`. Part `sparsify` needs EleutherAI's
+package, or its folder in the environment variable GPU_CHECK_SPARSIFY.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from gpu.context import COMMIT, Settings  # noqa: E402
 from gpu.machine import slug  # noqa: E402
 from gpu.state import Results  # noqa: E402
 from gpu.supervise import LIMIT_S, PARTS, command_of, run_part, work  # noqa: E402
-from gpu.targets import UNMEASURED  # noqa: E402
+from gpu.targets import unmeasured  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,7 +79,7 @@ def summarise(path: Path) -> str:
     from gemmascope_fast import report
 
     results = Results(path).data
-    text = report.summary({**results, "unmeasured": UNMEASURED})
+    text = report.summary({**results, "unmeasured": unmeasured(results["rows"])})
     path.with_suffix(".md").write_text(text)
     return report.overview(results)
 

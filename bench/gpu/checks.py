@@ -93,7 +93,7 @@ def differentiated(
         e: its entries.
         d_recon: `[n, d]` gradient of the reconstruction.
         grads: the five gradients in the order above.
-        bandwidth: of the window.
+        bandwidth: of the window; at 0 there is no d_threshold.
     """
     d_W_enc, d_b_enc, d_threshold, d_W_dec, d_b_dec = grads
     worst = close(d_b_dec, d_recon.double().sum(0), "d_b_dec")
@@ -106,15 +106,18 @@ def differentiated(
         seen = d_recon[rows].double()
         d_value = seen @ p.W_dec[j].double()
         d_pre, theta = d_value * gate, p.threshold[j].double()
-        window = (gate == 0) | (values < theta + bandwidth / 2)
-        d_theta = -(window * theta * d_value).sum() / bandwidth
         # sums cancel, so a sum's error is measured against its largest term
-        for got, truth, scale, name in (
+        found = [
             (d_W_dec[j], values @ seen, _largest(values[:, None] * seen), "d_W_dec"),
             (d_W_enc[:, j], d_pre @ p.x[rows].double(), _largest(d_pre), "d_W_enc"),
             (d_b_enc[j], d_pre.sum(), _largest(d_pre), "d_b_enc"),
-            (d_threshold[j], d_theta, _largest(theta * d_value) / bandwidth, "d_threshold"),
-        ):
+        ]
+        if bandwidth:
+            terms = theta * d_value / bandwidth
+            window = (gate == 0) | (values < theta + bandwidth / 2)
+            d_theta = -(window * terms).sum()
+            found.append((d_threshold[j], d_theta, _largest(terms), "d_threshold"))
+        for got, truth, scale, name in found:
             worst = max(worst, close(got, truth, f"{name} of latent {j}", scale))
     return worst
 

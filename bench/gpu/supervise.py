@@ -38,6 +38,7 @@ PARTS: dict[str, str] = {
     "backward": "passes",
     "step": "steps",
     "momentum": "momentum",
+    "sparsify": "peers",
     "handover": "few",
     "train_1m": "train",
     "distributed": "distributed",
