@@ -172,11 +172,30 @@ inline cudaError_t cudaStreamIsCapturing(void*, cudaStreamCaptureStatus* status)
   return cudaSuccess;
 }
 inline int waits = 0;
-inline cudaError_t cudaStreamSynchronize(void*) {
+inline cudaError_t copy_queued(size_t count) {
   ++waits;
-  for (const auto& copy : queued) copy();
-  queued.clear();
+  for (size_t i = 0; i < count; ++i) queued[i]();
+  queued.erase(queued.begin(), queued.begin() + count);
   return remember(cudaSuccess);
+}
+inline cudaError_t cudaStreamSynchronize(void*) { return copy_queued(queued.size()); }
+using cudaEvent_t = size_t*;  // copies queued before it
+enum { cudaEventDisableTiming };
+inline int events = 0;        // that nobody destroyed
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  ++events;
+  *event = new size_t;
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventRecord(cudaEvent_t event, void*) {
+  *event = queued.size();
+  return cudaSuccess;
+}
+inline cudaError_t cudaEventSynchronize(cudaEvent_t event) { return copy_queued(*event); }
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  --events;
+  delete event;
+  return cudaSuccess;
 }
 """
 

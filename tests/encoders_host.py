@@ -174,6 +174,7 @@ std::tuple<Tensor, Tensor> by_feature_cuda(const Tensor& offsets, const Tensor& 
 EXPORT const char* why_not_screened() { return told.why_direct; }
 EXPORT int64_t decided() { return told.candidates; }
 EXPORT int take_waits() { return std::exchange(waits, 0); }
+EXPORT int events_left() { return events; }
 EXPORT void set_seed(uint64_t seed) { cuda_on_cpu::set_seed(seed); }
 EXPORT void capture(bool active) {
   capture_status = active ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;

@@ -107,6 +107,34 @@ class TestPlain:
             assert library.take_waits() <= 4
 
 
+@pytest.mark.parametrize("kernel", ["few tokens", "Hopper", "large tiles"])
+def test_what_earlier_calls_found_is_room_for_the_next(
+    library: Any, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, dtype, choice = KERNELS[kernel]
+    monkeypatch.setenv("GEMMASCOPE_FAST_CUDA_ENCODE", choice)
+    x, W, b = whole(n, 40, 1300, dtype, seed=5)
+    x[n // 2, 3], b[17] = torch.nan, torch.nan
+    used = set()
+    for at, theta in enumerate((9.0, 9.0, 8.0, 8.0, 14.0, 14.0, 1e6, 1e6, -50.0, -50.0)):
+        library.set_seed(at)
+        args = (x, W, b, torch.full((1300,), theta), 2.0, None)
+        expected = REFERENCE.jumprelu_encode(*args, False)
+        ours = CUDA.jumprelu_encode(*args, True)  # the view: offsets and indices, here
+        assert_results(ours, expected, f"above {theta}, call {at}")
+        nnz = expected[1].shape[0]
+        assert ours[4] == nnz and library.take_waits() == 1
+        assert torch.equal(ours[5], ours[0]) and torch.equal(ours[6], ours[1])
+        room = ours[1].untyped_storage().nbytes() // 4
+        for t in ours[1:4]:
+            assert t.is_contiguous() and t.untyped_storage().nbytes() == 4 * room
+        assert nnz <= room <= nnz + nnz // 8 + 64
+        used.add(("the same" if at % 2 else "another", "early" if room > nnz else "late"))
+    assert library.events_left() == 0
+    assert used >= {("the same", "early"), ("another", "late")}
+    assert ("another", "early") not in used
+
+
 def gaussian(n: int, d: int, d_sae: int, dtype: torch.dtype) -> tuple[Any, ...]:
     """x, W_enc, b_enc around a centre with a massive dimension; then the centre, and the codes."""
     g = torch.Generator().manual_seed(n)

@@ -85,7 +85,7 @@ EncodeCsr new_csr(const char* op, const Tensor& offsets, int64_t capacity, bool 
                   cudaStream_t stream);
 void pad_csr(const char* op, const EncodeCsr& csr, cudaStream_t stream);
 
-// exact: the capacity is the number of entries.
+// exact: the capacity is the number of entries, or the host will look at `needed`; entries that do not fit are left out.
 EncodeCsr place_hits(const char* op, EncodeHits& hits, int64_t capacity, bool exact,
                      cudaStream_t stream);
 

@@ -20,6 +20,7 @@
 #include "cuda/by_feature.h"
 #include "cuda/encode_screened.h"
 #include "cuda/encode_tiles.h"
+#include "cuda/last_sizes.h"
 #include "cuda/runtime.h"
 
 namespace gemmascope_fast {
@@ -49,26 +50,50 @@ void check_arguments(const Tensor& x, const Tensor& W_enc, const Tensor& b_enc,
   if (max_nnz && *max_nnz < 0) fail(kOp, "max_nnz must be >= 0, got ", *max_nnz);
 }
 
-// Entries of the result: the one wait. Before that, whatever the first arena had no room for.
-int64_t complete(EncodeHits& hits, cudaStream_t stream) {
-  const int64_t* offsets = static_cast<const int64_t*>(hits.offsets.data_ptr());
-  int64_t reserved = 0, entries = 0;
-  Readback sizes(kOp, stream);
-  sizes.read(&reserved, hits.reserved(), sizeof(reserved));
-  sizes.read(&entries, offsets + hits.tiles.n, sizeof(entries));
-  sizes.wait();
-  if (reserved > static_cast<int64_t>(hits.tiles.arena)) {
-    encode_missing(kOp, hits, reserved, stream);
-  }
-  return entries;
-}
-
 using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Result with_view(const EncodeCsr& out, bool by_feature, int64_t d_sae) {
   auto [feature_offsets, permutation] =
       feature_view_cuda(by_feature, out.offsets, out.indices, d_sae);
   return {out.offsets, out.indices, out.values, out.gate, out.needed, feature_offsets, permutation};
+}
+
+// A result whose arrays have room for more than its entries.
+Result first_entries(const Result& result, int64_t entries) {
+  const auto& [offsets, indices, values, gate, needed, feature_offsets, permutation] = result;
+  const auto first = [&](const Tensor& t) {
+    return t.size(0) > entries ? tokens_of(t, 0, entries) : t;
+  };
+  return {offsets, first(indices),  first(values),     first(gate),
+          needed,  feature_offsets, first(permutation)};
+}
+
+// The result, of a size that the host waits for once. Where an earlier call tells about how large it will be, the
+// entries are placed and sorted meanwhile; what the first arena had no room for is computed again.
+Result exact_result(EncodeHits& hits, const LastSizes::Call& call, bool by_feature,
+                    cudaStream_t stream) {
+  static LastSizes& last = *new LastSizes;  // threads may outlive what is destroyed at exit
+  const auto result = [&](int64_t room) {
+    return with_view(place_hits(kOp, hits, room, true, stream), by_feature, call.d_sae);
+  };
+  int64_t reserved = 0, entries = 0;
+  Readback sizes(kOp, stream);
+  sizes.read(&reserved, hits.reserved(), sizeof(reserved));
+  sizes.read(&entries, data<int64_t>(hits.offsets) + call.n, sizeof(entries));
+  const int64_t room = last.room(call);
+  std::optional<Result> early;
+  if (room > 0) {
+    sizes.end();
+    early = result(room);
+  }
+  sizes.wait();
+  last.keep(call, entries);
+  if (reserved > static_cast<int64_t>(hits.tiles.arena)) {
+    encode_missing(kOp, hits, reserved, stream);
+  } else if (early && LastSizes::fits(entries, room)) {
+    return first_entries(*early, entries);
+  }
+  return result(entries);
 }
 
 }  // namespace
@@ -95,8 +120,8 @@ Result jumprelu_encode_cuda(const Tensor& x, const Tensor& W_enc, const Tensor& 
   limit.last = d_sae;
   const int64_t arena = std::min(max_nnz.value_or(first_arena(n, d_sae)), n * d_sae);
   EncodeHits hits = encode_hits(kOp, in, limit, arena, stream);
-  const int64_t capacity = max_nnz ? *max_nnz : complete(hits, stream);
-  return with_view(place_hits(kOp, hits, capacity, !max_nnz, stream), by_feature, d_sae);
+  if (!max_nnz) return exact_result(hits, {W_enc.data_ptr(), n, d_sae}, by_feature, stream);
+  return with_view(place_hits(kOp, hits, *max_nnz, false, stream), by_feature, d_sae);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CUDA, m) {

@@ -29,7 +29,8 @@ struct PlaceHits {
       offsets;  // [n + 1]: totals of scan_groups_kernel, their sums, at last at most the capacity
   int64_t* needed;  // [1] entries of the result, whether they fit or not
   int64_t capacity;
-  bool exact;        // the capacity is the number of entries, which the host knows
+  bool
+      exact;  // the host looks whether all entries fit: offsets stay, nothing is written behind the entries
   int32_t* indices;  // [capacity]
   float* values;     // [capacity]
   float* gate;       // [capacity]; null for kPerToken
@@ -153,6 +154,7 @@ __device__ __forceinline__ void place_record(const PlaceHits& p, uint64_t record
       p.tiles.first + column_block * p.width + static_cast<int64_t>(record >> 32 & 255);
   int64_t at = strip_position(p, column_block, token) + static_cast<int64_t>(record >> kRecordRank);
   if (p.tiles.invalid != nullptr && latent > first_invalid(p.tiles, token)) ++at;
+  if (at >= p.capacity) return;
   const float pre = __uint_as_float(static_cast<uint32_t>(record));
   p.indices[at] = static_cast<int32_t>(latent);
   if (p.gate == nullptr) {
@@ -195,6 +197,7 @@ __device__ __forceinline__ void insert_invalid(const PlaceHits& p) {
           (records[e] >> kRecordToken & 15) == static_cast<uint64_t>(token % kStripTokens);
       at += own && (records[e] >> 32 & 255) < column;
     }
+    if (at >= p.capacity) continue;
     p.indices[at] = static_cast<int32_t>(latent);
     p.values[at] = __int_as_float(0x7fc00000);
     p.gate[at] = 1.0f;
@@ -221,7 +224,7 @@ __global__ void __launch_bounds__(kPlaceThreads) place_kernel(PlaceHits p) {
   if (!lost) place_runs(p);
   if (!lost && p.tiles.invalid != nullptr) insert_invalid(p);
   if (!p.exact) pad(p, lost);
-  if (p.exact && grid_thread() == 0) *p.needed = p.capacity;
+  if (p.exact && grid_thread() == 0) *p.needed = p.offsets[p.tiles.n];
 }
 
 // Grid for `size` items, one thread each; the kernels loop over the rest.

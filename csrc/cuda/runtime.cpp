@@ -115,6 +115,7 @@ void check_cuda(const char* op, const char* what, cudaError_t status) {
 
 // A page whose copies may still be on their way, since the op failed before it waited, is not used again.
 Readback::~Readback() {
+  if (end_ != nullptr) cudaEventDestroy(end_);
   if (page_ != nullptr && parts_.empty()) Pages::all().give_back(page_);
 }
 
@@ -131,8 +132,14 @@ void Readback::read(void* to, const void* from, size_t bytes) {
       cudaMemcpyAsync(at != nullptr ? at : to, from, bytes, cudaMemcpyDeviceToHost, stream_));
 }
 
+void Readback::end() {
+  check_cuda(op_, "an event", cudaEventCreateWithFlags(&end_, cudaEventDisableTiming));
+  check_cuda(op_, "an event", cudaEventRecord(end_, stream_));
+}
+
 void Readback::wait() {
-  check_cuda(op_, "waiting for a size", cudaStreamSynchronize(stream_));
+  check_cuda(op_, "waiting for a size",
+             end_ == nullptr ? cudaStreamSynchronize(stream_) : cudaEventSynchronize(end_));
   for (const Part& part : parts_) {
     if (part.from != nullptr) memcpy(part.to, part.from, part.bytes);
   }

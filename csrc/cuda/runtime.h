@@ -32,6 +32,8 @@ class Readback {
 
   // `to` is written by wait().
   void read(void* to, const void* from, size_t bytes);
+  // What the stream is given from here on is not waited for.
+  void end();
   void wait();
 
  private:
@@ -43,6 +45,7 @@ class Readback {
   const char* op_;
   cudaStream_t stream_;
   char* page_ = nullptr;
+  cudaEvent_t end_ = nullptr;
   std::vector<Part> parts_;  // not waited for yet
   size_t used_ = 0;
 };
