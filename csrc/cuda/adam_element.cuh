@@ -50,7 +50,7 @@ GSF_BOTH bool adam_elements(const AdamRates& rates, const AdamDecays& row, bool 
   }
   const bool middle =
       middle_rates(rates) & middle_squares(v) & middle_numerators(g) & plain_divisors(root);
-  if (!middle) {
+  if (__builtin_expect(!middle, 0)) {
     for (int e = 0; e < 4; ++e) {
       root[e] = rounded_add(rounded_mul(rounded_sqrt(v[e]), rates.scale), rates.eps);
       change[e] = rounded_div(g[e], root[e]);

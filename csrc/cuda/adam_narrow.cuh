@@ -55,7 +55,7 @@ __device__ inline void store_narrow_codes(const NarrowRow& r, uint32_t column, b
   largest &= 0x7fffffffu;  // only a NaN has the sign, and any NaN decides
   const int exponent = moment_exponent(__reduce_max_sync(0xffffffffu, largest));
   uint32_t codes = encode_positive_moments(bits, exponent, random.word);
-  if (!positive) {
+  if (__builtin_expect(!positive, 0)) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) bits[e] = moment_bits(v[e]);
     codes = encode_moments(bits, exponent, random.word);

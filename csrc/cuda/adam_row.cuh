@@ -92,11 +92,14 @@ __device__ inline void update_narrow_row(const AdamView& a, int64_t row, const A
   const uint32_t stride = blockDim.x * 4;
   uint32_t column = threadIdx.x * 4;
   if (column >= r.cols) return;
-  NarrowQuad next = load_narrow(r, column);
+  // A quad is computed in less time than a load takes: two are on their way.
+  NarrowQuad next = load_narrow(r, column), then = {};
+  if (column + stride < r.cols) then = load_narrow(r, column + stride);
 #pragma unroll 1
   for (; column < r.cols; column += stride) {
     const NarrowQuad quad = next;
-    if (column + stride < r.cols) next = load_narrow(r, column + stride);
+    next = then;
+    if (column + 2 * stride < r.cols) then = load_narrow(r, column + 2 * stride);
     float4* at = reinterpret_cast<float4*>(g + column);
     float mine[4] = {at->x, at->y, at->z, at->w};
     narrow_quad(a, r, random, column, decays.second, quad, a.unit_norm, mine);

@@ -93,10 +93,15 @@ struct AdamFinish {
     float* encoder_row = decoder_row + padded_columns(decoder.cols);
     const bool decoder_nonzero = lay_out(sums.dec, decoder.cols, decoder_row);
     const bool encoder_nonzero = lay_out(sums.enc, encoder.cols, encoder_row);
-    const bool decoder_touched = __syncthreads_or(decoder_nonzero) != 0;
-    const bool encoder_touched = __syncthreads_or(encoder_nonzero) != 0;
-    update(decoder, latent, decoder_touched, shared->live[0], decoder_row, &shared->decoder);
-    update(encoder, latent, encoder_touched, shared->live[1], encoder_row, &shared->encoder);
+    const bool touched[2] = {__syncthreads_or(decoder_nonzero) != 0,
+                             __syncthreads_or(encoder_nonzero) != 0};
+    // One code for both: the instruction cache does not hold two.
+#pragma unroll 1
+    for (int side = 0; side < 2; ++side) {
+      const bool first = side == 0;
+      update(first ? decoder : encoder, latent, first ? touched[0] : touched[1], shared->live[side],
+             first ? decoder_row : encoder_row, first ? &shared->decoder : &shared->encoder);
+    }
   }
 };
 

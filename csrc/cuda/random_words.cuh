@@ -42,6 +42,11 @@ GSF_BOTH RandomQuad random_quad(const RandomRow& of, uint32_t quad) {
   uint32_t c0 = quad, c1 = static_cast<uint32_t>(of.row), c2 = static_cast<uint32_t>(of.row >> 32),
            c3 = static_cast<uint32_t>(of.step);
   uint32_t k0 = static_cast<uint32_t>(of.seed), k1 = static_cast<uint32_t>(of.seed >> 32);
+#ifdef __CUDA_ARCH__
+  asm volatile(""
+               : "+r"(k0),
+                 "+r"(k1));  // else a loop over quads keeps the keys of all rounds in registers
+#endif
   for (int round = 0; round < 7; ++round) {
     const WideProduct first = wide_product(c0, 0xd2511f53u);
     const WideProduct second = wide_product(c2, 0xcd9e8d57u);
@@ -72,7 +77,7 @@ GSF_BOTH void round_stochastically(const float (&w)[4], const uint32_t (&random)
     largest = twice > largest ? twice : largest;
     up[e] = bits_of(w[e]) + (random[e] & 0xffffu);
   }
-  if (largest >= 0xff000000u) {  // infinite or NaN
+  if (__builtin_expect(largest >= 0xff000000u, 0)) {  // infinite or NaN
     for (int e = 0; e < 4; ++e)
       up[e] = static_cast<uint32_t>(round_stochastically(w[e], random[e])) << 16;
   }
