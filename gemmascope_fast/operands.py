@@ -37,3 +37,8 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def weights_need_grad(*tensors: Tensor) -> bool:
     """Whether a backward pass will want the entries by feature."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def is_one(scale: Tensor, *, small: bool) -> bool:
+    """Whether the scalar is known to be 1; a GPU is not asked, and so not waited for, by `small`."""
+    return not (small and scale.is_cuda) and bool(scale == 1)

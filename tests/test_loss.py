@@ -19,7 +19,7 @@ from samples import DTYPES, MIXED
 from torch import Tensor
 
 import gemmascope_fast as gsf
-from gemmascope_fast.training import L0, QuadraticL0, Reconstruction
+from gemmascope_fast.training import L0, QuadraticL0, Reconstruction, entry_paths
 from gemmascope_fast.training.blocked import sae_loss
 from gemmascope_fast.training.planning import Limits
 
@@ -150,6 +150,28 @@ def test_value_and_gradients(backend: Any, make: Any, path: str) -> None:
 def test_mixed_dtypes(backend: Any, path: str, x_dtype: Any, w_dtype: Any) -> None:
     module = transcoder(w_dtype)
     check(module, *batch(module, x_dtype), PATHS[path])
+
+
+@pytest.mark.parametrize("path", ["sparse", "sparse blocks"])
+def test_gradients_of_reconstructions_in_bfloat16(path: str, monkeypatch: Any) -> None:
+    module = sae(dtype=torch.bfloat16)
+    x = batch(module, torch.bfloat16)[0]
+    exact, inputs = truth(module, x, None)[1], leaves(module, x, None)
+    del inputs["x"]
+
+    def found(x: Tensor) -> dict[str, Tensor]:
+        return gradients(sae_loss(module, x, None, TERMS, PATHS[path])[0], inputs)
+
+    plain = found(x.detach())
+    monkeypatch.setattr(entry_paths, "NARROW", ("cpu",))
+    narrow, kept = found(x.detach()), found(x)
+    for name, gradient in narrow.items():
+        assert gradient.dtype == inputs[name].dtype
+        largest = exact[name].abs().max()
+        assert (gradient - exact[name]).abs().max() <= 2**-7 * largest, name
+        assert_same(kept[name], plain[name], f"{name}, where x is differentiable")
+    assert_same(narrow["b_dec"], plain["b_dec"], "b_dec")
+    assert not torch.equal(narrow["b_enc"], plain["b_enc"])
 
 
 @pytest.mark.parametrize("blocks", [1, 5])

@@ -21,7 +21,7 @@ from .. import ops
 from ..checks import check_decoder
 from ..modules import SAE, JumpReLU
 from ..multilayer.base import MultiLayer
-from ..operands import autocast, widen
+from ..operands import autocast, is_one, widen
 from ..sparse import SparseActs
 from .layers import Layer, Part
 from .record import OP, Record
@@ -155,7 +155,8 @@ class Deferred:
         def receive(scale: Tensor) -> None:
             for name, gradient in incoming.items():
                 if gradient is not None:
-                    scaled = gradient if bool(scale == 1) else gradient * scale.to(gradient.dtype)
+                    same = is_one(scale, small=True)  # beside the matrices
+                    scaled = gradient if same else gradient * scale.to(gradient.dtype)
                     record.receive(name, scaled)
 
         return receive

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..operands import is_one
 from .evaluation import Inputs
 from .losses import LossTerm
 from .objective import Objective
@@ -55,7 +56,8 @@ class _Precomputed(torch.autograd.Function):
         if ctx.receive is not None:
             ctx.receive(scale)
         saved = ctx.saved_tensors
-        if bool(scale == 1):  # plain loss.backward(): no copies, the buffers become the .grad
+        small = ctx.receive is not None  # the matrices' gradients are not among them
+        if is_one(scale, small=small):  # loss.backward(): no copies, the buffers become the .grad
             return (None, None, None, *saved)
         return (None, None, None, *(None if g is None else g * scale.to(g.dtype) for g in saved))
 
