@@ -17,7 +17,9 @@ namespace gemmascope_fast {
 inline namespace on_cuda {
 
 constexpr int kPlaceThreads = 256;
-constexpr int kRunLanes = 8;     // that move the records of a run
+constexpr int kRunLanes = 8;  // that move the records of a run
+// As many blocks as a multiprocessor has threads for, 2048 or 1536.
+constexpr int kPlaceBlocks = kCapability == 86 || kCapability == 89 || kCapability >= 120 ? 6 : 8;
 constexpr int kScanBlocks = 32;  // 32 x 256 hits of a token in a group: two sums fit in one word
 
 struct PlaceHits {
@@ -147,37 +149,48 @@ __device__ __forceinline__ int64_t strip_position(const PlaceHits& p, int64_t co
          p.tiles.counts[column_block * p.tokens() + token];
 }
 
+// All that is read is on its way before the first store, which the compiler moves no load across.
 __device__ __forceinline__ void place_record(const PlaceHits& p, uint64_t record,
                                              int64_t column_block, int64_t token0) {
   const int64_t token = token0 + (record >> kRecordToken & 15);
-  const int64_t latent =
-      p.tiles.first + column_block * p.width + static_cast<int64_t>(record >> 32 & 255);
+  const int32_t latent = static_cast<int32_t>(p.tiles.first + column_block * p.width) +
+                         static_cast<int32_t>(record >> 32 & 255);
+  // Without a window every record passes.
+  const bool compares = p.gate != nullptr && p.tiles.window > 0.0f;
+  const float threshold = compares ? p.tiles.threshold[latent] : 0.0f;
   int64_t at = strip_position(p, column_block, token) + static_cast<int64_t>(record >> kRecordRank);
   if (p.tiles.invalid != nullptr && latent > first_invalid(p.tiles, token)) ++at;
   if (at >= p.capacity) return;
   const float pre = __uint_as_float(static_cast<uint32_t>(record));
-  p.indices[at] = static_cast<int32_t>(latent);
+  p.indices[at] = latent;
   if (p.gate == nullptr) {
     p.values[at] = pre;
     return;
   }
-  const bool active = pre > p.tiles.threshold[latent];
+  const bool active = !compares || pre > threshold;
   p.values[at] = active ? pre + 0.0f : 0.0f;  // -0.0 + 0.0 is 0.0
   p.gate[at] = active ? 1.0f : 0.0f;
 }
 
-// A few lanes per run: most runs have a few records, and all that is read of one waits for the last.
+// A few lanes per run: most runs have a few records, and all that is read of one waits for the last. The runs of a warp
+// are those of one strip and successive column blocks: entries that lie side by side are written together.
 __device__ __forceinline__ void place_runs(const PlaceHits& p) {
-  const int64_t strips = p.strips(), lane = threadIdx.x % kRunLanes;
+  const int64_t strips = p.strips();
+  const int lane = static_cast<int>(threadIdx.x % kRunLanes);
   for (int64_t index = grid_thread() / kRunLanes; index < p.column_blocks * strips;
        index += grid_threads() / kRunLanes) {
-    const uint64_t run = p.tiles.runs[index];
-    const int64_t count = static_cast<int64_t>(run >> kRunCount);
+    const int64_t strip = index / p.column_blocks, column_block = index % p.column_blocks;
+    const uint64_t run = p.tiles.runs[column_block * strips + strip];
+    const int count = static_cast<int>(run >> kRunCount);
     const uint64_t* records = run_records(p.tiles, run);
-    if (count == 0 || records == nullptr) continue;
-    const int64_t column_block = index / strips, token0 = index % strips * kStripTokens;
-    for (int64_t e = lane; e < count; e += kRunLanes)
-      place_record(p, records[e], column_block, token0);
+    if (records == nullptr) continue;
+    uint64_t next = lane < count ? records[lane] : 0;
+#pragma unroll 1
+    for (int e = lane; e < count; e += kRunLanes) {
+      const uint64_t record = next;
+      if (e + kRunLanes < count) next = records[e + kRunLanes];  // while this one's place is read
+      place_record(p, record, column_block, strip * kStripTokens);
+    }
   }
 }
 
@@ -219,7 +232,7 @@ __global__ void __launch_bounds__(kPlaceThreads) pad_kernel(PlaceHits p) {
 }
 
 // No two write the same entry: their order does not matter.
-__global__ void __launch_bounds__(kPlaceThreads) place_kernel(PlaceHits p) {
+__global__ void __launch_bounds__(kPlaceThreads, kPlaceBlocks) place_kernel(PlaceHits p) {
   const bool lost = !p.exact && *p.needed > p.capacity;
   if (!lost) place_runs(p);
   if (!lost && p.tiles.invalid != nullptr) insert_invalid(p);
