@@ -11,6 +11,7 @@ from . import charts
 from .gemma import model
 from .rows import (
     OURS,
+    STEP_BETA1,
     Found,
     Results,
     Row,
@@ -85,6 +86,9 @@ GPU = (
     Choice("step", "forward and backward", {"d_sae": K65, "firing": "uniform"}, OURS, DENSE, False),
     Choice("step", "training step with Adam", {"d_sae": K65, "firing": "uniform"}, *ADAM),
     Choice("step", "training step with Adam", {"d_sae": K262, "firing": "uniform"}, *ADAM),
+    Choice(
+        STEP_BETA1, "the same, beta1 = 0.9", {"d_sae": K262, "firing": "uniform"}, OURS, ADAM[1]
+    ),
 )
 
 

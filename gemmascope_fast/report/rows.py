@@ -17,8 +17,9 @@ RESULTS = CHECKOUT / "bench" / "results"
 OURS = "gemmascope_fast"
 OWN = "ours, "
 """How the other ways through this library are named beside `OURS`."""
-COMPARED = ("encode", "topk", "decode", "backward", "step")
+COMPARED = ("encode", "topk", "decode", "backward", "step", "momentum", "sparsify")
 """Parts of a GPU's results whose rows compare contenders."""
+STEP_BETA1 = "step, beta1 = 0.9"
 
 Results = dict[str, Any]
 Row = dict[str, Any]
@@ -95,11 +96,19 @@ def cpu_rows(results: Results) -> list[Row]:
 def gpu_rows(results: Results, every: bool = False) -> list[Row]:
     """The compared rows of one GPU: those of the default L0, or `every` one."""
     return [
-        {**row, "op": row["name"].split()[0] if part == "topk" else part}
+        {**row, "op": op_of(part, row)}
         for part in COMPARED
         for row in rows(results, part)
         if every or is_default(row, results)
     ]
+
+
+def op_of(part: str, row: Row) -> str:
+    """What a row of a part is of: some parts have several kinds, named first."""
+    kind = str(row["name"]).split()[0]
+    return {"topk": kind, "sparsify": f"{kind} beside sparsify", "momentum": STEP_BETA1}.get(
+        part, part
+    )
 
 
 def rows(results: Results, part: str, every: bool = False) -> list[Row]:
