@@ -56,7 +56,11 @@ def test_several_layers(tmp_path):
         (("absent", "new"), "does not exist"),
         (("sae", "new", "--to", "sparsify"), "sparsify has TopK only, got JumpReLU"),
         (("sae", "new", "--latents", "0:21"), "latents"),
-        (("sae", "sae", "--to", "saelens"), "holds a single-layer artefact of Gemma Scope 2"),
+        (("sae", "sae", "--latents", "0:12"), "sae holds files: name another folder or --overwrite"),
+        (
+            ("sae", "sae", "--to", "saelens", "--overwrite"),
+            "holds a single-layer artefact of Gemma Scope 2",
+        ),
     ],
 )
 def test_what_cannot_be_used(arguments, message, sae, tmp_path, capsys):
@@ -64,6 +68,16 @@ def test_what_cannot_be_used(arguments, message, sae, tmp_path, capsys):
     assert convert_(*paths, *arguments[2:]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+    assert torch.equal(gsf.load(tmp_path / "sae").W_enc, sae.W_enc)
+
+
+def test_what_is_there_stays_unless_asked(sae, tmp_path):
+    (tmp_path / "new").mkdir()  # an empty folder is as good as none
+    assert convert_(tmp_path / "sae", tmp_path / "new") == 0
+    assert convert_(tmp_path / "sae", tmp_path / "new", "--latents", "0:12") == 2
+    assert gsf.load(tmp_path / "new").d_sae == 20
+    assert convert_(tmp_path / "sae", tmp_path / "new", "--latents", "0:12", "--overwrite") == 0
+    assert gsf.load(tmp_path / "new").d_sae == 12
 
 
 def test_arguments_that_are_none():

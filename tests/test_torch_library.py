@@ -217,6 +217,7 @@ def test_autograd_is_passed_by_where_no_gradient_can_be_wanted() -> None:
 def copied_package(folder: Path) -> Path:
     """The package's Python files in `folder`, without what was built."""
     ignored = shutil.ignore_patterns("*.so", "_build_info.json", "__pycache__", "demo")
+    shutil.copy(PACKAGE.parent / "pyproject.toml", folder)  # its version, where it is not installed
     copied = folder / "gemmascope_fast"
     return shutil.copytree(PACKAGE, copied, ignore=ignored, ignore_dangling_symlinks=True)
 

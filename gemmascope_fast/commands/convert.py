@@ -21,6 +21,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--to", choices=FORMATS, default="gemma_scope_2", help="format to write")
     made.add_argument("--dtype", choices=DTYPES, help="of the matrices; default: the source's")
     made.add_argument("--latents", type=latents, help="start:stop, for a part of the dictionary")
+    told = "write into a folder that holds files; an artefact of the same format is replaced"
+    made.add_argument("--overwrite", action="store_true", help=told)
     return made
 
 
@@ -42,7 +44,16 @@ def main(argv: Sequence[str]) -> int:
     return guarded(lambda: _convert(**vars(args)))
 
 
-def _convert(source: str, target: Path, to: str, dtype: str | None, latents: slice | None) -> int:
+def _convert(
+    source: str,
+    target: Path,
+    to: str,
+    dtype: str | None,
+    latents: slice | None,
+    overwrite: bool,
+) -> int:
+    if not overwrite and target.is_dir() and any(target.iterdir()):
+        raise FileExistsError(f"convert: {target} holds files: name another folder or --overwrite")
     module: Any = load(source, dtype=DTYPES.get(dtype or ""), latents=latents)
     notes = ""
     if to == "gemma_scope_2" and _folds(module):
