@@ -40,5 +40,5 @@ def weights_need_grad(*tensors: Tensor) -> bool:
 
 
 def is_one(scale: Tensor, *, small: bool) -> bool:
-    """Whether the scalar is known to be 1; a GPU is not asked, and so not waited for, by `small`."""
+    """Whether the scalar is known to be 1; for what is `small` a GPU is not asked, which waits."""
     return not (small and scale.is_cuda) and bool(scale == 1)

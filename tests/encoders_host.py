@@ -175,6 +175,7 @@ EXPORT const char* why_not_screened() { return told.why_direct; }
 EXPORT int64_t decided() { return told.candidates; }
 EXPORT int take_waits() { return std::exchange(waits, 0); }
 EXPORT int events_left() { return events; }
+EXPORT int take_events() { return std::exchange(made, 0); }
 EXPORT void set_seed(uint64_t seed) { cuda_on_cpu::set_seed(seed); }
 EXPORT void capture(bool active) {
   capture_status = active ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;

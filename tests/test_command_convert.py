@@ -56,7 +56,10 @@ def test_several_layers(tmp_path):
         (("absent", "new"), "does not exist"),
         (("sae", "new", "--to", "sparsify"), "sparsify has TopK only, got JumpReLU"),
         (("sae", "new", "--latents", "0:21"), "latents"),
-        (("sae", "sae", "--latents", "0:12"), "sae holds files: name another folder or --overwrite"),
+        (
+            ("sae", "sae", "--latents", "0:12"),
+            "sae holds files: name another folder or --overwrite",
+        ),
         (
             ("sae", "sae", "--to", "saelens", "--overwrite"),
             "holds a single-layer artefact of Gemma Scope 2",

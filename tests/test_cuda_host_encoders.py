@@ -115,8 +115,9 @@ def test_what_earlier_calls_found_is_room_for_the_next(
     monkeypatch.setenv("GEMMASCOPE_FAST_CUDA_ENCODE", choice)
     x, W, b = whole(n, 40, 1300, dtype, seed=5)
     x[n // 2, 3], b[17] = torch.nan, torch.nan
-    used = set()
-    for at, theta in enumerate((9.0, 9.0, 8.0, 8.0, 14.0, 14.0, 1e6, 1e6, -50.0, -50.0)):
+    library.take_events()
+    last, ways = 0, []
+    for at, theta in enumerate((34.0, 34.0, 30.0, 30.0, 40.0, 40.0, 1e6, 1e6, -50.0, -50.0, 34.0)):
         library.set_seed(at)
         args = (x, W, b, torch.full((1300,), theta), 2.0, None)
         expected = REFERENCE.jumprelu_encode(*args, False)
@@ -125,14 +126,43 @@ def test_what_earlier_calls_found_is_room_for_the_next(
         nnz = expected[1].shape[0]
         assert ours[4] == nnz and library.take_waits() == 1
         assert torch.equal(ours[5], ours[0]) and torch.equal(ours[6], ours[1])
-        room = ours[1].untyped_storage().nbytes() // 4
+        overflows = theta < 0  # of the first arena
+        room = last + last // 32 + 64 if last else 0
+        early = nnz <= room <= nnz + nnz // 8 + 64 and not overflows
+        assert library.take_events() == (room > 0), "placed early, if in vain"
         for t in ours[1:4]:
-            assert t.is_contiguous() and t.untyped_storage().nbytes() == 4 * room
-        assert nnz <= room <= nnz + nnz // 8 + 64
-        used.add(("the same" if at % 2 else "another", "early" if room > nnz else "late"))
+            assert t.is_contiguous() and not t._is_view() and t.storage_offset() == 0
+            whole_of = t.new_empty(0).set_(t.untyped_storage())
+            assert whole_of.shape[0] == (room if early else nnz)
+            assert not whole_of[nnz:].any()
+        last = 0 if overflows else nnz
+        ways.append("e" if early else "l")
     assert library.events_left() == 0
-    assert used >= {("the same", "early"), ("another", "late")}
-    assert ("another", "early") not in used
+    assert "".join(ways[1::2]) == "eeeel", "the call before found the same; the last two overflow"
+    assert ways[0] == ways[8] == ways[10] == "l" and (n < 30 or ways[2] == ways[4] == "l")
+
+
+def test_calls_with_and_without_a_window_have_room_of_their_own(library: Any) -> None:
+    x, W, b = whole(40, 40, 1300, torch.bfloat16, seed=6)
+    theta = torch.full((1300,), 34.0)
+    for at in range(3):
+        for bandwidth in (6.0, 0.0):
+            ours = CUDA.jumprelu_encode(x, W, b, theta, bandwidth, None, False)
+            assert_results(ours, REFERENCE.jumprelu_encode(x, W, b, theta, bandwidth, None, False))
+            room = ours[1].untyped_storage().nbytes() // 4
+            assert (room > ours[1].shape[0]) == (at > 0), f"bandwidth {bandwidth}, call {at}"
+
+
+@pytest.mark.parametrize("recording", [True, False])
+def test_a_result_in_more_room_is_edited_like_any_other(library: Any, recording: bool) -> None:
+    x, W, b = whole(40, 40, 1300, torch.bfloat16, seed=7)
+    for _ in range(2):
+        with torch.set_grad_enabled(recording):
+            values = CUDA.jumprelu_encode(x, W, b, torch.full((1300,), 34.0), 2.0, None, False)[2]
+        expected = 2 * values.sum()
+        values.mul_(torch.full((1,), 2.0, requires_grad=True))
+        assert values.sum() == expected
+    assert values.untyped_storage().nbytes() > 4 * values.shape[0]
 
 
 def gaussian(n: int, d: int, d_sae: int, dtype: torch.dtype) -> tuple[Any, ...]:

@@ -14,7 +14,8 @@ from test_optim import F, batch, loss_of, sae, train
 
 import gemmascope_fast as gsf
 from gemmascope_fast import ops
-from gemmascope_fast.training import blocked, planning
+from gemmascope_fast.optim import deferred
+from gemmascope_fast.training import blocked, entry_paths, outcome, planning
 
 ACTIVATIONS = [gsf.JumpReLU(0.2, 0.4), gsf.TopK(5), gsf.BatchTopK(4.5)]
 RULES = [
@@ -184,6 +185,27 @@ def test_loss_in_one_sparse_block(activation, scale):
         assert_equal_runs(*runs)
     for p, q in zip(runs[0][0].parameters(), runs[1][0].parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 3])
+def test_a_gpu_is_not_asked_for_the_scale(scale, monkeypatch):
+    unknown = lambda scale, *, small: not small and bool(scale == 1)  # noqa: E731
+    for user in (deferred, outcome):
+        monkeypatch.setattr(user, "is_one", unknown)
+    monkeypatch.setattr(entry_paths, "NARROW", ("cpu",))
+    module = sae(gsf.JumpReLU(0.2, 1.2), torch.bfloat16)
+    optimizer = gsf.optim.Adam(module, 1e-2, fused=True)
+    x = batch(0).bfloat16()
+    value, _ = module.loss(x, terms=terms_of(module.activation))
+    (scale * value).backward()
+    held, factor = module.deferred.pending, torch.tensor(scale)
+    for name, kept in held.found.items():
+        assert kept.dtype == (torch.bfloat16 if name == "d_recon" else torch.float32)
+        assert_same(held._scaled(name), (kept.float() * factor).to(kept.dtype), name)
+    assert set(held.found) == {"d_recon", "d_gate"}
+    before = module.W_dec.detach().clone()
+    optimizer.step()
+    assert not torch.equal(module.W_dec, before)
 
 
 def test_loss_in_several_blocks_takes_the_unfused_way():

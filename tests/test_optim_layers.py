@@ -16,7 +16,8 @@ from torch import Tensor
 
 import gemmascope_fast as gsf
 from gemmascope_fast.multilayer import MultiLayer
-from gemmascope_fast.training import L0, L1, QuadraticL0, Reconstruction
+from gemmascope_fast.optim import deferred
+from gemmascope_fast.training import L0, L1, QuadraticL0, Reconstruction, outcome
 from gemmascope_fast.training.layered import layered_loss
 from gemmascope_fast.training.planning import ENTRY_BYTES, Limits
 
@@ -86,6 +87,23 @@ def test_a_scaled_loss() -> None:
     runs = pair()
     for run in runs:
         take(run, 0, scale=0.5)
+    for p, q in zip(runs[0][0].parameters(), runs[1][0].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+def test_a_gpu_is_not_asked_for_the_scale(monkeypatch: Any) -> None:
+    unknown = lambda scale, *, small: not small and bool(scale == 1)  # noqa: E731
+    for user in (deferred, outcome):
+        monkeypatch.setattr(user, "is_one", unknown)
+    runs = pair()
+    for run in runs:
+        module, optimizer = run
+        loss = module.loss(batch(0), batch(0), TERMS)[0]
+        (loss / 3).backward()
+        if run is runs[0]:  # one tensor has the gradients of all layers, until the step scales them
+            kept = [part.pending.found["d_recon"] for part in module.deferred]
+            assert len({t.untyped_storage().data_ptr() for t in kept}) == 1
+        optimizer.step()
     for p, q in zip(runs[0][0].parameters(), runs[1][0].parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
 

@@ -24,8 +24,8 @@ from .targets import SPARSIFY
 from .timing import Call, compare, copy_rate, free, or_reason
 
 NEAR = 2.0**-5
-"""Largest error of its matrices, relative to the largest element of what is compared: it adds in
-bfloat16, 1.7 % off where 32 entries of a latent are added."""
+"""Largest difference of its matrices from float64 or our bfloat16 ones, relative to the largest
+element: it adds in bfloat16, and is 1.7 % off where a latent has 32 entries."""
 NEAR_BIAS = 2.0**-4
 """The same of its encoder bias, whose sums are rounded to bfloat16 term by term: 2^-5.8 of 64."""
 

@@ -13,9 +13,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "cuda/by_feature.h"
 #include "cuda/encode_screened.h"
@@ -58,14 +60,29 @@ Result with_view(const EncodeCsr& out, bool by_feature, int64_t d_sae) {
   return {out.offsets, out.indices, out.values, out.gate, out.needed, feature_offsets, permutation};
 }
 
+// The array itself, with less of its memory in use: a view would let nobody write to it in place.
+Tensor shortened(const Tensor& t, int64_t size) {
+  if (t.size(0) <= size) return t;
+  const std::vector<int64_t> sizes = {size};
+  std::array<StableIValue, 3> stack{
+      torch::stable::detail::from(t),
+      torch::stable::detail::from(torch::headeronly::IntHeaderOnlyArrayRef(sizes)),
+      torch::stable::detail::from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::resize_", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // A result whose arrays have room for more than its entries.
 Result first_entries(const Result& result, int64_t entries) {
   const auto& [offsets, indices, values, gate, needed, feature_offsets, permutation] = result;
-  const auto first = [&](const Tensor& t) {
-    return t.size(0) > entries ? tokens_of(t, 0, entries) : t;
-  };
-  return {offsets, first(indices),  first(values),     first(gate),
-          needed,  feature_offsets, first(permutation)};
+  return {offsets,
+          shortened(indices, entries),
+          shortened(values, entries),
+          shortened(gate, entries),
+          needed,
+          feature_offsets,
+          shortened(permutation, entries)};
 }
 
 // The result, of a size that the host waits for once. Where an earlier call tells about how large it will be, the
@@ -87,12 +104,11 @@ Result exact_result(EncodeHits& hits, const LastSizes::Call& call, bool by_featu
     early = result(room);
   }
   sizes.wait();
-  last.keep(call, entries);
-  if (reserved > static_cast<int64_t>(hits.tiles.arena)) {
-    encode_missing(kOp, hits, reserved, stream);
-  } else if (early && LastSizes::fits(entries, room)) {
-    return first_entries(*early, entries);
-  }
+  const bool complete = reserved <= static_cast<int64_t>(hits.tiles.arena);
+  last.keep(call, complete ? entries : 0);
+  if (complete && early && LastSizes::fits(entries, room)) return first_entries(*early, entries);
+  early.reset();
+  if (!complete) encode_missing(kOp, hits, reserved, stream);
   return result(entries);
 }
 
@@ -120,7 +136,8 @@ Result jumprelu_encode_cuda(const Tensor& x, const Tensor& W_enc, const Tensor& 
   limit.last = d_sae;
   const int64_t arena = std::min(max_nnz.value_or(first_arena(n, d_sae)), n * d_sae);
   EncodeHits hits = encode_hits(kOp, in, limit, arena, stream);
-  if (!max_nnz) return exact_result(hits, {W_enc.data_ptr(), n, d_sae}, by_feature, stream);
+  if (!max_nnz)
+    return exact_result(hits, {W_enc.data_ptr(), n, d_sae, limit.window}, by_feature, stream);
   return with_view(place_hits(kOp, hits, *max_nnz, false, stream), by_feature, d_sae);
 }
 

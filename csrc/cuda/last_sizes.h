@@ -1,6 +1,7 @@
 // How many entries the calls before found: room that an encoder can take before its host knows the size of the result.
 //
-// A guess changes no bit of a result: with too little room, or much too much, the entries are placed again.
+// A guess changes no bit of a result: with too little room, or much too much, the entries are placed again. So calls
+// that differ in what decides about entries are told apart, and a result that no early placing could make is forgotten.
 #pragma once
 
 #include <stdint.h>
@@ -15,12 +16,14 @@ class LastSizes {
   struct Call {
     const void* weights;
     int64_t n, d_sae;
+    float window;  // half the bandwidth
     bool operator==(const Call& other) const {
-      return weights == other.weights && n == other.n && d_sae == other.d_sae;
+      return weights == other.weights && n == other.n && d_sae == other.d_sae &&
+             window == other.window;
     }
   };
 
-  // Room for 1/32 more than the last such call found; 0 when there was none, or others took its place.
+  // Room for 1/32 more than the last such call found; 0 when there was none, it found nothing, or others took its place.
   int64_t room(const Call& call) {
     const std::lock_guard<std::mutex> lock(in_use_);
     const Size& size = size_of(call);
@@ -41,9 +44,9 @@ class LastSizes {
     int64_t entries;
   };
   Size& size_of(const Call& call) {
-    const uint64_t mixed =
-        (reinterpret_cast<uintptr_t>(call.weights) / 16 + static_cast<uint64_t>(call.n)) *
-        0x9e3779b97f4a7c15u;
+    const uint64_t mixed = (reinterpret_cast<uintptr_t>(call.weights) / 16 +
+                            2 * static_cast<uint64_t>(call.n) + (call.window > 0.0f)) *
+                           0x9e3779b97f4a7c15u;
     return sizes_[mixed >> 58];
   }
   std::mutex in_use_;

@@ -31,8 +31,7 @@ struct PlaceHits {
       offsets;  // [n + 1]: totals of scan_groups_kernel, their sums, at last at most the capacity
   int64_t* needed;  // [1] entries of the result, whether they fit or not
   int64_t capacity;
-  bool
-      exact;  // the host looks whether all entries fit: offsets stay, nothing is written behind the entries
+  bool exact;        // the host looks whether all entries fit: offsets stay
   int32_t* indices;  // [capacity]
   float* values;     // [capacity]
   float* gate;       // [capacity]; null for kPerToken
@@ -219,7 +218,7 @@ __device__ __forceinline__ void insert_invalid(const PlaceHits& p) {
 
 __device__ __forceinline__ void pad(const PlaceHits& p, bool lost) {
   if (p.gate == nullptr && !lost) return;  // candidates: nobody reads behind the last
-  const int64_t begin = lost ? 0 : *p.needed;
+  const int64_t begin = lost ? 0 : p.offsets[p.tiles.n];
   for (int64_t e = begin + grid_thread(); e < p.capacity; e += grid_threads()) {
     p.indices[e] = 0;
     p.values[e] = lost ? __int_as_float(0x7fc00000) : 0.0f;
@@ -236,7 +235,7 @@ __global__ void __launch_bounds__(kPlaceThreads, kPlaceBlocks) place_kernel(Plac
   const bool lost = !p.exact && *p.needed > p.capacity;
   if (!lost) place_runs(p);
   if (!lost && p.tiles.invalid != nullptr) insert_invalid(p);
-  if (!p.exact) pad(p, lost);
+  pad(p, lost);
   if (p.exact && grid_thread() == 0) *p.needed = p.offsets[p.tiles.n];
 }
 

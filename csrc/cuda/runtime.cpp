@@ -133,7 +133,11 @@ void Readback::read(void* to, const void* from, size_t bytes) {
 }
 
 void Readback::end() {
-  check_cuda(op_, "an event", cudaEventCreateWithFlags(&end_, cudaEventDisableTiming));
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // another thread's capture goes on
+  check_cuda(op_, "an event", cudaThreadExchangeStreamCaptureMode(&mode));
+  const cudaError_t status = cudaEventCreateWithFlags(&end_, cudaEventDisableTiming);
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  check_cuda(op_, "an event", status);
   check_cuda(op_, "an event", cudaEventRecord(end_, stream_));
 }
 

@@ -153,11 +153,10 @@ class Deferred:
         incoming = {"d_recon": d_recon, "d_values": d_values, "d_gate": d_gate}
 
         def receive(scale: Tensor) -> None:
+            record.scale = None if is_one(scale, small=True) else scale
             for name, gradient in incoming.items():
                 if gradient is not None:
-                    same = is_one(scale, small=True)  # beside the matrices
-                    scaled = gradient if same else gradient * scale.to(gradient.dtype)
-                    record.receive(name, scaled)
+                    record.receive(name, gradient)
 
         return receive
 

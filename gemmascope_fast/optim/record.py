@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from .. import ops
@@ -29,6 +30,7 @@ class Record:
         self.versions = tuple(p._version for p in (module.W_enc, module.W_dec))
         self.ends = [module.d_sae]
         self.found: dict[str, Tensor] = {}
+        self.scale: Tensor | None = None  # of what is found; None: 1
 
     def receive(self, name: str, gradient: Tensor) -> None:
         """Keep a gradient; the first one makes this record the pending one."""
@@ -51,7 +53,7 @@ class Record:
     ) -> tuple[Tensor, Tensor]:
         """Backward and update of both matrices; returns d_b_enc and d_threshold."""
         acts, n = self.acts, self.x.shape[0]
-        d_recon = self.found.get("d_recon")
+        d_recon = self._scaled("d_recon")
         if d_recon is None:
             d_recon = acts.values.new_zeros(()).expand(1, n, module.d_out)
         threshold, bandwidth = None, 0.0
@@ -63,7 +65,15 @@ class Record:
             *(self.x, module.W_enc.detach(), None if threshold is None else widen(threshold)),
             *(bandwidth, module.W_dec.detach(), d_recon, self.ends, acts.offsets),
             *(acts.indices, widen(acts.values), widen(acts.gate)),
-            *(self.found.get("d_values"), self.found.get("d_gate"), *acts.by_feature()),
+            *(self._scaled("d_values"), self._scaled("d_gate"), *acts.by_feature()),
             *(*states, *rates, *rules),
         )
         return d_b_enc, d_threshold
+
+    def _scaled(self, name: str) -> Tensor | None:
+        """What was found, a copy where it is scaled: one layer's at a time."""
+        gradient = self.found.get(name)
+        if gradient is None or self.scale is None:
+            return gradient
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        return (gradient.to(wide) * self.scale.to(wide)).to(gradient.dtype)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..modules import BatchTopK, TopK
 from . import dense_paths
-from .entry_paths import ENCODER, Block, backward, decode_prefixes
+from .entry_paths import ENCODER, Block, backward, decode_prefixes, gathered
 from .evaluation import Gradients, Inputs
 from .objective import Objective
 
@@ -39,7 +39,8 @@ def sparse_block(inputs: Inputs, rows: slice, objective: Objective, gradients: G
     d_counts = objective.latents(lambda: entry_counts(inputs, block))
     d_values = objective.entries(inputs, block.values, block.indices.long(), gradients)
     d_gate = per_entry(d_l0, d_counts, block)
-    d_x = backward(inputs, block, ends, (d_recons, d_values, d_gate), gradients)
+    incoming = (gathered(inputs, d_recons), d_values, d_gate)
+    d_x = backward(inputs, block, ends, incoming, gradients)
     finish(inputs, x, rows, over_prefixes(d_recons), d_x, gradients)
 
 

@@ -88,7 +88,6 @@ def backward(
     inputs: Inputs, block: Block, ends: tuple[int, ...], incoming: Incoming, gradients: Gradients
 ) -> Tensor:
     """Add the weights' gradients; returns d_x, of size 0 when not wanted."""
-    incoming = (_gathered(inputs, incoming[0]), *incoming[1:])
     if gradients.started("W_dec", *ENCODER):  # a term's own, the decoder norms of L1 say
         gradients.kept = None
     if gradients.kept is not None:  # a fused optimizer's step does the rest
@@ -115,8 +114,8 @@ def backward(
     return _encode_backward(inputs, block, d_values, d_gate, gradients)
 
 
-def _gathered(inputs: Inputs, d_recons: Tensor) -> Tensor:
-    """`d_recons` as the passes read its rows, one per entry.
+def gathered(inputs: Inputs, d_recons: Tensor) -> Tensor:
+    """`d_recons` as the passes of one layer read its rows, one per entry.
 
     A GPU's passes are bound by those bytes: where x and the matrices are bfloat16 and the weights
     alone are trained, they are rounded to it, as the gradient that autograd hands `decode` is.

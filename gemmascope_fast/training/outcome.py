@@ -56,7 +56,7 @@ class _Precomputed(torch.autograd.Function):
         if ctx.receive is not None:
             ctx.receive(scale)
         saved = ctx.saved_tensors
-        small = ctx.receive is not None  # the matrices' gradients are not among them
+        small = ctx.receive is not None and all(g is None or g.dim() < 2 for g in saved)
         if is_one(scale, small=small):  # loss.backward(): no copies, the buffers become the .grad
             return (None, None, None, *saved)
         return (None, None, None, *(None if g is None else g * scale.to(g.dtype) for g in saved))
