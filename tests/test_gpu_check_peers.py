@@ -111,7 +111,9 @@ def test_without_sparsify_its_rows_say_so(tmp_path: Path, monkeypatch: pytest.Mo
     assert {(r["status"], r["reason"]) for r in found} == {("skipped", sparsify_files.ABSENT)}
     rows = {r["name"]: r for r in found}
     assert len(targets.unmeasured(rows)) == len(targets.unmeasured({})) == 1
-    rows["decode"] = {"part": "sparsify", "status": "done"}
+    rows["decode"] = {"part": "sparsify", "status": "done", "ratios": {}}  # its kernel failed
+    assert len(targets.unmeasured(rows)) == 1
+    rows["decode"]["ratios"] = {targets.SPARSIFY: 1.5}
     assert targets.unmeasured(rows) == []
 
 
