@@ -116,7 +116,7 @@ def test_what_earlier_calls_found_is_room_for_the_next(
     x, W, b = whole(n, 40, 1300, dtype, seed=5)
     x[n // 2, 3], b[17] = torch.nan, torch.nan
     library.take_events()
-    last, ways = 0, []
+    last, known, ways = 0, 0, []
     for at, theta in enumerate((34.0, 34.0, 30.0, 30.0, 40.0, 40.0, 1e6, 1e6, -50.0, -50.0, 34.0)):
         library.set_seed(at)
         args = (x, W, b, torch.full((1300,), theta), 2.0, None)
@@ -126,7 +126,7 @@ def test_what_earlier_calls_found_is_room_for_the_next(
         nnz = expected[1].shape[0]
         assert ours[4] == nnz and library.take_waits() == 1
         assert torch.equal(ours[5], ours[0]) and torch.equal(ours[6], ours[1])
-        overflows = theta < 0  # of the first arena
+        overflows = nnz - n > max(n * 1300 // 64, 128, known + known // 32 + 64 if known else 0)
         room = last + last // 32 + 64 if last else 0
         early = nnz <= room <= nnz + nnz // 8 + 64 and not overflows
         assert library.take_events() == (room > 0), "placed early, if in vain"
@@ -135,10 +135,10 @@ def test_what_earlier_calls_found_is_room_for_the_next(
             whole_of = t.new_empty(0).set_(t.untyped_storage())
             assert whole_of.shape[0] == (room if early else nnz)
             assert not whole_of[nnz:].any()
-        last = 0 if overflows else nnz
+        last, known = nnz, nnz - n  # of each token one entry is no record: its invalid latent
         ways.append("e" if early else "l")
     assert library.events_left() == 0
-    assert "".join(ways[1::2]) == "eeeel", "the call before found the same; the last two overflow"
+    assert "".join(ways[1::2]) == "eeeee", "the call before found the same"
     assert ways[0] == ways[8] == ways[10] == "l" and (n < 30 or ways[2] == ways[4] == "l")
 
 
@@ -151,6 +151,25 @@ def test_calls_with_and_without_a_window_have_room_of_their_own(library: Any) ->
             assert_results(ours, REFERENCE.jumprelu_encode(x, W, b, theta, bandwidth, None, False))
             room = ours[1].untyped_storage().nbytes() // 4
             assert (room > ours[1].shape[0]) == (at > 0), f"bandwidth {bandwidth}, call {at}"
+
+
+def test_records_that_overflow_while_their_entries_fit(library: Any) -> None:
+    n, room = 40, lambda found: found + found // 32 + 64
+    x, W, b = whole(n, 40, 1300, torch.bfloat16, seed=8)
+    theta = torch.full((1300,), 26.0)
+    invalid = b.clone()
+    invalid[17] = torch.nan  # an entry of each token, and no record
+    before = CUDA.jumprelu_encode(x, W, invalid, theta, 0.0, None, False)[1].shape[0]
+    for latents in range(1300):
+        theta[:latents] = -1e6
+        expected = REFERENCE.jumprelu_encode(x, W, b, theta, 0.0, None, False)
+        now = expected[1].shape[0]
+        if room(before - n) < now <= room(before):
+            break
+    assert before - n > n * 1300 // 64, "beyond the arena of a first call"
+    ours = CUDA.jumprelu_encode(x, W, b, theta, 0.0, None, False)
+    assert_results(ours, expected)
+    assert ours[1].untyped_storage().nbytes() == 4 * now
 
 
 @pytest.mark.parametrize("recording", [True, False])

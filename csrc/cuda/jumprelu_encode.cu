@@ -30,8 +30,8 @@ namespace {
 
 constexpr const char* kOp = "jumprelu_encode";
 
-// Records that the first arena has room for: 1 to 8 KiB per token, 0.8 % of pre in bfloat16 from 65,536 latents on. The
-// strips whose records did not fit are the last ones that ran, and are computed again.
+// Records that the arena of a first call has room for: 1 to 8 KiB per token, 0.8 % of pre in bfloat16 from 65,536 latents
+// on. The strips whose records did not fit are the last ones that ran, and are computed again.
 int64_t first_arena(int64_t n, int64_t d_sae) {
   const int64_t per_token = std::min<int64_t>(std::max<int64_t>(d_sae / 512, 128), 1024);
   return std::max<int64_t>(per_token * n, 65536);
@@ -85,31 +85,36 @@ Result first_entries(const Result& result, int64_t entries) {
           shortened(permutation, entries)};
 }
 
+LastSizes& last_sizes() {
+  static LastSizes& sizes = *new LastSizes;  // threads may outlive what is destroyed at exit
+  return sizes;
+}
+
 // The result, of a size that the host waits for once. Where an earlier call tells about how large it will be, the
-// entries are placed and sorted meanwhile; what the first arena had no room for is computed again.
-Result exact_result(EncodeHits& hits, const LastSizes::Call& call, bool by_feature,
+// entries are placed and sorted meanwhile, in that room; what the first arena had no room for is computed again.
+Result exact_result(EncodeHits& hits, const LastSizes::Call& call, int64_t room, bool by_feature,
                     cudaStream_t stream) {
-  static LastSizes& last = *new LastSizes;  // threads may outlive what is destroyed at exit
-  const auto result = [&](int64_t room) {
-    return with_view(place_hits(kOp, hits, room, true, stream), by_feature, call.d_sae);
+  const auto result = [&](int64_t capacity) {
+    return with_view(place_hits(kOp, hits, capacity, true, stream), by_feature, call.d_sae);
   };
-  int64_t reserved = 0, entries = 0;
+  LastSizes::Sizes found = {0, 0};
   Readback sizes(kOp, stream);
-  sizes.read(&reserved, hits.reserved(), sizeof(reserved));
-  sizes.read(&entries, data<int64_t>(hits.offsets) + call.n, sizeof(entries));
-  const int64_t room = last.room(call);
+  sizes.read(&found.records, hits.reserved(), sizeof(found.records));
+  sizes.read(&found.entries, data<int64_t>(hits.offsets) + call.n, sizeof(found.entries));
   std::optional<Result> early;
   if (room > 0) {
     sizes.end();
     early = result(room);
   }
   sizes.wait();
-  const bool complete = reserved <= static_cast<int64_t>(hits.tiles.arena);
-  last.keep(call, complete ? entries : 0);
-  if (complete && early && LastSizes::fits(entries, room)) return first_entries(*early, entries);
+  last_sizes().keep(call, found);
+  const bool complete = found.records <= static_cast<int64_t>(hits.tiles.arena);
+  if (complete && early && LastSizes::fits(found.entries, room)) {
+    return first_entries(*early, found.entries);
+  }
   early.reset();
-  if (!complete) encode_missing(kOp, hits, reserved, stream);
-  return result(entries);
+  if (!complete) encode_missing(kOp, hits, found.records, stream);
+  return result(found.entries);
 }
 
 }  // namespace
@@ -134,11 +139,15 @@ Result jumprelu_encode_cuda(const Tensor& x, const Tensor& W_enc, const Tensor& 
   const int64_t n = in.n(), d_sae = in.d_sae();
   limit.first = 0;
   limit.last = d_sae;
-  const int64_t arena = std::min(max_nnz.value_or(first_arena(n, d_sae)), n * d_sae);
+  if (max_nnz) {
+    EncodeHits hits = encode_hits(kOp, in, limit, std::min(*max_nnz, n * d_sae), stream);
+    return with_view(place_hits(kOp, hits, *max_nnz, false, stream), by_feature, d_sae);
+  }
+  const LastSizes::Call call = {W_enc.data_ptr(), n, d_sae, limit.window};
+  const LastSizes::Sizes room = last_sizes().room(call);
+  const int64_t arena = std::min(std::max(first_arena(n, d_sae), room.records), n * d_sae);
   EncodeHits hits = encode_hits(kOp, in, limit, arena, stream);
-  if (!max_nnz)
-    return exact_result(hits, {W_enc.data_ptr(), n, d_sae, limit.window}, by_feature, stream);
-  return with_view(place_hits(kOp, hits, *max_nnz, false, stream), by_feature, d_sae);
+  return exact_result(hits, call, room.entries, by_feature, stream);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gemmascope_fast, CUDA, m) {

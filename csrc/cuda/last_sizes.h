@@ -1,7 +1,7 @@
-// How many entries the calls before found: room that an encoder can take before its host knows the size of the result.
+// What the calls before found: room that an encoder can take before its host knows how much a call needs.
 //
-// A guess changes no bit of a result: with too little room, or much too much, the entries are placed again. So calls
-// that differ in what decides about entries are told apart, and a result that no early placing could make is forgotten.
+// A guess changes no bit of a result: strips whose records do not fit are computed again, entries are placed again
+// where their room is too small, or much too large. So calls that differ in what decides about entries are told apart.
 #pragma once
 
 #include <stdint.h>
@@ -23,15 +23,21 @@ class LastSizes {
     }
   };
 
-  // Room for 1/32 more than the last such call found; 0 when there was none, it found nothing, or others took its place.
-  int64_t room(const Call& call) {
+  struct Sizes {
+    int64_t records;  // of all strips
+    int64_t entries;
+  };
+
+  // Room for 1/32 more than the last such call found; 0 where it found none, there was none, or others took its place.
+  Sizes room(const Call& call) {
     const std::lock_guard<std::mutex> lock(in_use_);
-    const Size& size = size_of(call);
-    return size.call == call && size.entries > 0 ? size.entries + size.entries / 32 + 64 : 0;
+    const Kept& kept = kept_of(call);
+    if (!(kept.call == call)) return {0, 0};
+    return {more(kept.sizes.records), more(kept.sizes.entries)};
   }
-  void keep(const Call& call, int64_t entries) {
+  void keep(const Call& call, const Sizes& sizes) {
     const std::lock_guard<std::mutex> lock(in_use_);
-    size_of(call) = {call, entries};
+    kept_of(call) = {call, sizes};
   }
   // Whether a result of so many entries leaves at most an eighth of its room unused.
   static bool fits(int64_t entries, int64_t room) {
@@ -39,18 +45,19 @@ class LastSizes {
   }
 
  private:
-  struct Size {
+  struct Kept {
     Call call;
-    int64_t entries;
+    Sizes sizes;
   };
-  Size& size_of(const Call& call) {
+  static int64_t more(int64_t found) { return found > 0 ? found + found / 32 + 64 : 0; }
+  Kept& kept_of(const Call& call) {
     const uint64_t mixed = (reinterpret_cast<uintptr_t>(call.weights) / 16 +
                             2 * static_cast<uint64_t>(call.n) + (call.window > 0.0f)) *
                            0x9e3779b97f4a7c15u;
-    return sizes_[mixed >> 58];
+    return kept_[mixed >> 58];
   }
   std::mutex in_use_;
-  std::array<Size, 64> sizes_ = {};
+  std::array<Kept, 64> kept_ = {};
 };
 
 }  // namespace gemmascope_fast
