@@ -31,7 +31,7 @@ MEANT: dict[str, dict[str, int]] = {
     "token_pass_kernel<2>": {r"STG\.E\.128": 1},
     "(pre_at|entry_dots)_kernel": {WIDE_LOAD: 12},
     "feature_(pass|pieces)_kernel": {WIDE_COPY: 30, r"LDS\.128": 16, r"STG\.E\.128": 2},
-    r"feature_pass_kernel<\d, StoreGradients": {r"STG\.E\.128": 4},
+    r"feature_(pass_kernel<\d, StoreGradients|pieces_kernel)": {r"STG\.E\.128": 4},
     "adam_(step|slab)_kernel": {WIDE_LOAD: 1},
 }
 """Expressions for a kernel's name; for the opcodes it is built on, from their beginning; how many

@@ -21,7 +21,8 @@ ENCODER = ("W_enc", "b_enc", "threshold")
 
 NARROW = ("cuda",)
 """Devices whose passes over bfloat16 read gradients of reconstructions in it too. On an H200, n =
-8,192, d = 5,376, F = 65,536, a loss and its gradients take 14.9 ms so and 16.6 ms in float32."""
+8,192, d = 5,376, F = 65,536, a loss and its gradients take 14.9 ms so and 16.6 ms in float32
+(bench/results/cuda_h200.json)."""
 
 Incoming = tuple[Tensor, Tensor | None, Tensor | None]
 """`d_recons [G, r, d_out]`, and per entry `d_values` and `d_gate`, or None."""
